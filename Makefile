@@ -1,0 +1,45 @@
+# Everything a fresh machine needs is Python >= 3.10 and a package registry.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
+DEMO_OUTPUT ?= output/demo
+
+.PHONY: setup demo test test-slow lint
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/setup.txt requirements/constraints.txt requirements/detectron2.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "megdet_d2 needs Python >= 3.10: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) \
+		|| { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	@echo "Installing torch and the rest into $(VENV); a few minutes."
+	@$(PY) -m pip install -q -r requirements/setup.txt -c requirements/constraints.txt
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)' \
+		|| $(MAKE) --no-print-directory detectron2
+	@$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The wheel is tagged for Python 3.10 and brings a compiled extension that loads nowhere else; without it Detectron2
+# runs but for deformable convolution and rotated boxes.
+.PHONY: detectron2
+detectron2:
+	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& $(PY) -m pip install -q --no-deps --target "$$site" --upgrade --python-version 3.10 \
+			--implementation cp --platform any --only-binary=:all: \
+			--require-hashes -r requirements/detectron2.txt \
+		&& rm -f "$$site"/detectron2/_C*.so
+
+demo: setup
+	$(PY) train_net.py --config-file $(DEMO_CONFIG) --num-gpus 2 --dist-url auto OUTPUT_DIR $(DEMO_OUTPUT)
+	$(PY) -m megdet_d2.analysis.report $(DEMO_OUTPUT)
+
+test: setup lint
+	$(PY) -m pytest
+
+test-slow: setup
+	$(PY) -m pytest -m slow
+
+lint: setup
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -1,0 +1,62 @@
+"""Every config key of the plugin."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_megdet_config(cfg: CN) -> None:
+    """Adds the plugin's keys to ``cfg``, with defaults that change nothing of stock Detectron2."""
+    if "MEGDET" in cfg:
+        return
+
+    # --- Cross-GPU Batch Normalization (§3.3): set *.NORM to "CGBN" to use it --------------------
+    cfg.MODEL.CGBN = CN()
+    # Images that a normalisation group sees, the paper's "BN size" (it uses 16, finds 32 best); -1
+    # is every image on the machine. A whole number of processes: BN_SIZE = images per GPU x
+    # processes.
+    cfg.MODEL.CGBN.BN_SIZE = -1
+    # Let a group span machines. The paper does not. With BN_SIZE -1: every image of the mini-batch.
+    cfg.MODEL.CGBN.CROSS_MACHINE = False
+    # "one_reduce": one collective a layer. "two_pass": the paper's Algorithm 1, two.
+    cfg.MODEL.CGBN.ALGORITHM = "one_reduce"
+
+    # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
+    cfg.MEGDET = CN()
+    # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.
+    cfg.MEGDET.POLICY = ""
+    # Only with "custom". Epochs may be fractions; at DECAY_EPOCHS the learning rate is multiplied
+    # by DECAY_FACTORS, one each.
+    cfg.MEGDET.EPOCHS = None
+    cfg.MEGDET.DECAY_EPOCHS = ()
+    cfg.MEGDET.DECAY_FACTORS = ()
+    # The rule's anchor: this learning rate is right for this mini-batch.
+    cfg.MEGDET.REFERENCE_BATCH_SIZE = 16
+    cfg.MEGDET.REFERENCE_LR = 0.02
+    # How the learning rate follows the mini-batch: "linear", "sqrt" or "none".
+    cfg.MEGDET.SCALING_RULE = "linear"
+    # Multiplies the scaled learning rate; 0.5 is Table 2's half learning rate.
+    cfg.MEGDET.LR_FACTOR = 1.0
+    # Length of the linear warm-up, and its start: "reference" is min(r, scaled r), as in the paper,
+    # "zero" is a thousandth of the scaled learning rate.
+    cfg.MEGDET.WARMUP_EPOCHS = 1.0
+    cfg.MEGDET.WARMUP_START = "reference"
+    # Images an epoch counts; 0 is the training set after Detectron2's filtering.
+    cfg.MEGDET.EPOCH_IMAGES = 0
+    # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
+    # Not for setting by hand.
+    cfg.MEGDET.RESOLVED = CN()
+    cfg.MEGDET.RESOLVED.BASE_LR = 0.0
+    cfg.MEGDET.RESOLVED.MAX_ITER = 0
+    cfg.MEGDET.RESOLVED.STEPS = ()
+    cfg.MEGDET.RESOLVED.WARMUP_ITERS = 0
+    cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
+
+    # --- Data ------------------------------------------------------------------------------------
+    # Your own COCO-format data sets, [name, annotation json, image root] each.
+    cfg.DATASETS.COCO = []
+    # The embedded data set, megdet_digits_train and megdet_digits_val: square images of this size
+    # in pixels, how many, and "easy" (smooth backgrounds) or "hard" (sharp photographs).
+    cfg.DATASETS.DIGITS = CN()
+    cfg.DATASETS.DIGITS.IMAGE_SIZE = 96
+    cfg.DATASETS.DIGITS.NUM_TRAIN = 4000
+    cfg.DATASETS.DIGITS.NUM_VAL = 200
+    cfg.DATASETS.DIGITS.DIFFICULTY = "easy"

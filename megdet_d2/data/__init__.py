@@ -1,0 +1,25 @@
+"""Data sets from config: the user's own COCO json files, and the embedded digits."""
+
+from detectron2.config import CfgNode
+
+from .coco import check_datasets, register_coco
+from .digits import register_digits
+
+__all__ = ["check_datasets", "register_coco", "register_datasets", "register_digits"]
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Registers what ``DATASETS.COCO`` and ``DATASETS.DIGITS`` name, and checks what is used of it.
+
+    Raises:
+        ValueError, FileNotFoundError: see ``check_datasets``.
+    """
+    digits = cfg.DATASETS.DIGITS
+    register_digits(
+        image_size=digits.IMAGE_SIZE,
+        num_train=digits.NUM_TRAIN,
+        num_val=digits.NUM_VAL,
+        difficulty=digits.DIFFICULTY,
+    )
+    register_coco(cfg.DATASETS.COCO)
+    check_datasets(cfg)

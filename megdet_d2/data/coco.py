@@ -1,0 +1,209 @@
+"""The user's own data in COCO format, from ``DATASETS.COCO`` alone, checked before training."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE = '[["my_train", "train.json", "images/train"], ["my_val", "val.json", "images/val"]]'
+_NUMBER, _STRING, _ID = (int, float), (str,), (int, float, str)
+# Names this module has registered, with what they stand for.
+_registered: dict[str, tuple[str, str]] = {}
+
+
+def register_coco(triples: Sequence[Sequence[str]]) -> None:
+    """Registers every [name, annotation json, image root] in Detectron2's catalogs.
+
+    A name that an earlier call registered is replaced.
+
+    Raises:
+        ValueError: not a list of triples of strings; a name that stands twice, or is Detectron2's
+            or another plugin's. Nothing is registered then.
+    """
+    if isinstance(triples, str):
+        triples = [triples]
+    names = set()
+    for triple in triples:
+        if (
+            not isinstance(triple, (list, tuple))
+            or len(triple) != 3
+            or not all(isinstance(item, str) for item in triple)
+        ):
+            raise ValueError(
+                f"DATASETS.COCO has the entry {triple!r}; it is a list of [name, annotation json, "
+                f"image root] triples, such as {_EXAMPLE}"
+            )
+        name = triple[0]
+        if name in names:
+            raise ValueError(f"DATASETS.COCO has {name!r} twice; give each data set its own name")
+        if name in DatasetCatalog.list() and name not in _registered:
+            raise ValueError(
+                f"DATASETS.COCO registers {name!r}, a data set that is registered already; "
+                "choose another name"
+            )
+        names.add(name)
+    for name, json_file, image_root in triples:
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop(name, None)
+        register_coco_instances(name, {}, json_file, image_root)
+        _registered[name] = (json_file, image_root)
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """Reads every COCO json that the config uses, and refuses what would fail or mislead later.
+
+    Raises:
+        FileNotFoundError: a json, an image root or an image that is not there.
+        ValueError: a data set that nobody registered; a json that is not COCO; a missing key, a
+            value of another type, an id that stands twice; an unknown image_id or category_id; a box
+            that is none; sets whose categories differ; a NUM_CLASSES that disagrees.
+    """
+    known = set(DatasetCatalog.list())
+    categories: dict[str, dict[int, str]] = {}
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in known:
+                raise ValueError(
+                    f"DATASETS.{key} has {name!r}, which is not registered; DATASETS.COCO names "
+                    f"{[triple[0] for triple in cfg.DATASETS.COCO]}. Correct the name, or add a "
+                    f"triple: {_EXAMPLE}"
+                )
+            if name in _registered and name not in categories:
+                evaluated = name in cfg.DATASETS.TEST
+                categories[name] = _check_json(name, *_registered[name], evaluated)
+    if not categories:
+        return
+
+    first, expected = next(iter(categories.items()))
+    for name, found in categories.items():
+        # Detectron2 numbers the classes in the order of the ids; the ids themselves may differ.
+        if list(found.values()) != list(expected.values()):
+            differ = sorted(found.items() ^ expected.items())
+            raise ValueError(
+                f"DATASETS: the categories of {first!r} and {name!r} differ in (id, name) "
+                f"{differ[:6]}; a detector needs one list: give both json files the same ids and "
+                "names, in any order"
+            )
+    _check_num_classes(cfg, first, len(expected))
+
+
+def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> dict[int, str]:
+    """The categories' names by id, in the order of the ids."""
+    where = f"DATASETS.COCO {name!r}"
+    start = f"; a relative path starts at the working directory, {os.getcwd()!r}"
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"{where}: there is no annotation file {json_file!r}{start}")
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(f"{where}: there is no image folder {image_root!r}{start}")
+    with open(json_file) as file:
+        try:
+            coco = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{where}: {json_file!r} is not json ({error})") from None
+    for key in ("images", "annotations", "categories"):
+        rows = coco.get(key) if isinstance(coco, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(
+                f"{where}: {json_file!r} is not a COCO detection json: it has no list {key!r} of "
+                "objects; export the annotations as COCO instances"
+            )
+        if not rows and key != "annotations":
+            raise ValueError(f"{where}: {json_file!r} has no {key}; it needs one or more")
+    where = f"{where}, {json_file!r}"
+    _check_keys(where, "categories", coco["categories"], {"id": _NUMBER, "name": _STRING})
+    of_image = {"id": _ID, "file_name": _STRING, "height": _NUMBER, "width": _NUMBER}
+    _check_keys(where, "images", coco["images"], of_image)
+    of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
+    if evaluated:  # pycocotools needs them, Detectron2's training does not
+        of_annotation |= {"area": _NUMBER, "iscrowd": _NUMBER}
+    _check_keys(where, "annotations", coco["annotations"], of_annotation)
+
+    categories = dict(sorted((c["id"], c["name"]) for c in coco["categories"]))
+    images = {image["id"] for image in coco["images"]}
+    _check_annotations(where, coco["annotations"], images, categories)
+    if evaluated and any(annotation["id"] == 0 for annotation in coco["annotations"]):
+        logger.warning(
+            f"{where}: pycocotools takes the annotation id 0 for no match, and that object for "
+            "missed; number annotations from 1 for the exact AP"
+        )
+    _check_images(where, image_root, [image["file_name"] for image in coco["images"]])
+    return categories
+
+
+def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]) -> None:
+    """Every row has these keys, with values of these types, and an id of its own."""
+    seen = set()
+    for i, row in enumerate(rows):
+        at = f"{where}: {what}[{i}]"
+        for key, allowed in types.items():
+            if key not in row:
+                raise ValueError(f"{at} has no {key!r}; add it")
+            if not isinstance(row[key], allowed):
+                names = " or ".join(kind.__name__ for kind in allowed)
+                raise ValueError(f"{at} has {key} {row[key]!r}; make it {names}")
+        if row["id"] in seen:
+            raise ValueError(f"{at} has the id {row['id']!r}, as an earlier one; ids stand once")
+        seen.add(row["id"])
+
+
+def _check_annotations(where: str, annotations: list, images: set, categories: dict) -> None:
+    for i, annotation in enumerate(annotations):
+        at = f"{where}: annotations[{i}]"
+        if annotation["image_id"] not in images:
+            raise ValueError(
+                f"{at} has image_id {annotation['image_id']!r}, which no image has; add the image, "
+                "or remove the annotation"
+            )
+        if annotation["category_id"] not in categories:
+            raise ValueError(
+                f"{at} has category_id {annotation['category_id']}, which is none of the "
+                f"categories' {list(categories)[:20]}; add the category, or correct the annotation"
+            )
+        box = annotation["bbox"]
+        numbers = all(isinstance(side, _NUMBER) and math.isfinite(side) for side in box)
+        if len(box) != 4 or not numbers or box[2] < 0 or box[3] < 0:
+            raise ValueError(
+                f"{at} has bbox {box}; make it COCO's [x, y, width, height] in pixels, width and "
+                "height not below 0"
+            )
+        if annotation.get("ignore"):
+            raise ValueError(
+                f"{at} has ignore {annotation['ignore']}, which Detectron2 refuses; mark it "
+                "iscrowd 1 instead, or remove it"
+            )
+
+
+def _check_images(where: str, root: str, files: list[str]) -> None:
+    # One listing a folder: asking for each of 118,000 files is slow on a network file system.
+    listings: dict[str, set[str]] = {}
+    for name in files:
+        folder, base = os.path.split(os.path.join(root, name))
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if base not in listings[folder]:
+            missing = sum(not os.path.isfile(os.path.join(root, f)) for f in files)
+            raise FileNotFoundError(
+                f"{where}: {missing} of {len(files)} images are not in {root!r}; the first is "
+                f"{name!r}. Correct the image root, or the file_name entries"
+            )
+
+
+def _check_num_classes(cfg: CfgNode, name: str, num_classes: int) -> None:
+    key = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(
+        cfg.MODEL.META_ARCHITECTURE
+    )
+    if key is None or key not in cfg.MODEL:
+        return
+    configured = cfg.MODEL[key].NUM_CLASSES
+    if configured != num_classes:
+        raise ValueError(
+            f"MODEL.{key}.NUM_CLASSES is {configured}, but {name!r} has {num_classes} categories; "
+            f"set MODEL.{key}.NUM_CLASSES {num_classes}"
+        )

@@ -1,0 +1,59 @@
+"""From one command line to all processes: Detectron2's launcher, or torchrun's environment."""
+
+import argparse
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as d2_launch
+from detectron2.utils import comm
+
+
+def launch(main: Callable, args: argparse.Namespace):
+    """Runs ``main(args)`` in every process of the training.
+
+    Under torchrun (``LOCAL_RANK`` is set) this process is one of them and joins the others by the
+    environment. Otherwise ``args`` are Detectron2's flags and its launcher starts them:
+    ``--num-gpus`` processes on each of ``--num-machines``. Without a GPU they are gloo processes
+    that share the cores.
+
+    Raises:
+        ValueError: more processes than GPUs; flags that contradict torchrun's.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return _join(main, args)
+    gpus = torch.cuda.device_count()
+    if gpus and args.num_gpus > gpus:
+        raise ValueError(f"--num-gpus is {args.num_gpus}, and this machine has {gpus}")
+    if not gpus and args.num_gpus > 1:
+        # The children's libraries read it as they load: N processes of N threads would crawl.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
+    return d2_launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def _join(main: Callable, args: argparse.Namespace):
+    local_rank, local_size = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if args.num_gpus not in (1, local_size) or args.num_machines != 1:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines} under torchrun, which "
+            f"has started {local_size} processes here: leave these flags to torchrun's "
+            "--nproc-per-node and --nnodes"
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        comm.create_local_process_group(local_size)
+        comm.synchronize()
+        return main(args)
+    finally:
+        dist.destroy_process_group()

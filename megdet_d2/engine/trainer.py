@@ -1,0 +1,147 @@
+"""Detectron2's trainer with MegDet's norm groups and schedule."""
+
+import contextlib
+import functools
+import logging
+import os
+
+import detectron2.engine.defaults as d2_defaults
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+from torch import nn
+
+from megdet_d2.data import register_datasets
+from megdet_d2.norm.functional import ALGORITHMS
+from megdet_d2.norm.registry import (
+    cgbn_layers,
+    describe_norms,
+    separate_retinanet_levels,
+    set_bn_size,
+)
+from megdet_d2.schedule.build import build_lr_scheduler, scale_config
+
+from .hooks import AverageStatistics, BatchScalars
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_config(cfg: CfgNode, eval_only: bool = False) -> str:
+    """Everything between merging a config and freezing it: data sets, checks, schedule.
+
+    Returns:
+        ``scale_config``'s table, for the log once there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, its value and the fix.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
+        raise ValueError(
+            f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
+            f"use one of {', '.join(ALGORITHMS)}"
+        )
+    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
+        if not os.path.isfile(cfg.MODEL.WEIGHTS):
+            raise FileNotFoundError(
+                f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}; give the path of a "
+                'checkpoint, or "" to start from scratch'
+            )
+    register_datasets(cfg)
+    if eval_only:
+        return ""
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
+            "needs; set it False"
+        )
+    return scale_config(cfg)
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` that knows the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
+
+    Takes a config that ``prepare_config`` has resolved; without ``MEGDET`` keys set it trains as
+    Detectron2's own. Evaluates COCO, LVIS and Pascal VOC data sets.
+
+    Raises:
+        ValueError: a BN size that no whole number of processes gives.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        with _ddp_without_device_ids(cfg):
+            super().__init__(cfg)
+        images_per_gpu = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        if cgbn_layers(self.model):
+            set_bn_size(
+                self.model, cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE
+            )
+        for layer in cgbn_layers(self.model):
+            layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
+        logger.info(describe_norms(self.model, images_per_gpu))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level."""
+        return separate_retinanet_levels(super().build_model(cfg))
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        """See ``megdet_d2.build_lr_scheduler``."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """The evaluator of the data set's type, writing to OUTPUT_DIR/inference."""
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if kind in ("coco", "coco_panoptic_seg"):
+            return COCOEvaluator(dataset_name, output_dir=output_dir)
+        if kind == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=output_dir)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise NotImplementedError(
+            f"DATASETS.TEST has {dataset_name!r} of evaluator_type {kind!r}; override "
+            "Trainer.build_evaluator to evaluate it"
+        )
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, and ours before the first that saves, evaluates or writes."""
+        cfg = self.cfg
+        ret = [hook for hook in super().build_hooks() if hook is not None]
+        ours = [
+            AverageStatistics(self.model, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+            BatchScalars(
+                cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+            ),
+        ]
+        savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+        first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
+        return ret[:first] + ours + ret[first:]
+
+
+@contextlib.contextmanager
+def _ddp_without_device_ids(cfg: CfgNode):
+    """On CPU, DDP refuses the ``device_ids`` that ``DefaultTrainer``'s constructor insists on.
+
+    The plugin's second patch of Detectron2, for the length of that constructor only.
+    """
+    if cfg.MODEL.DEVICE != "cpu":
+        yield
+        return
+    stock = d2_defaults.create_ddp_model
+    d2_defaults.create_ddp_model = functools.partial(stock, device_ids=None)
+    try:
+        yield
+    finally:
+        d2_defaults.create_ddp_model = stock

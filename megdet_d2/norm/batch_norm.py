@@ -1,0 +1,126 @@
+"""The layer: ``nn.BatchNorm2d`` with the statistics of a group of processes."""
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .functional import ALGORITHMS, cross_gpu_batch_norm
+from .groups import SELF, BNGroup
+
+
+class CrossGPUBatchNorm(nn.BatchNorm2d):
+    """Cross-GPU Batch Normalization (MegDet §3.3, Algorithm 1).
+
+    Takes (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), any N from 0, of any floating dtype,
+    sizes differing between processes as they like; returns the same shape, dtype and layout.
+    Parameters, buffers and ``state_dict`` are ``nn.BatchNorm2d``'s, so checkpoints go both ways
+    and whatever treats batch norm specially (Detectron2's FREEZE_AT and WEIGHT_DECAY_NORM,
+    PreciseBN, export) treats this layer so.
+
+    It is a plain batch norm in evaluation, in one process, and before a process group exists. In
+    training each forward is one collective (two with ``two_pass``) and each backward one, always:
+    all processes of the group have to run the layer, a process without images on an empty input.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
+        process_group: the processes to normalise over: a ``ProcessGroup``, ``SELF`` for this
+            process alone, or None for all, as in ``nn.SyncBatchNorm``. Kept by its name, so that
+            the layer can be deep-copied and pickled.
+        algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
+
+    Raises:
+        ValueError: an unknown algorithm; a process group that this process is not in; an input that
+            is not 2-D to 5-D; on CPU, a mini-batch of one value a channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: BNGroup = None,
+        algorithm: str = "one_reduce",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"CrossGPUBatchNorm: algorithm is {algorithm!r}; use one of {', '.join(ALGORITHMS)}"
+            )
+        self.algorithm = algorithm
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> BNGroup:
+        """The group given; assign to change it."""
+        if self._group_name is None:
+            return None
+        if self._group_name == "":
+            return SELF
+        return dist.distributed_c10d._resolve_process_group(self._group_name)
+
+    @process_group.setter
+    def process_group(self, group: BNGroup) -> None:
+        if group is None:
+            self._group_name = None
+        elif group is SELF:
+            self._group_name = ""
+        elif group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "CrossGPUBatchNorm: this process is not in the process group it was given; "
+                "give each process the group that it is in"
+            )
+        else:
+            self._group_name = group.group_name
+
+    def group_size(self) -> int:
+        """How many processes the statistics are shared by."""
+        group = self.process_group
+        if group is SELF or not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(group)
+
+    def _sync_name(self) -> str:
+        """Name of the group to reduce over; "" where there is nobody to reduce with."""
+        if self.group_size() == 1:
+            return ""
+        return self._group_name or dist.group.WORLD.group_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x; see the class for shapes and dtypes."""
+        self._check_input_dim(x)
+        if not self.training:
+            batch_statistics = self.running_mean is None
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics,
+                0.0, self.eps,
+            )  # fmt: skip
+        return cross_gpu_batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.momentum,
+            self.eps,
+            self._sync_name(),
+            self.algorithm,
+        )
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if not 2 <= x.dim() <= 5:
+            raise ValueError(f"CrossGPUBatchNorm: expected a 2-D to 5-D input, got {x.dim()}-D")
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"CrossGPUBatchNorm: expected {self.num_features} channels, got {x.shape[1]}"
+            )
+
+    def extra_repr(self) -> str:
+        group = {None: "world", "": "self"}.get(self._group_name, self._group_name)
+        return f"{super().extra_repr()}, process_group={group}, algorithm={self.algorithm}"

@@ -1,0 +1,83 @@
+"""Whole models from and to ``CrossGPUBatchNorm``, whatever they were built with."""
+
+from torch import nn
+
+from .batch_norm import CrossGPUBatchNorm
+from .groups import BNGroup
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def convert_cgbn(
+    model: nn.Module, process_group: BNGroup = None, include_frozen: bool = False
+) -> nn.Module:
+    """Makes every batch norm of ``model`` a ``CrossGPUBatchNorm`` of the same state.
+
+    Args:
+        model: converted in place; the return value matters where the model itself is a batch norm.
+        process_group: for all converted layers, see ``CrossGPUBatchNorm``; None is the world.
+        include_frozen: also convert Detectron2's ``FrozenBatchNorm2d``, whose γ and β then train.
+
+    Parameters stay the same objects, so an optimizer built before still holds them.
+    """
+
+    def convert(layer: nn.Module) -> nn.Module:
+        frozen = include_frozen and type(layer).__name__ == "FrozenBatchNorm2d"
+        if isinstance(layer, CrossGPUBatchNorm) or not (frozen or isinstance(layer, _BATCH_NORMS)):
+            return layer
+        new = CrossGPUBatchNorm(
+            layer.num_features,
+            layer.eps,
+            getattr(layer, "momentum", 0.1),
+            getattr(layer, "affine", True),
+            getattr(layer, "track_running_stats", True),
+            process_group,
+        )
+        return _move_state(layer, new)
+
+    return _replace(model, convert)
+
+
+def revert_cgbn(model: nn.Module) -> nn.Module:
+    """Makes every ``CrossGPUBatchNorm`` of ``model`` a plain ``nn.BatchNorm2d``, in place.
+
+    For export, and for code that knows nothing of process groups. Returns the model.
+    """
+
+    def revert(layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, CrossGPUBatchNorm):
+            return layer
+        new = nn.BatchNorm2d(
+            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        )
+        return _move_state(layer, new)
+
+    return _replace(model, revert)
+
+
+def _replace(module: nn.Module, convert) -> nn.Module:
+    """``convert`` applied to every layer; one that stands in several places is converted once."""
+    converted: dict[nn.Module, nn.Module] = {}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None:
+                if child not in converted:
+                    converted[child] = convert(child)
+                parent._modules[name] = converted[child]
+    return convert(module)
+
+
+def _move_state(old: nn.Module, new: nn.Module) -> nn.Module:
+    for name in _STATE:
+        value = getattr(old, name, None)
+        if value is None and name == "num_batches_tracked" and new.track_running_stats:
+            continue  # FrozenBatchNorm2d counts nothing: new starts from 0
+        if isinstance(getattr(new, name), nn.Parameter) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value.clone())
+        setattr(new, name, value)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        getattr(new, hooks).update(getattr(old, hooks))
+    if new.track_running_stats:
+        new.num_batches_tracked = new.num_batches_tracked.to(new.running_mean.device)
+    return new.train(old.training)

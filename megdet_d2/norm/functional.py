@@ -1,0 +1,310 @@
+"""Algorithm 1 of MegDet (§3.3): batch normalisation over the mini-batch B = B_1 ∪ … ∪ B_n that the
+n processes of a group hold between them.
+
+Forward, over all |B| values of a channel::
+
+    μ_B  = Σ x / |B|            σ²_B = Σ (x - μ_B)² / |B|
+    x̂    = (x - μ_B) / √(σ²_B + ε)          y = γ x̂ + β
+
+Backward, with the sums again over the whole of B::
+
+    dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ · Σ dy x̂ / |B|)
+    dγ = Σ dy x̂     dβ = Σ dy      (over this process's B_i: DDP sums parameters' gradients)
+
+Statistics and collectives live in ``torch.library`` custom operators which take their group by
+name. So ``torch.compile`` traces through them, and selective activation checkpointing that saves
+``megdet_d2::statistics`` repeats neither a collective nor an update of the running statistics.
+
+Every operator takes x of shape (N, C, *), 2-D to 5-D, contiguous or channels_last, of any floating
+dtype; N may be 0 and may differ, as may the sizes behind it, from process to process. Statistics
+are float32 for half precision and float32 inputs, float64 for float64; the sums travel as float64.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+ALGORITHMS = ("one_reduce", "two_pass")
+
+
+def cross_gpu_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    group: str,
+    algorithm: str = "one_reduce",
+) -> Tensor:
+    """y = CGBN(x), in x's shape and dtype, with one all-reduce forward and one backward.
+
+    Args:
+        x: (N, C, *), this process's part of the mini-batch; N = 0 is an ordinary part.
+        weight, bias: γ and β, (C,), or None for 1 and 0.
+        running_mean, running_var, num_batches_tracked: updated in place where given, as
+            ``nn.BatchNorm2d`` does (unbiased variance), unless the whole mini-batch has fewer than
+            two values a channel or its statistics are not finite: then they keep what they had.
+        momentum: weight of the new statistics; None for the cumulative average.
+        eps: ε.
+        group: name of the process group to normalise over; "" for this process alone.
+        algorithm: "one_reduce" sends |B_i|, Σx and Σx² together; "two_pass" is the paper's order, a
+            reduction for μ_B and, from it, another for σ²_B.
+
+    Raises:
+        ValueError: on CPU, in every process of the group, where the mini-batch holds one value a
+            channel. On CUDA, where asking would stall the host, such a batch yields β.
+    """
+    mean, var, count = statistics(
+        x.detach(), running_mean, running_var, num_batches_tracked, momentum, group, algorithm
+    )
+    if weight is not None:
+        weight = weight.to(mean.dtype)
+    if bias is not None:
+        bias = bias.to(mean.dtype)
+    return normalize(x, weight, bias, mean, var, count, eps, group)
+
+
+# --- forward: statistics -------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "megdet_d2::statistics",
+    mutates_args=("running_mean", "running_var", "num_batches_tracked"),
+)
+def statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    group: str,
+    algorithm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """μ_B and σ²_B (C,) in the statistics' dtype, and |B| (1,) in float64: lines 1 to 10."""
+    n = x.numel() // x.shape[1]
+    local_mean, local_var = _local_moments(x)
+    local_mean, local_var = local_mean.double(), local_var.double()
+    if algorithm == "one_reduce":
+        # Σx² = n (σ² + μ²). Float64 leaves room for means of 10⁵ deviations before the difference
+        # below loses the digits a float32 input has.
+        count, total, squares = _all_reduce(
+            group,
+            local_mean.new_full((1,), n),
+            n * local_mean,
+            n * (local_var + local_mean.square()),
+        )
+        mean = total / count.clamp(min=1)
+        var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    else:
+        count, total = _all_reduce(group, local_mean.new_full((1,), n), n * local_mean)
+        mean = total / count.clamp(min=1)
+        # Line 7's Σ (x - μ_B)² over B_i, by the local moments instead of another pass over x.
+        (squares,) = _all_reduce(group, n * (local_var + (local_mean - mean).square()))
+        var = squares / count.clamp(min=1)
+
+    if x.device.type == "cpu" and count == 1:
+        raise ValueError(
+            "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
+            f"got input size {tuple(x.shape)}. Use a larger batch or BN size."
+        )
+    if running_mean is not None:
+        # `where`, not `if`: on CUDA the host never waits to learn |B|.
+        keep = (count > 1) & mean.isfinite().all() & var.isfinite().all()
+        batches = num_batches_tracked + keep.squeeze(0)
+        num_batches_tracked.copy_(batches)
+        factor = 1.0 / batches.clamp(min=1).double() if momentum is None else momentum
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            old = running.double()
+            running.copy_(torch.where(keep, (1 - factor) * old + factor * new, old))
+
+    dtype = _statistics_dtype(x)
+    return mean.to(dtype), var.to(dtype), count
+
+
+@statistics.register_fake
+def _(x, running_mean, running_var, num_batches_tracked, momentum, group, algorithm):
+    mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
+    return mean, torch.empty_like(mean), x.new_empty(1, dtype=torch.float64)
+
+
+# --- forward: normalisation ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("megdet_d2::normalize", mutates_args=())
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    group: str,
+) -> Tensor:
+    """Line 11: y = γ (x - μ_B) / √(σ²_B + ε) + β. Its gradient holds the backward all-reduce."""
+    return _affine(_dense(x), weight, bias, mean, var, eps)
+
+
+@normalize.register_fake
+def _(x, weight, bias, mean, var, count, eps, group):
+    return torch.empty_like(x)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, weight, _, mean, var, count, ctx.eps, ctx.group = inputs
+    ctx.save_for_backward(x, weight, mean, var, count)
+
+
+def _normalize_backward(ctx, dy):
+    x, weight, mean, var, count = ctx.saved_tensors
+    # The collective is unconditional: whether x needs a gradient may differ between processes
+    # (one without proposals builds its empty input itself), and a peer must never wait in vain.
+    sum_dy, sum_dy_xhat, mean_dy, mean_dy_xhat = gradient_sums(
+        dy, x, mean, var, count, ctx.eps, ctx.group
+    )
+    dx = None
+    if ctx.needs_input_grad[0]:
+        dx = input_gradient(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, ctx.eps)
+    dweight = sum_dy_xhat if ctx.needs_input_grad[1] else None
+    dbias = sum_dy if ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias, None, None, None, None, None
+
+
+normalize.register_autograd(_normalize_backward, setup_context=_save_for_backward)
+
+
+# --- backward ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("megdet_d2::gradient_sums", mutates_args=())
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (C,)."""
+    sum_dy, sum_dy_xhat = _local_gradient_sums(dy, x, mean, var, eps)
+    total_dy, total_dy_xhat = _all_reduce(group, sum_dy.double(), sum_dy_xhat.double())
+    total = count.clamp(min=1)
+    return sum_dy, sum_dy_xhat, (total_dy / total).to(mean), (total_dy_xhat / total).to(mean)
+
+
+@gradient_sums.register_fake
+def _(dy, x, mean, var, count, eps, group):
+    return tuple(torch.empty_like(mean) for _ in range(4))
+
+
+@torch.library.custom_op("megdet_d2::input_gradient", mutates_args=())
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mean_dy: Tensor,
+    mean_dy_xhat: Tensor,
+    eps: float,
+) -> Tensor:
+    """dx = γ / √(σ²_B + ε) · (dy - mean_dy - x̂ mean_dy_xhat), in x's shape, dtype and layout."""
+    x = _dense(x)
+    dy = _like_layout(dy, x)
+    invstd = torch.rsqrt(var + eps)
+    if x.is_cuda and x.numel() > 0:
+        # The kernel divides the sums it is given by the count: here they are means already, and a
+        # count of 1 cannot overflow its int32.
+        one = torch.ones(1, dtype=torch.int32, device=x.device)
+        return torch.batch_norm_backward_elemt(
+            dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
+        )
+    scale = invstd if weight is None else weight * invstd
+    dx = _affine(x, -scale * mean_dy_xhat, -scale * mean_dy, mean, var, eps)
+    return dx.addcmul_(dy, scale.to(dx.dtype).view(-1, *[1] * (x.dim() - 2)))
+
+
+@input_gradient.register_fake
+def _(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, eps):
+    return torch.empty_like(x)
+
+
+# --- the arithmetic of one process, from ATen's primitives ---------------------------------------
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of this process's values; zeros where it has none."""
+    dtype = _statistics_dtype(x)
+    if x.numel() == 0:
+        zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        return zeros, zeros
+    x = _dense(x)
+    if x.is_cuda:
+        # ε = 0 leaves the variance undamaged: 1 / invstd² is 0 where invstd is infinite.
+        mean, invstd = torch.batch_norm_stats(x, 0.0)
+        return mean, invstd.square().reciprocal()
+    # On CPU statistics come in the input's dtype, which is too coarse in half precision.
+    return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
+
+
+def _local_gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Σ dy and Σ dy x̂ (C,) of this process's values."""
+    if x.numel() == 0:
+        zeros = torch.zeros_like(mean)
+        return zeros, torch.zeros_like(mean)
+    x = _dense(x)
+    dy = _like_layout(dy, x)
+    if x.is_cuda:
+        invstd = torch.rsqrt(var + eps)
+        _, _, sum_dy_xhat, sum_dy = torch.batch_norm_backward_reduce(
+            dy, x, mean, invstd, torch.ones_like(mean), False, True, True
+        )
+        return sum_dy, sum_dy_xhat
+    # With training=False the primitive normalises by the statistics given and stops at the sums.
+    _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        dy, x, torch.ones_like(mean), mean, var, None, None, False, eps, (False, True, True)
+    )
+    return sum_dy, sum_dy_xhat
+
+
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """weight · (x - mean) / √(var + eps) + bias: one read, one write."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if x.is_cuda:
+        return torch.batch_norm_elemt(x, weight, bias, mean, torch.rsqrt(var + eps), eps)
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where the primitives take its layout as it is, a contiguous copy otherwise."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.is_contiguous() or (
+        x.dim() in layouts and x.is_contiguous(memory_format=layouts[x.dim()])
+    ):
+        return x
+    return x.contiguous()
+
+
+def _like_layout(dy: Tensor, x: Tensor) -> Tensor:
+    """dy in x's dtype and layout, which the primitives expect of it."""
+    if dy.stride() == x.stride() and dy.dtype == x.dtype:
+        return dy
+    return torch.empty_like(x).copy_(dy)
+
+
+def _all_reduce(group: str, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the group, sent as one message; the parts themselves where there is no group."""
+    if not group:
+        return parts
+    message = torch.cat(parts)
+    dist.all_reduce(message, group=_resolve_process_group(group))
+    return message.split([part.numel() for part in parts])

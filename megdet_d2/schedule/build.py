@@ -1,0 +1,190 @@
+"""The schedule's edge to Detectron2: ``MEGDET`` keys into ``SOLVER``, the scheduler from it."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
+from detectron2.utils import comm
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from tabulate import tabulate
+
+from .scaling import POLICIES, EpochPolicy, Schedule, make_schedule
+
+# SOLVER keys that a policy decides, and what to set instead.
+_RESOLVED = {
+    "BASE_LR": "MEGDET.REFERENCE_LR, SCALING_RULE or LR_FACTOR",
+    "MAX_ITER": 'MEGDET.EPOCHS, with MEGDET.POLICY "custom"',
+    "STEPS": 'MEGDET.DECAY_EPOCHS, with MEGDET.POLICY "custom"',
+    "WARMUP_ITERS": "MEGDET.WARMUP_EPOCHS",
+    "WARMUP_FACTOR": "MEGDET.WARMUP_START",
+}
+# SOLVER keys that a policy has no use for.
+_UNUSED = {
+    "GAMMA": 'MEGDET.DECAY_FACTORS, with MEGDET.POLICY "custom"',
+    "WARMUP_METHOD": 'nothing: the warm-up is linear (or MEGDET.POLICY "")',
+    "LR_SCHEDULER_NAME": 'MEGDET.POLICY "", which leaves the schedule to Detectron2',
+    "RESCALE_INTERVAL": 'MEGDET.POLICY "", which leaves the schedule to Detectron2',
+    "REFERENCE_WORLD_SIZE": "nothing: a MEGDET.POLICY scales by images, not by workers",
+}
+
+
+def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | None = None) -> str:
+    """Resolves the ``MEGDET`` keys into ``SOLVER``, in place, before training (§3.2, §4).
+
+    To be called before ``cfg.freeze()`` and ``default_setup``, so that what is logged, dumped and
+    used is one thing. Calling it again, or on the dumped config, changes nothing. With
+    ``MEGDET.POLICY`` "" it only checks the batch size.
+
+    Args:
+        num_images: images of an epoch, where ``MEGDET.EPOCH_IMAGES`` is 0; by default counted in
+            ``DATASETS.TRAIN`` after Detectron2's filtering.
+        world_size: processes that will train; by default those running.
+
+    Returns:
+        What was resolved, as a table for the log: key, before, after, why. "" without a policy.
+
+    Raises:
+        ValueError: naming the key, its value and the fix: a mini-batch that the processes cannot
+            share evenly, a schedule that makes no sense, a ``SOLVER`` key that the policy would
+            override.
+    """
+    world_size = comm.get_world_size() if world_size is None else world_size
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % world_size:
+        below = batch_size // world_size * world_size
+        works = [b for b in (below, below + world_size) if b > 0]
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share "
+            f"evenly; nearest that work: {' and '.join(map(str, works))}"
+        )
+    if not cfg.MEGDET.POLICY:
+        return ""
+    policy = policy_from_config(cfg)
+    _refuse_overrides(cfg)
+
+    epoch_images = cfg.MEGDET.EPOCH_IMAGES or num_images or _count_images(cfg)
+    schedule = make_schedule(
+        policy,
+        batch_size,
+        epoch_images,
+        reference_lr=cfg.MEGDET.REFERENCE_LR,
+        reference_batch_size=cfg.MEGDET.REFERENCE_BATCH_SIZE,
+        rule=cfg.MEGDET.SCALING_RULE,
+        lr_factor=cfg.MEGDET.LR_FACTOR,
+        warmup_epochs=cfg.MEGDET.WARMUP_EPOCHS,
+        warmup_start=cfg.MEGDET.WARMUP_START,
+    )
+    why = _reasons(cfg, policy, schedule, epoch_images)
+    rows = []
+    for key in _RESOLVED:
+        before, after = cfg.SOLVER[key], getattr(schedule, key.lower())
+        cfg.SOLVER[key] = cfg.MEGDET.RESOLVED[key] = after
+        rows.append((f"SOLVER.{key}", before, after, why[key]))
+    return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The scheduler of ``MEGDET.POLICY``; with "" Detectron2's own.
+
+    Raises:
+        ValueError: a policy is set, and ``scale_config`` has not resolved it.
+    """
+    if "MEGDET" not in cfg or not cfg.MEGDET.POLICY:
+        return d2_build_lr_scheduler(cfg, optimizer)
+    solver = cfg.SOLVER
+    if any(_differ(solver[key], cfg.MEGDET.RESOLVED[key]) for key in _RESOLVED):
+        raise ValueError(
+            f"MEGDET.POLICY is {cfg.MEGDET.POLICY!r} and SOLVER is not what it comes to: call "
+            "megdet_d2.scale_config(cfg) after the last change of cfg, before training"
+        )
+    values = [1.0]
+    for factor in policy_from_config(cfg).decay_factors:
+        values.append(values[-1] * factor)
+    decay = MultiStepParamScheduler(
+        values=values, milestones=list(solver.STEPS), num_updates=solver.MAX_ITER
+    )
+    multiplier = WarmupParamScheduler(
+        decay, solver.WARMUP_FACTOR, solver.WARMUP_ITERS / solver.MAX_ITER, "linear"
+    )
+    return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
+
+
+def policy_from_config(cfg: CfgNode) -> EpochPolicy:
+    """The epoch policy that ``MEGDET.POLICY`` names.
+
+    Raises:
+        ValueError: an unknown name, or epochs given beside a policy that has its own.
+    """
+    keys = cfg.MEGDET
+    if keys.POLICY == "custom":
+        if keys.EPOCHS is None:
+            raise ValueError(
+                'MEGDET.POLICY is "custom": set MEGDET.EPOCHS, the epochs to train for'
+            )
+        return EpochPolicy(keys.EPOCHS, tuple(keys.DECAY_EPOCHS), tuple(keys.DECAY_FACTORS))
+    if keys.POLICY not in POLICIES:
+        raise ValueError(
+            f'MEGDET.POLICY is {keys.POLICY!r}; use {", ".join(POLICIES)}, custom, or "" for '
+            "Detectron2's own schedule"
+        )
+    for key in ("EPOCHS", "DECAY_EPOCHS", "DECAY_FACTORS"):
+        if keys[key]:
+            raise ValueError(
+                f"MEGDET.{key} is {keys[key]}, but MEGDET.POLICY {keys.POLICY!r} has its own; set "
+                'MEGDET.POLICY "custom"'
+            )
+    return POLICIES[keys.POLICY]
+
+
+def _refuse_overrides(cfg: CfgNode) -> None:
+    # A value that is neither Detectron2's default nor what we wrote there is the user's.
+    defaults = get_cfg().SOLVER
+    for key, instead in {**_RESOLVED, **_UNUSED}.items():
+        value = cfg.SOLVER[key]
+        ours = key in _RESOLVED and not _differ(value, cfg.MEGDET.RESOLVED[key])
+        if _differ(value, defaults[key]) and not ours:
+            raise ValueError(
+                f"SOLVER.{key} is {value}, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} decides the "
+                f"schedule. Set {instead}; where {key} comes from a _BASE_ config, put back "
+                f"Detectron2's default, {defaults[key]}."
+            )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return list(a) != list(b)
+    return a != b
+
+
+def _count_images(cfg: CfgNode) -> int:
+    return len(
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    )
+
+
+def _reasons(
+    cfg: CfgNode, policy: EpochPolicy, schedule: Schedule, epoch_images: int
+) -> dict[str, str]:
+    keys, batch_size = cfg.MEGDET, cfg.SOLVER.IMS_PER_BATCH
+    per_epoch = f"{epoch_images} images / {batch_size}"
+    k = batch_size / keys.REFERENCE_BATCH_SIZE
+    scale = {"linear": f" x {k:g}", "sqrt": f" x sqrt({k:g})", "none": ""}[keys.SCALING_RULE]
+    factor = f" x {keys.LR_FACTOR:g}" if keys.LR_FACTOR != 1 else ""
+    decays = ", ".join(
+        f"x{f:g} at {e:g}" for e, f in zip(policy.decay_epochs, policy.decay_factors, strict=True)
+    )
+    start = keys.WARMUP_START
+    return {
+        "BASE_LR": f"{keys.REFERENCE_LR:g}{scale}{factor} ({keys.SCALING_RULE} scaling)",
+        "MAX_ITER": f"{policy.epochs:g} epochs x {per_epoch} ({keys.POLICY})",
+        "STEPS": f"epochs: {decays}" if decays else "no decay",
+        "WARMUP_ITERS": f"{keys.WARMUP_EPOCHS:g} epochs x {per_epoch}",
+        "WARMUP_FACTOR": f"from LR {schedule.warmup_factor * schedule.base_lr:g} ({start})",
+    }

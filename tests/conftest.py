@@ -1,0 +1,18 @@
+import pytest
+
+from .gloo_pool import GlooPool
+
+
+def _pool(world_size: int, ranks_per_machine: int | None = None):
+    @pytest.fixture(scope="session")
+    def pool():
+        pool = GlooPool(world_size, ranks_per_machine)
+        yield pool
+        pool.close()
+
+    return pool
+
+
+pool2 = _pool(2)
+pool4 = _pool(4)
+two_machines = _pool(4, ranks_per_machine=2)

@@ -1,0 +1,99 @@
+"""A pool of real gloo processes that outlives a test: its start takes seconds, a task milliseconds.
+
+A task is a function of a test module, called in every process as ``task(rank, *args)``; what the
+ranks return comes back as a list. A task that raises on any rank, or takes too long, fails the
+test, and the pool is thrown away, since its processes may be out of step.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+
+THREADS = "1"
+
+
+class RankError(AssertionError):
+    """A task raised on at least one rank; the message has every rank's traceback."""
+
+
+class GlooPool:
+    def __init__(self, world_size: int, ranks_per_machine: int | None = None):
+        self.world_size = world_size
+        self._ranks_per_machine = ranks_per_machine or world_size
+        self._workers: list = []
+
+    def run(self, task, *args, timeout: float = 60) -> list:
+        """``task(rank, *args)`` in every process; the list of what they returned, by rank."""
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((task, args))
+        replies, deadline = [], time.monotonic() + timeout
+        for rank, (_, pipe) in enumerate(self._workers):
+            try:
+                if not pipe.poll(max(0.1, deadline - time.monotonic())):
+                    replies.append((False, f"rank {rank}: no answer within {timeout} s"))
+                    continue
+                replies.append(pipe.recv())
+            except EOFError:
+                replies.append((False, f"rank {rank}: the process died"))
+        if not all(ok for ok, _ in replies):
+            self.close()
+            raise RankError("\n".join(str(reply) for ok, reply in replies if not ok))
+        return [reply for _, reply in replies]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ["OMP_NUM_THREADS"] = THREADS
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(rank, self.world_size, self._ranks_per_machine, port, theirs),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.terminate()
+        for process, _ in self._workers:
+            process.join()
+        self._workers = []
+
+
+def _serve(rank: int, world_size: int, ranks_per_machine: int, port: int, pipe) -> None:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from detectron2.utils import comm
+
+    torch.set_num_threads(int(THREADS))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    comm.create_local_process_group(ranks_per_machine)
+    while True:
+        try:
+            task, args = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            torch.manual_seed(rank)
+            reply = True, task(rank, *args)
+        except Exception:
+            reply = False, f"rank {rank}:\n{traceback.format_exc()}"
+        pipe.send(reply)

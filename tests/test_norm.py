@@ -1,0 +1,461 @@
+"""CrossGPUBatchNorm against batch norm of the pooled mini-batch in float64, in gloo processes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import megdet_d2
+from megdet_d2.norm import functional
+from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
+from megdet_d2.norm.groups import SELF, consecutive_group, ranks_per_group
+
+EPS, MOMENTUM = 1e-3, 0.3
+# Shapes by rank; the reference does not care how the mini-batch was cut.
+PARTS = {
+    "equal": [(2, 5, 4, 3)] * 4,
+    "unequal N": [(1, 5, 4, 3), (4, 5, 4, 3), (2, 5, 4, 3), (3, 5, 4, 3)],
+    "unequal H and W": [(2, 5, 1, 7), (2, 5, 6, 3), (1, 5, 4, 4), (2, 5, 2, 2)],
+    "one empty": [(3, 5, 4, 3), (0, 5, 4, 3), (2, 5, 4, 3), (2, 5, 4, 3)],
+    "one value": [(1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1)],
+}
+
+
+def make_inputs(shapes, dtype=torch.float64, seed=0):
+    """An x and a dy for every rank; content and scale differ between the ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    xs, dys = [], []
+    for i, shape in enumerate(shapes):
+        channel = torch.arange(shape[1], dtype=torch.float64).view(1, -1, *[1] * (len(shape) - 2))
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        xs.append((x * (i + 1) + 3 * channel - 2 * i).to(dtype))
+        dys.append(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+    return xs, dys
+
+
+def affine(channels, dtype=torch.float64):
+    weight = torch.linspace(-1, 2, channels, dtype=torch.float64)
+    bias = torch.linspace(1, -1, channels, dtype=torch.float64)
+    return weight.to(dtype), bias.to(dtype)
+
+
+def pooled_reference(xs, dys, steps=2):
+    """nn.BatchNorm1d in float64 on all values of all ranks at once."""
+    channels = xs[0].shape[1]
+
+    def flat(t):
+        return t.double().movedim(1, -1).reshape(-1, channels)
+
+    sizes = [flat(x).shape[0] for x in xs]
+    x = torch.cat([flat(x) for x in xs]).requires_grad_()
+    dy = torch.cat([flat(dy) for dy in dys])
+    layer = nn.BatchNorm1d(channels, EPS, MOMENTUM).double()
+    layer.weight.data, layer.bias.data = affine(channels)
+    for _ in range(steps):
+        y = layer(x)
+    y.backward(dy)
+
+    def unflat(t):
+        return [
+            part.reshape(*old.movedim(1, -1).shape).movedim(-1, 1)
+            for part, old in zip(t.split(sizes), xs, strict=True)
+        ]
+
+    return {
+        "y": unflat(y.detach()),
+        "dx": unflat(x.grad),
+        "dweight": layer.weight.grad,
+        "dbias": layer.bias.grad,
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
+    }
+
+
+def run_layer(rank, xs, dys, algorithm, group_size, memory_format, steps=2):
+    x = xs[rank].to(memory_format=memory_format).requires_grad_()
+    group = None if group_size is None else consecutive_group(group_size)
+    layer = CrossGPUBatchNorm(x.shape[1], EPS, MOMENTUM, process_group=group, algorithm=algorithm)
+    layer.weight.data, layer.bias.data = affine(x.shape[1], torch.float32)
+    if x.dtype == torch.float64:
+        layer.double()
+        layer.weight.data, layer.bias.data = affine(x.shape[1])
+    for _ in range(steps):
+        y = layer(x)
+    y.backward(dys[rank])
+    assert y.shape == x.shape and y.dtype == x.dtype and x.grad.dtype == x.dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    assert layer.num_batches_tracked == steps
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dweight": layer.weight.grad,
+        "dbias": layer.bias.grad,
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
+    }
+
+
+def assert_equals_pooled(results, reference, rtol, atol):
+    for rank, result in enumerate(results):
+        for key in ("y", "dx"):
+            torch.testing.assert_close(
+                result[key].double(),
+                reference[key][rank],
+                rtol=rtol,
+                atol=atol,
+                msg=lambda m, at=f"rank {rank}, {key}": f"{at}: {m}",
+            )
+        for key in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                result[key].double(), reference[key], rtol=min(rtol, 1e-5), atol=1e-6
+            )
+            assert torch.equal(result[key], results[0][key]), (
+                "ranks of a group must agree to the bit"
+            )
+    for key in ("dweight", "dbias"):
+        total = sum(result[key].double() for result in results)
+        torch.testing.assert_close(total, reference[key], rtol=rtol, atol=atol * 10)
+
+
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-4, 3e-5),
+    torch.bfloat16: (2e-2, 6e-2),
+    torch.float16: (2e-3, 1e-2),
+}
+
+
+@pytest.mark.parametrize("algorithm", functional.ALGORITHMS)
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_equals_pooled_batch_norm(request, world_size, parts, algorithm):
+    pool = request.getfixturevalue(f"pool{world_size}")
+    for dtype in (torch.float64, torch.float32):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            xs, dys = make_inputs(PARTS[parts][:world_size], dtype)
+            results = pool.run(run_layer, xs, dys, algorithm, None, memory_format)
+            assert_equals_pooled(results, pooled_reference(xs, dys), *TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parts", ["unequal N", "one empty"])
+def test_half_precision_input_has_float32_statistics(pool2, parts, dtype):
+    xs, dys = make_inputs(PARTS[parts][:2], dtype)
+    results = pool2.run(run_layer, xs, dys, "one_reduce", None, torch.channels_last)
+    assert_equals_pooled(results, pooled_reference(xs, dys), *TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("parts", ["equal", "unequal N", "one empty"])
+def test_groups_of_two_in_four_are_independent(pool4, parts):
+    xs, dys = make_inputs(PARTS[parts])
+    results = pool4.run(run_layer, xs, dys, "one_reduce", 2, torch.contiguous_format)
+    for first in (0, 2):
+        pair = slice(first, first + 2)
+        reference = pooled_reference(xs[pair], dys[pair])
+        assert_equals_pooled(results[pair], reference, *TOLERANCES[torch.float64])
+    assert not torch.equal(results[0]["running_mean"], results[2]["running_mean"])
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 7), (2, 5, 2, 3), (2, 5, 2, 3, 2)])
+def test_dimensions(pool2, shape):
+    xs, dys = make_inputs([shape, (1, *shape[1:])])
+    results = pool2.run(run_layer, xs, dys, "one_reduce", None, torch.contiguous_format)
+    assert_equals_pooled(results, pooled_reference(xs, dys), *TOLERANCES[torch.float64])
+
+
+# Targets of the layer, over 2 processes: (offset in deviations, error of the variance).
+@pytest.mark.parametrize("algorithm", functional.ALGORITHMS)
+@pytest.mark.parametrize("offset, error", [(0, 1e-6), (1e3, 1e-6), (1e4, 1e-5)])
+def test_variance_far_from_zero(pool2, offset, error, algorithm):
+    xs = [(torch.randn(4, 3, 16, 16, dtype=torch.float64) + offset).float() for _ in range(2)]
+    results = pool2.run(run_layer, xs, xs, algorithm, None, torch.contiguous_format)
+    reference = pooled_reference(xs, xs)
+    for result in results:
+        torch.testing.assert_close(
+            result["running_var"].double(), reference["running_var"], rtol=error, atol=0
+        )
+
+
+def run_empty_everywhere(rank):
+    layer = CrossGPUBatchNorm(3)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.weight.grad.eq(0).all() and layer.bias.grad.eq(0).all()
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_empty_on_every_rank_changes_nothing(pool2):
+    pool2.run(run_empty_everywhere)
+
+
+def run_one_value(rank):
+    layer = CrossGPUBatchNorm(3)
+    x = torch.ones(1 - rank, 3, 1, 1)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)
+
+
+def test_one_value_in_the_whole_group_is_an_error_on_every_rank(pool2):
+    pool2.run(run_one_value)
+
+
+def run_one_inf(rank):
+    layer = CrossGPUBatchNorm(3)
+    layer(torch.randn(2, 3, 4, 4))
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    if rank == 1:
+        x[0, 1, 2, 3] = float("inf")
+    layer(x)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_inf_on_one_rank_leaves_the_running_statistics_of_all(pool2):
+    pool2.run(run_one_inf)
+
+
+def run_counting(rank, algorithm):
+    calls = []
+    stock = dist.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return stock(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        layer = CrossGPUBatchNorm(7, algorithm=algorithm)
+        y = layer(torch.randn(2, 7, 3, 3))
+        forward = len(calls)
+        y.sum().backward()  # x needs no gradient; the collective is made all the same
+        backward = len(calls) - forward
+        layer.eval()(torch.randn(2, 7, 3, 3))
+        assert len(calls) == forward + backward, "evaluation must not communicate"
+    finally:
+        dist.all_reduce = stock
+    return forward, backward
+
+
+def test_collectives(pool2):
+    assert pool2.run(run_counting, "one_reduce") == [(1, 1)] * 2
+    assert pool2.run(run_counting, "two_pass") == [(2, 1)] * 2
+
+
+def run_bn_size(rank, bn_size, images_per_gpu, cross_machine):
+    model = nn.Sequential(CrossGPUBatchNorm(2), nn.Sequential(CrossGPUBatchNorm(2)))
+    megdet_d2.set_bn_size(model, bn_size, images_per_gpu, cross_machine)
+    groups = {layer._group_name for layer in (model[0], model[1][0])}
+    assert len(groups) == 1
+    y = model(torch.full((images_per_gpu, 2, 1, 2), float(rank)))
+    y.sum()
+    # What the layer averaged over: running_mean = momentum * mean of the ranks in the group.
+    return model[0].group_size(), round(float(model[0].running_mean[0]) * 10, 4)
+
+
+def test_bn_size_groups_on_two_machines_of_two(two_machines):
+    run = two_machines.run
+    assert run(run_bn_size, -1, 4, False) == [(2, 0.5), (2, 0.5), (2, 2.5), (2, 2.5)]
+    assert run(run_bn_size, 8, 4, False) == [(2, 0.5), (2, 0.5), (2, 2.5), (2, 2.5)]
+    assert run(run_bn_size, 4, 4, False) == [(1, 0.0), (1, 1.0), (1, 2.0), (1, 3.0)]
+    assert run(run_bn_size, -1, 4, True) == [(4, 1.5)] * 4
+    assert run(run_bn_size, 16, 4, True) == [(4, 1.5)] * 4
+    assert run(run_bn_size, 8, 4, True) == [(2, 0.5), (2, 0.5), (2, 2.5), (2, 2.5)]
+
+
+def test_impossible_bn_size_names_the_nearest():
+    assert ranks_per_group(16, 2, 8) == 8
+    assert ranks_per_group(-1, 2, 8) == 8
+    with pytest.raises(ValueError, match=r"BN_SIZE is 12.*Nearest that work: 8 and 16"):
+        ranks_per_group(12, 2, 8)
+    with pytest.raises(ValueError, match=r"BN_SIZE is 2.*Nearest that work: 16 and 32"):
+        ranks_per_group(2, 16, 2)
+    with pytest.raises(ValueError, match="FrozenBN"):
+        ranks_per_group(0, 2, 8)
+
+
+def test_one_process_is_plain_batch_norm():
+    torch.manual_seed(0)
+    ours, plain = CrossGPUBatchNorm(6), nn.BatchNorm2d(6)
+    for training in (True, True, False):
+        ours.train(training), plain.train(training)
+        x = torch.randn(3, 6, 5, 4)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        dy = torch.randn_like(x)
+        for layer, leaf in zip((ours, plain), inputs, strict=True):
+            layer(leaf).backward(dy)
+        torch.testing.assert_close(ours(x), plain(x))
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+        {"momentum": 0.0},
+        {"momentum": 1.0},
+    ],
+)
+def test_options_mean_what_they_mean_for_batch_norm(options):
+    ours, plain = CrossGPUBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
+    for _ in range(3):
+        x = torch.randn(2, 4, 3, 3)
+        torch.testing.assert_close(ours(x), plain(x))
+    ours.eval(), plain.eval()
+    torch.testing.assert_close(ours(x), plain(x))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+
+
+def test_evaluation_of_an_empty_input():
+    layer = CrossGPUBatchNorm(4).eval()
+    assert layer(torch.zeros(0, 4, 7, 7)).shape == (0, 4, 7, 7)
+
+
+def test_non_contiguous_input():
+    x = torch.randn(4, 6, 9, 9)[::2, :, 1::2, ::3]
+    torch.testing.assert_close(CrossGPUBatchNorm(6)(x), nn.BatchNorm2d(6)(x))
+
+
+def test_gradients_by_finite_differences():
+    layer = CrossGPUBatchNorm(3).double()
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, x),
+        (x, layer.weight, layer.bias),
+    )
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="algorithm is 'fast'; use one of one_reduce, two_pass"):
+        CrossGPUBatchNorm(3, algorithm="fast")
+    with pytest.raises(ValueError, match="expected 3 channels, got 4"):
+        CrossGPUBatchNorm(3)(torch.zeros(2, 4, 1, 1))
+    with pytest.raises(ValueError, match="2-D to 5-D"):
+        CrossGPUBatchNorm(3)(torch.zeros(3))
+    with pytest.raises(ValueError, match="not in the process group"):
+        CrossGPUBatchNorm(3, process_group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def run_copies(rank):
+    layer = CrossGPUBatchNorm(3, process_group=dist.new_group([0, 1]))
+    x = torch.randn(2, 3, 2, 2)
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.process_group is layer.process_group
+        torch.testing.assert_close(other(x), y)
+
+
+def test_deepcopy_and_pickle_keep_the_group(pool2):
+    pool2.run(run_copies)
+
+
+def test_compiles_whole_for_two_sizes_without_a_third_compilation():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    layer = CrossGPUBatchNorm(3)
+    eager = copy.deepcopy(layer)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for size in (4, 6, 8, 10):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(compiled(x), eager(x))
+    torch.testing.assert_close(layer.running_var, eager.running_var)
+    assert counter.frame_count <= 2
+
+
+def test_selective_checkpointing_updates_statistics_once():
+    from torch.utils.checkpoint import (
+        CheckpointPolicy,
+        checkpoint,
+        create_selective_checkpoint_contexts,
+    )
+
+    def policy(ctx, op, *args, **kwargs):
+        saved = op is torch.ops.megdet_d2.statistics.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    plain = nn.Sequential(nn.Conv2d(2, 3, 1), CrossGPUBatchNorm(3), nn.ReLU())
+    saving = copy.deepcopy(plain)
+    x = torch.randn(2, 2, 4, 4)
+    plain(x).square().sum().backward()
+    checkpoint(
+        saving, x, use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    ).square().sum().backward()  # fmt: skip
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    for a, b in zip(plain.buffers(), saving.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- conversion --------------------------------------------------------------------------------
+
+
+def test_state_dict_goes_both_ways():
+    from detectron2.layers import FrozenBatchNorm2d
+
+    torch.manual_seed(0)
+    trained = CrossGPUBatchNorm(4)
+    for _ in range(3):
+        trained(torch.randn(4, 4, 3, 3) * 2 + 1)
+    trained.eval()
+    x = torch.randn(2, 4, 3, 3)
+    for other in (nn.BatchNorm2d(4), nn.SyncBatchNorm(4), FrozenBatchNorm2d(4)):
+        state = trained.state_dict()
+        if isinstance(other, FrozenBatchNorm2d):
+            state.pop("num_batches_tracked")
+        other.load_state_dict(state)
+        torch.testing.assert_close(other.eval()(x), trained(x))
+        back = CrossGPUBatchNorm(4).eval()
+        back.load_state_dict(other.state_dict(), strict=not isinstance(other, FrozenBatchNorm2d))
+        torch.testing.assert_close(back(x), trained(x))
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
+def test_convert_and_revert(include_frozen):
+    from detectron2.layers import FrozenBatchNorm2d
+
+    shared = nn.BatchNorm2d(3)
+    frozen = FrozenBatchNorm2d(3)
+    frozen.running_mean.fill_(0.5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), shared, nn.Sequential(nn.SyncBatchNorm(3, momentum=0.2), frozen), shared
+    ).eval()
+    parameters = {name: p for name, p in model.named_parameters()}
+    calls = []
+    shared.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 3, 4, 4)
+    y = model(x)
+
+    assert megdet_d2.convert_cgbn(model, process_group=SELF, include_frozen=include_frozen) is model
+    assert isinstance(model[1], CrossGPUBatchNorm) and model[3] is model[1]
+    assert model[2][0].momentum == 0.2 and model[2][0].process_group is SELF
+    assert isinstance(model[2][1], CrossGPUBatchNorm) == include_frozen
+    assert not model[1].training
+    for name, p in parameters.items():
+        assert model.get_parameter(name) is p
+    torch.testing.assert_close(model(x), y)
+
+    megdet_d2.revert_cgbn(model)
+    assert not any(isinstance(m, CrossGPUBatchNorm) for m in model.modules())
+    assert type(model[1]) is nn.BatchNorm2d and model[3] is model[1]
+    torch.testing.assert_close(model(x), y)
+    assert len(calls) == 6  # the shared layer, twice each in three forwards
+    torch.testing.assert_close(
+        megdet_d2.convert_cgbn(nn.BatchNorm2d(3)).eval()(x), nn.BatchNorm2d(3).eval()(x)
+    )

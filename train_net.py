@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Trains and evaluates a detector with Detectron2's flags; see README.md.
+
+python train_net.py --config-file configs/COCO-Detection/megdet_R50_FPN_b16_normal.yaml --num-gpus 8
+torchrun --nproc-per-node 8 train_net.py --config-file ...
+"""
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+import megdet_d2
+from megdet_d2.engine import Trainer, launch, prepare_config
+
+
+def setup(args) -> CfgNode:
+    """The config of the command line, resolved, checked, logged and written to OUTPUT_DIR."""
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    schedule = prepare_config(cfg, args.eval_only)
+    cfg.freeze()
+    default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="megdet_d2")
+    if schedule:
+        logger.info("The schedule that MEGDET.POLICY comes to:\n%s", schedule)
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(main, args)
