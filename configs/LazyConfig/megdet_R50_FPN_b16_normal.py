@@ -1,22 +1,23 @@
 """COCO-Detection/megdet_R50_FPN_b16_normal.yaml as a LazyConfig.
 
-For Detectron2's own script, which its checkout has under tools/:
+For Detectron2's own script, tools/lazyconfig_train_net.py in its checkout:
 
-    lazyconfig_train_net.py --num-gpus 8 --config-file configs/LazyConfig/megdet_R50_FPN_b16_normal.py
+    python lazyconfig_train_net.py --num-gpus 8 --config-file .../megdet_R50_FPN_b16_normal.py
 
-Nothing else is needed, since this file imports megdet_d2. That script knows no BN size: statistics are over every
-image on the machine, the paper's 16 with 2 images on each of 8 GPUs. For any other, call
-``megdet_d2.set_bn_size(model, bn_size, images_per_gpu)`` after building the model. On several machines it saves
-the running statistics of the first; ``megdet_d2.Trainer`` averages them.
+This file imports megdet_d2, so nothing else is needed. The script knows no BN size: statistics are
+over every image on the machine, the paper's 16 with 2 images on each of 8 GPUs. For another, call
+``megdet_d2.set_bn_size(model, bn_size, images_per_gpu)`` where the script has built the model. From
+several machines it saves the first one's running statistics; ``megdet_d2.Trainer`` averages them.
 
 The batch size decides the learning rate and the schedule: change it here, not on the command line.
 """
 
-import megdet_d2  # noqa: F401  (registers "CGBN")
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+import megdet_d2  # noqa: F401  (registers "CGBN")
 from megdet_d2.schedule import scaling
 
 EPOCH_IMAGES = 118_000

@@ -1,4 +1,4 @@
-"""COCO-Detection/megdet_R50_FPN_b256_normal.yaml as a LazyConfig: 16 machines of 8 GPUs, 2 images each.
+"""COCO-Detection/megdet_R50_FPN_b256_normal.yaml as a LazyConfig: 16 machines of 8 GPUs.
 
 To launch it, see megdet_R50_FPN_b16_normal.py.
 """

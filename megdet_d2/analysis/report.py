@@ -10,110 +10,192 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+
 from megdet_d2.config import add_megdet_config
 from megdet_d2.data import register_datasets
 
 logger = logging.getLogger(__name__)
 
 SCORE_THRESHOLD = 0.5
-DPI = 100
+_TRAIN = "train first: train_net.py --config-file ... OUTPUT_DIR {run}"
+_EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
 
 
 def read_metrics(run: str | Path) -> tuple[list[dict], list[dict]]:
     """The training and the evaluation rows of a run's metrics.json, each by rising iteration.
 
-    A resumed or restarted training appends to the file: its rows replace the earlier ones from where
-    it starts.
+    A resumed or repeated training appends to the file: its rows replace earlier ones from the
+    iteration where it starts.
 
     Raises:
-        FileNotFoundError: no metrics.json. ValueError: no row in it yet.
+        FileNotFoundError: no metrics.json. ValueError: neither losses nor AP in it.
     """
-    path = _existing(Path(run) / "metrics.json", "train first, with OUTPUT_DIR {run}")
+    path = _existing(run, "metrics.json", _TRAIN)
     train_rows: list[dict] = []
     eval_rows: list[dict] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            row = json.loads(line)  # NaN is no JSON, but Python reads what Python wrote
-        except ValueError:  # a training that was killed while it wrote
-            logger.warning(f"{path}: line {number} is not json, left out")
+            row = json.loads(line)  # NaN is no JSON; Python reads what Python wrote
+        except ValueError:  # a training was killed as it wrote
+            logger.warning(f"{path}: line {number} is not json and is left out")
             continue
-        # One line holds both where an evaluation falls on an iteration that is written.
-        for rows, is_one in (
-            (train_rows, "total_loss" in row),
-            (eval_rows, any(key.endswith("bbox/AP") for key in row)),
-        ):
-            if is_one:
-                while rows and rows[-1]["iteration"] >= row["iteration"]:
-                    rows.pop()
-                rows.append(row)
+        # One row is both where an evaluation falls on an iteration that is logged.
+        is_eval = any(key.endswith("bbox/AP") for key in row)
+        for rows, belongs in ((train_rows, "total_loss" in row), (eval_rows, is_eval)):
+            while belongs and rows and rows[-1]["iteration"] >= row["iteration"]:
+                rows.pop()
+            rows += [row] * belongs
     if not train_rows and not eval_rows:
-        raise ValueError(
-            f"{path} has neither a loss nor an AP yet; train for at least 20 iterations, or wait "
-            "for the first that are written"
-        )
+        raise ValueError(f"{path} has neither losses nor AP; {_TRAIN.format(run=run)}")
     return train_rows, eval_rows
 
 
 def plot_curves(run: str | Path) -> Path:
     """Draws learning rate, losses and box AP over the iterations into RUN/curves.png."""
     train_rows, eval_rows = read_metrics(run)
-    fig = _figure(10, 9)
-    lr, loss, ap = fig.subplots(3, sharex=True, height_ratios=(1, 2, 2))
-    _plot_keys(lr, train_rows, ["lr"])
-    components = sorted({key for row in train_rows for key in row if key.startswith("loss_")})
-    _plot_keys(loss, train_rows, ["total_loss", *components])
-    keys = sorted({key for row in eval_rows for key in row if key.endswith(("/AP", "/AP50"))})
-    _plot_keys(ap, eval_rows, [key for key in keys if "bbox/" in key], marker=".")
-    for axes, title in ((lr, "learning rate"), (loss, "loss"), (ap, "box AP (%)")):
-        axes.set_title(title, loc="left", fontsize=11)
+    losses = sorted({key for row in train_rows for key in row if key.startswith("loss_")})
+    # With several test sets the keys begin with the set's name.
+    aps = sorted(k for k in set().union(*eval_rows) if re.search(r"(^|/)bbox/AP(50)?$", k))
+    figure = _figure(10, 9)
+    figure.suptitle(str(run))
+    panels = figure.subplots(3, sharex=True, height_ratios=(1, 2, 2))
+    contents = (
+        ("learning rate", train_rows, ["lr"]),
+        ("loss", train_rows, ["total_loss", *losses]),
+        ("box AP (%)", eval_rows, aps),
+    )
+    for axes, (title, rows, keys) in zip(panels, contents, strict=True):
+        for key in keys:
+            of_key = [row for row in rows if key in row]
+            x, y = ([row[column] for row in of_key] for column in ("iteration", key))
+            marker = "." if len(of_key) < 50 else None  # an AP alone is no line
+            axes.plot(x, y, marker=marker, label=key, linewidth=2.5 if "total" in key else 1.5)
+        axes.set_title(title, loc="left")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes is not lr and axes.lines:
+        if rows and len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    ap.set_xlabel("iteration")
-    fig.suptitle(str(run))
-    return _save(fig, Path(run) / "curves.png")
+    panels[-1].set_xlabel("iteration")
+    figure.savefig(Path(run) / "curves.png")
+    return Path(run) / "curves.png"
 
 
 def draw_detections(run: str | Path, num_images: int = 8) -> Path:
     """Draws ground truth beside detections for the first test images into RUN/detections.png.
 
     Raises:
-        FileNotFoundError: no config.yaml or no results of an evaluation. ValueError: no images.
+        FileNotFoundError: no config.yaml, or no results of an evaluation.
+        ValueError: results that cannot be read, or no image asked for.
     """
     if num_images < 1:
-        raise ValueError(f"--images is {num_images}; draw at least 1")
-    run = Path(run)
-    path = run / "inference" / "coco_instances_results.json"
-    _existing(path, "evaluate: train_net.py --eval-only --config-file {run}/config.yaml")
-    results = json.loads(path.read_text())
-    cfg = _load_config(run)
+        raise ValueError(f"--images is {num_images}; draw 1 or more")
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    cfg.set_new_allowed(True)  # another plugin's keys are no obstacle to looking
+    cfg.merge_from_file(str(_existing(run, "config.yaml", _TRAIN)))
     register_datasets(cfg)
-    name = cfg.DATASETS.TEST[-1]  # with several, each evaluation overwrites the one before
+    name = cfg.DATASETS.TEST[0]
+    folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
+    results_file = _existing(run, f"{folder}/coco_instances_results.json", _EVALUATE)
+    try:
+        results = json.loads(results_file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{results_file} is not json ({e}); {_EVALUATE.format(run=run)}") from None
     images = DatasetCatalog.get(name)[:num_images]
-    metadata = MetadataCatalog.get(name)
-    # The results hold the category ids of the annotation json, Detectron2 counts from 0.
-    contiguous = metadata.get("thing_dataset_id_to_contiguous_id", None)
+    names = MetadataCatalog.get(name).thing_classes
+    # The results hold the annotation json's category ids, Detectron2's data sets classes from 0.
+    to_class = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
 
-    def of_image(image: dict) -> list[tuple[list[float], str]]:
-        return [
-            (
-                result["bbox"],
-                f"{_class(metadata, contiguous, result['category_id'])} {result['score']:.2f}",
-            )
-            for result in results
-            if result["image_id"] == image["image_id"] and result["score"] >= SCORE_THRESHOLD
-        ]
+    columns = 2 * min(2, len(images))
+    rows = -(-2 * len(images) // columns)
+    aspect = max(image["height"] / image["width"] for image in images)
+    figure = _figure(3.5 * columns, (3.4 * aspect + 0.35) * rows)
+    blank = {"xticks": [], "yticks": [], "frame_on": False}
+    panels = figure.subplots(rows, columns, squeeze=False, subplot_kw=blank).flatten()
+    for image, truth, detections in zip(images, panels[::2], panels[1::2], strict=False):
+        pixels = read_image(image["file_name"], "RGB")
+        truth.set_title(f"{Path(image['file_name']).name}, ground truth", fontsize=9)
+        truth.imshow(pixels)
+        for box in image.get("annotations", []):
+            xywh = BoxMode.convert(box["bbox"], box["bbox_mode"], BoxMode.XYWH_ABS)
+            _draw_box(truth, xywh, box["category_id"], names[box["category_id"]])
+        detections.set_title(f"detections, score >= {SCORE_THRESHOLD}", fontsize=9)
+        detections.imshow(pixels)
+        for result in results:
+            if result["image_id"] == image["image_id"] and result["score"] >= SCORE_THRESHOLD:
+                index = to_class.get(result["category_id"], result["category_id"])
+                label = f"{names[index]}  {result['score']:.2f}"
+                _draw_box(detections, result["bbox"], index, label)
+    figure.savefig(Path(run) / "detections.png")
+    return Path(run) / "detections.png"
 
-    pairs_per_row = min(2, len(images))
-    rows = -(-len(images) // pairs_per_row)
-    fig = _figure(7 * pairs_per_row, 3.6 * rows)
-    panels = fig.subplots(rows, 2 * pairs_per_row, squeeze=False).flatten()
-    return _save(fig, run / "detections.png")
+
+def _draw_box(axes, xywh: list[float], index: int, label: str) -> None:
+    x, y, width, height = xywh
+    colour = f"C{index % 10}"
+    corners_x, corners_y = [x, x + width, x + width, x, x], [y, y, y + height, y + height, y]
+    axes.plot(corners_x, corners_y, color=colour, scalex=False, scaley=False)
+    # Above the box's left corner, or where the image's edges do not cut it off.
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    at, ha = (min(x + width, right), "right") if x > 0.8 * right else (max(x, 0), "left")
+    va = "top" if y < 0.06 * bottom else "bottom"
+    ground = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+    text = axes.text(at, max(y, 0), label, color="white", fontsize=8, ha=ha, va=va, bbox=ground)
+    text.set_clip_on(True)
+
+
+def summarize(run: str | Path) -> str:
+    """The final AP, the time that training took, and where to look next."""
+    run = Path(run)
+    final = (read_metrics(run)[1] or [{}])[-1]
+    lines = [
+        f"{key} {final[key]:.1f}, AP50 {final[key + '50']:.1f} (%)"
+        for key in sorted(final)
+        if key.endswith("bbox/AP")
+    ]
+    log = run / "log.txt"
+    times = re.findall(r"Total training time: (.+?) \(", log.read_text()) if log.is_file() else []
+    lines += [f"Training took {time} (h:mm:ss), evaluation included." for time in times[-1:]]
+    lines.append(f"Numbers:  {run / 'metrics.json'}, {log}")
+    lines.append(f"Pictures: {run / 'curves.png'}, {run / 'detections.png'}")
+    lines.append(f"Scalars:  {Path(sys.executable).parent / 'tensorboard'} --logdir {run}")
+    return "\n".join(lines)
+
+
+def _existing(run: str | Path, name: str, advice: str) -> Path:
+    path = Path(run) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; {advice.format(run=run)}")
+    return path
+
+
+def _figure(width: float, height: float):
+    """Sizes in hundreds of pixels. Without pyplot it needs no display: PNGs are drawn with Agg."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('The report needs matplotlib: run  pip install -e ".[demo]"') from error
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m megdet_d2.analysis.report")
+    parser.add_argument("run", metavar="RUN", help="OUTPUT_DIR of a training")
+    parser.add_argument("--images", type=int, default=8, help="how many to draw (default 8)")
+    args = parser.parse_args()
+    try:
+        plot_curves(args.run)
+        draw_detections(args.run, args.images)
+        print(summarize(args.run))
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

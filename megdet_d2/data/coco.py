@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -62,11 +63,11 @@ def check_datasets(cfg: CfgNode) -> None:
     Raises:
         FileNotFoundError: a json, an image root or an image that is not there.
         ValueError: a data set that nobody registered; a json that is not COCO; a missing key, a
-            value of another type, an id that stands twice; an unknown image_id or category_id; a box
-            that is none; sets whose categories differ; a NUM_CLASSES that disagrees.
+            value of another type, an id that stands twice; an unknown image_id or category_id; a
+            box that is none; sets whose categories differ; a NUM_CLASSES that disagrees.
     """
     known = set(DatasetCatalog.list())
-    categories: dict[str, dict[int, str]] = {}
+    classes: dict[str, list[str]] = {}  # by data set, in the order of the ids
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in known:
@@ -75,27 +76,29 @@ def check_datasets(cfg: CfgNode) -> None:
                     f"{[triple[0] for triple in cfg.DATASETS.COCO]}. Correct the name, or add a "
                     f"triple: {_EXAMPLE}"
                 )
-            if name in _registered and name not in categories:
-                evaluated = name in cfg.DATASETS.TEST
-                categories[name] = _check_json(name, *_registered[name], evaluated)
-    if not categories:
+            if name in classes:
+                continue
+            if name in _registered:
+                classes[name] = _check_json(name, *_registered[name], name in cfg.DATASETS.TEST)
+            elif "thing_classes" in MetadataCatalog.get(name).as_dict():
+                classes[name] = list(MetadataCatalog.get(name).thing_classes)
+    if not classes:
         return
 
-    first, expected = next(iter(categories.items()))
-    for name, found in categories.items():
+    first, expected = next(iter(classes.items()))
+    for name, found in classes.items():
         # Detectron2 numbers the classes in the order of the ids; the ids themselves may differ.
-        if list(found.values()) != list(expected.values()):
-            differ = sorted(found.items() ^ expected.items())
+        if found != expected:
+            differ = [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]]
             raise ValueError(
-                f"DATASETS: the categories of {first!r} and {name!r} differ in (id, name) "
-                f"{differ[:6]}; a detector needs one list: give both json files the same ids and "
-                "names, in any order"
+                f"DATASETS: the categories of {first!r} and {name!r} differ in {differ[:6]}; a "
+                "detector needs one list: give both the same names in the order of their ids"
             )
     _check_num_classes(cfg, first, len(expected))
 
 
-def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> dict[int, str]:
-    """The categories' names by id, in the order of the ids."""
+def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> list[str]:
+    """The categories' names, in the order of the ids."""
     where = f"DATASETS.COCO {name!r}"
     start = f"; a relative path starts at the working directory, {os.getcwd()!r}"
     if not os.path.isfile(json_file):
@@ -134,7 +137,7 @@ def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> 
             "missed; number annotations from 1 for the exact AP"
         )
     _check_images(where, image_root, [image["file_name"] for image in coco["images"]])
-    return categories
+    return list(categories.values())
 
 
 def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]) -> None:

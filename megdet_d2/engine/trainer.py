@@ -21,6 +21,7 @@ from torch import nn
 
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.functional import ALGORITHMS
+from megdet_d2.norm.groups import ranks_per_group
 from megdet_d2.norm.registry import (
     cgbn_layers,
     describe_norms,
@@ -64,7 +65,15 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False) -> str:
             "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
             "needs; set it False"
         )
-    return scale_config(cfg)
+    schedule = scale_config(cfg)
+    if cfg.MODEL.CGBN.BN_SIZE != -1:
+        world_size = comm.get_world_size()
+        ranks_per_group(
+            cfg.MODEL.CGBN.BN_SIZE,
+            cfg.SOLVER.IMS_PER_BATCH // world_size,
+            world_size if cfg.MODEL.CGBN.CROSS_MACHINE else comm.get_local_size(),
+        )
+    return schedule
 
 
 class Trainer(DefaultTrainer):
@@ -101,9 +110,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the data set's type, writing to OUTPUT_DIR/inference."""
+        """The evaluator of the data set's type, writing to OUTPUT_DIR/inference.
+
+        With several test sets each has a folder of its name there: they would overwrite each other.
+        """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            output_dir = os.path.join(output_dir, dataset_name)
         if kind in ("coco", "coco_panoptic_seg"):
             return COCOEvaluator(dataset_name, output_dir=output_dir)
         if kind == "lvis":

@@ -50,8 +50,8 @@ def machine_group() -> BNGroup:
         raise RuntimeError(
             f'NORM: "CGBN" was built in one of {comm.get_world_size()} processes before they '
             "were told which share a machine. Call detectron2.utils.comm."
-            "create_local_process_group(processes_per_machine) right after torch.distributed.init_process_group, as "
-            "Detectron2's and megdet_d2's launch do."
+            "create_local_process_group(processes_per_machine) right after "
+            "torch.distributed.init_process_group, as Detectron2's and megdet_d2's launch do."
         )
     return comm.get_local_process_group()
 

@@ -81,7 +81,10 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     rows = []
     for key in _RESOLVED:
         before, after = cfg.SOLVER[key], getattr(schedule, key.lower())
-        cfg.SOLVER[key] = cfg.MEGDET.RESOLVED[key] = after
+        cfg.SOLVER[key] = after
+        # A tuple of its own: the same object in two places is one alias in the dumped YAML, and an
+        # edit of one there would be an edit of both.
+        cfg.MEGDET.RESOLVED[key] = tuple(list(after)) if isinstance(after, tuple) else after
         rows.append((f"SOLVER.{key}", before, after, why[key]))
     return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
 

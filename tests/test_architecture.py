@@ -1,0 +1,97 @@
+"""A file imports only from its own floor's files below it; see docs/architecture.md."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megdet_d2"
+
+# From the ground up. A prefix names a folder, the longest that fits decides.
+FLOORS = {
+    "_version": 0,
+    "norm": 0,
+    "schedule": 0,
+    "norm.registry": 1,
+    "schedule.build": 1,
+    "config": 1,
+    "memory": 1,
+    "modeling": 1,
+    "data": 1,
+    "engine": 2,
+    "analysis": 2,
+    "cli": 3,
+    "env": 3,
+    "__init__": 3,
+}
+# These need no Detectron2 and no config.
+PLAIN = ["norm/groups.py", "norm/functional.py", "norm/batch_norm.py", "norm/convert.py"] + [
+    "schedule/scaling.py"
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor(module: str) -> int:
+    name = module.removeprefix("megdet_d2").lstrip(".") or "__init__"
+    while name not in FLOORS:
+        assert "." in name, (
+            f"{module} stands on no floor: add it to FLOORS and the architecture page"
+        )
+        name = name.rpartition(".")[0]
+    return FLOORS[name]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path):
+    """Absolute names of the modules that a file imports, those inside functions too."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                candidate = PACKAGE.parent / Path(*stem.split("."), alias.name)
+                is_module = candidate.with_suffix(".py").exists() or candidate.is_dir()
+                yield f"{stem}.{alias.name}" if is_module else stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_down(path):
+    here = floor(module_name(path))
+    for name in imports(path):
+        if name.startswith("megdet_d2") and module_name(path) != "megdet_d2":
+            assert floor(name) <= here, f"{module_name(path)} imports {name}, from a floor above"
+
+
+@pytest.mark.parametrize("path", PLAIN)
+def test_norm_and_schedule_need_no_detectron2(path):
+    assert not [
+        name for name in imports(PACKAGE / path) if "detectron2" in name or "fvcore" in name
+    ]
+
+
+def test_package_import_leaves_the_engine_alone():
+    code = (
+        "import sys, megdet_d2; assert 'detectron2.engine' not in sys.modules; "
+        "megdet_d2.Trainer; assert 'detectron2.engine' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_setup_py_is_a_shim():
+    setup = (ROOT / "setup.py").read_text()
+    assert "torch" not in setup and len(setup.splitlines()) <= 4
+    version = {}
+    exec((PACKAGE / "_version.py").read_text(), version)
+    assert f"## {version['__version__']}" in (ROOT / "CHANGELOG.md").read_text()

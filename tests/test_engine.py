@@ -1,0 +1,337 @@
+"""train_net.py as a user runs it, and what it leaves behind."""
+
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+import megdet_d2
+from megdet_d2.engine import prepare_config
+from megdet_d2.engine.hooks import average_statistics
+from megdet_d2.engine.launch import launch
+from megdet_d2.norm.registry import cgbn_layers
+
+HERE = Path(__file__).parent
+TINY = str(HERE / "data" / "tiny.yaml")
+TRAIN_NET = str(HERE.parent / "train_net.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def run(*command, check=True, **env):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        env={**os.environ, **env}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    if check:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
+
+
+def tiny_config(*overrides):
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    cfg.merge_from_file(TINY)
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def read_metrics(output):
+    merged = {}
+    for line in (output / "metrics.json").read_text().splitlines():
+        row = json.loads(line)
+        merged.setdefault(row["iteration"], {}).update(row)
+    return merged
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Twelve iterations by Detectron2's launcher, two processes."""
+    output = tmp_path_factory.mktemp("trained")
+    run(
+        TRAIN_NET, "--config-file", TINY, "--num-gpus", "2", "--dist-url", "auto",
+        "OUTPUT_DIR", str(output),
+    )  # fmt: skip
+    return output
+
+
+def test_training_leaves_what_detectron2_users_expect(trained):
+    for name in ("model_0000003.pth", "model_final.pth", "last_checkpoint", "config.yaml"):
+        assert (trained / name).stat().st_size > 0
+    assert list(trained.glob("events.out.tfevents.*"))
+    assert (trained / "inference" / "coco_instances_results.json").exists()
+
+    metrics = read_metrics(trained)
+    last = metrics[11]
+    assert last["effective_batch_size"] == 8 and last["bn_size"] == 8
+    assert math.isfinite(last["total_loss"])
+    # 64 images / 8 = 8 iterations an epoch; the learning rate of 8 images is 0.01, decayed at 8.
+    assert last["lr"] == pytest.approx(0.001)
+    assert any("bbox/AP" in row for row in metrics.values())
+
+    log = (trained / "log.txt").read_text()
+    layers = len(cgbn_layers(build_model(tiny_config())))
+    assert f"CGBN: {layers} layers, each over 8 images on 2 processes (one_reduce)" in log
+    assert re.search(r"SOLVER.MAX_ITER\s+\|\s+40000\s+\|\s+12\s+\| 1.5 epochs x 64 images / 8", log)
+
+
+def test_dumped_config_is_the_resolved_one(trained):
+    dumped = get_cfg()
+    megdet_d2.add_megdet_config(dumped)
+    dumped.merge_from_file(str(trained / "config.yaml"))
+    assert (dumped.SOLVER.BASE_LR, dumped.SOLVER.MAX_ITER) == (0.01, 12)
+    assert tuple(dumped.SOLVER.STEPS) == (8,)
+    before = dumped.dump()
+    prepare_config(dumped)
+    assert dumped.dump() == before
+
+
+def test_statistics_of_a_checkpoint_are_those_of_every_rank(trained):
+    state = torch.load(trained / "model_final.pth", weights_only=False)["model"]
+    counted = [v for k, v in state.items() if k.endswith("num_batches_tracked")]
+    assert counted and all(int(v) == 12 for v in counted)
+
+
+PLAIN = """
+import sys, torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.checkpoint import DetectionCheckpointer
+weights, norm, config, out = sys.argv[1:]
+cfg = get_cfg()
+cfg.merge_from_file(config, allow_unsafe=True)
+for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD):
+    node.NORM = norm
+model = build_model(cfg).eval()
+DetectionCheckpointer(model).load(weights)
+torch.manual_seed(0)
+features = model.backbone(torch.randn(2, 3, 64, 64))
+box = model.roi_heads.box_head(torch.randn(3, 16, 4, 4))
+assert not [m for m in sys.modules if m.startswith("megdet")]
+torch.save([*features.values(), box], out)
+"""
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_a_checkpoint_loads_where_the_plugin_is_unknown(trained, tmp_path, norm):
+    # a config without the plugin's keys
+    cfg = tiny_config()
+    for node, key in ((cfg, "MEGDET"), (cfg.MODEL, "CGBN"), (cfg.DATASETS, "COCO")):
+        del node[key]
+    del cfg.DATASETS["DIGITS"]
+    (tmp_path / "plain.yaml").write_text(cfg.dump())
+    weights, out = str(trained / "model_final.pth"), str(tmp_path / "out.pt")
+    run("-c", PLAIN, weights, norm, str(tmp_path / "plain.yaml"), out)
+
+    model = build_model(tiny_config()).eval()
+    DetectionCheckpointer(model).load(weights)
+    torch.manual_seed(0)
+    ours = [*model.backbone(torch.randn(2, 3, 64, 64)).values()]
+    ours.append(model.roi_heads.box_head(torch.randn(3, 16, 4, 4)))
+    for a, b in zip(ours, torch.load(out), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
+def test_other_checkpoints_load_into_cgbn(tmp_path, norm):
+    other = tiny_config()
+    for node in (other.MODEL.RESNETS, other.MODEL.FPN, other.MODEL.ROI_BOX_HEAD):
+        node.NORM = norm
+    theirs, ours = build_model(other).eval(), build_model(tiny_config()).eval()
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(torch.rand(buffer.shape))
+    DetectionCheckpointer(theirs, str(tmp_path)).save("other")
+    DetectionCheckpointer(ours).load(str(tmp_path / "other.pth"))
+    x = torch.randn(2, 3, 64, 64)
+    for a, b in zip(ours.backbone(x).values(), theirs.backbone(x).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_eval_only_gives_the_same_ap_on_one_process(trained, tmp_path):
+    run(
+        TRAIN_NET, "--config-file", str(trained / "config.yaml"), "--eval-only",
+        "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(trained / "model_final.pth"),
+    )  # fmt: skip
+
+    def detections(output):
+        found = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+        return sorted((d["image_id"], round(d["score"], 4), d["category_id"]) for d in found)
+
+    assert detections(tmp_path) == detections(trained)
+
+
+def test_torchrun_resumes_what_the_launcher_began(trained, tmp_path):
+    for name in ("model_0000003.pth", "model_0000007.pth"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    run(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        TRAIN_NET, "--config-file", TINY, "--resume", "OUTPUT_DIR", str(tmp_path),
+        "TEST.EVAL_PERIOD", "0",
+    )  # fmt: skip
+    log = (tmp_path / "log.txt").read_text()
+    assert "Starting training from iteration 8" in log
+    assert "each over 8 images on 2 processes" in log
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_plain_project_by_the_environment_module(tmp_path):
+    config = tmp_path / "plain.yaml"
+    config.write_text(
+        f"_BASE_: {HERE / 'data' / 'plain.yaml'}\nMODEL: {{RESNETS: {{NORM: CGBN}}}}\n"
+    )
+    result = run(
+        str(HERE / "plain_project.py"), str(config), "OUTPUT_DIR", str(tmp_path),
+        DETECTRON2_ENV_MODULE="megdet_d2.env",
+    )  # fmt: skip
+    assert "plugin imported: True" in result.stdout
+    assert int(re.search(r"CGBN layers: (\d+)", result.stdout)[1]) > 20
+
+
+def average_task(rank):
+    model = nn.Sequential(
+        megdet_d2.CrossGPUBatchNorm(2), nn.BatchNorm2d(2), megdet_d2.CrossGPUBatchNorm(3)
+    )
+    for layer in model:
+        layer.running_mean.fill_(rank)
+        layer.running_var.fill_(rank**2)
+    average_statistics(model)
+    for layer in (model[0], model[2]):
+        assert layer.running_mean.eq(1.5).all() and layer.running_var.eq(14 / 4).all()
+    assert model[1].running_mean.eq(rank).all()
+
+
+def test_running_statistics_are_averaged_over_all_ranks(pool4):
+    pool4.run(average_task)
+
+
+# --- two processes of two images train as one of four -------------------------------------------
+
+
+def ten_losses(rank, world_size):
+    with pytest.MonkeyPatch.context() as patch:
+        return _ten_losses(rank, world_size, patch)
+
+
+def _ten_losses(rank, world_size, patch):
+    nms = importlib.import_module("detectron2.layers.nms")  # the package has a function so named
+    from detectron2.structures import Boxes, Instances
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(7)
+    # Every anchor and every proposal is kept, so that no random choice depends on the process,
+    # and every image gives the same number of regions: Detectron2 divides by a process's count.
+    cfg = tiny_config(
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10000, "MODEL.RPN.POSITIVE_FRACTION", 1.0,
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10000, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0,
+        "MODEL.RPN.NMS_THRESH", 1.0,
+    )  # fmt: skip
+    model = build_model(cfg).double()
+    # Detectron2 hands float32 boxes with the model's scores to an operator that wants one dtype.
+    stock = nms.box_ops.batched_nms
+    patch.setattr(nms.box_ops, "batched_nms", lambda b, s, i, t: stock(b, s.float(), i, t))
+    generator = torch.Generator().manual_seed(1)
+    batch = []
+    for _ in range(4):
+        corner = torch.randint(0, 30, (3, 2), generator=generator).double()
+        size = torch.randint(12, 30, (3, 2), generator=generator).double()
+        instances = Instances((64, 64))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + size], 1))
+        instances.gt_classes = torch.randint(0, 10, (3,), generator=generator)
+        image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": 64, "width": 64})
+    if world_size > 1:
+        megdet_d2.set_bn_size(model, 4, 2)
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+        batch = batch[2 * rank : 2 * rank + 2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    from detectron2.utils.events import EventStorage
+
+    rows = []
+    with EventStorage():
+        for _ in range(10):
+            losses = model(batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            rows.append({name: float(loss) for name, loss in losses.items()})
+    return rows
+
+
+def test_two_processes_of_two_images_are_one_of_four(pool2):
+    whole = ten_losses(0, 1)
+    halves = pool2.run(ten_losses, 2, timeout=120)
+    assert whole[0] != whole[9]
+    for step, losses in enumerate(whole):
+        for name, loss in losses.items():
+            mean = sum(half[step][name] for half in halves) / 2
+            assert mean == pytest.approx(loss, rel=1e-5), f"{name} at step {step}"
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("MODEL.CGBN.BN_SIZE", 3), "BN_SIZE is 3.*Nearest that work: 8"),
+        (("MODEL.CGBN.ALGORITHM", "fast"), "ALGORITHM is 'fast'; use one of one_reduce, two_pass"),
+        (("SOLVER.AMP.ENABLED", True), "AMP.ENABLED is True, and there is no GPU"),
+        (("MODEL.WEIGHTS", "nowhere.pkl"), "MODEL.WEIGHTS: there is no file 'nowhere.pkl'"),
+        (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9"),
+        (("DATASETS.DIGITS.DIFFICULTY", "simple"), "(?i)difficulty.*simple"),
+        (("DATASETS.TRAIN", ("mine",)), "DATASETS.TRAIN has 'mine', which is not registered"),
+    ],
+)
+def test_bad_input_is_refused_before_work_starts(overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare_config(tiny_config(*overrides))
+
+
+def test_evaluation_needs_no_training_keys():
+    cfg = tiny_config("MODEL.CGBN.BN_SIZE", 3, "SOLVER.AMP.ENABLED", True)
+    assert prepare_config(cfg, eval_only=True) == ""
+
+
+def test_flags_that_contradict_torchrun(monkeypatch):
+    from detectron2.engine import default_argument_parser
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args = default_argument_parser().parse_args(["--num-gpus", "8"])
+    with pytest.raises(ValueError, match="--num-gpus 8 .* leave these flags to torchrun"):
+        launch(print, args)
+
+
+def test_the_ddp_patch_lasts_as_long_as_the_constructor():
+    import detectron2.engine.defaults as defaults
+
+    from megdet_d2.engine.trainer import _ddp_without_device_ids
+
+    stock = defaults.create_ddp_model
+    with pytest.raises(RuntimeError), _ddp_without_device_ids(tiny_config()):
+        assert defaults.create_ddp_model.keywords == {"device_ids": None}
+        raise RuntimeError
+    assert defaults.create_ddp_model is stock
+    gpu = tiny_config("MODEL.DEVICE", "cuda")
+    with _ddp_without_device_ids(gpu):
+        assert defaults.create_ddp_model is stock
