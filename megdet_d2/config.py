@@ -56,7 +56,7 @@ def add_megdet_config(cfg: CN) -> None:
     # The embedded data set, megdet_digits_train and megdet_digits_val: square images of this size
     # in pixels, how many, and "easy" (smooth backgrounds) or "hard" (sharp photographs).
     cfg.DATASETS.DIGITS = CN()
-    cfg.DATASETS.DIGITS.IMAGE_SIZE = 96
-    cfg.DATASETS.DIGITS.NUM_TRAIN = 4000
+    cfg.DATASETS.DIGITS.IMAGE_SIZE = 64
+    cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
     cfg.DATASETS.DIGITS.NUM_VAL = 200
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"

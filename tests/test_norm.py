@@ -168,10 +168,11 @@ def test_dimensions(pool2, shape):
 
 # Targets of the layer, over 2 processes: (offset in deviations, error of the variance).
 @pytest.mark.parametrize("algorithm", functional.ALGORITHMS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("offset, error", [(0, 1e-6), (1e3, 1e-6), (1e4, 1e-5)])
-def test_variance_far_from_zero(pool2, offset, error, algorithm):
-    xs = [(torch.randn(4, 3, 16, 16, dtype=torch.float64) + offset).float() for _ in range(2)]
-    results = pool2.run(run_layer, xs, xs, algorithm, None, torch.contiguous_format)
+def test_variance_far_from_zero(pool2, offset, error, layout, algorithm):
+    xs = [(torch.randn(2, 3, 64, 48, dtype=torch.float64) + offset).float() for _ in range(2)]
+    results = pool2.run(run_layer, xs, xs, algorithm, None, layout)
     reference = pooled_reference(xs, xs)
     for result in results:
         torch.testing.assert_close(

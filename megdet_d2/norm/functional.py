@@ -87,7 +87,6 @@ def statistics(
     """μ_B and σ²_B (C,) in the statistics' dtype, and |B| (1,) in float64: lines 1 to 10."""
     n = x.numel() // x.shape[1]
     local_mean, local_var = _local_moments(x)
-    local_mean, local_var = local_mean.double(), local_var.double()
     if algorithm == "one_reduce":
         # Σx² = n (σ² + μ²). Float64 leaves room for means of 10⁵ deviations before the difference
         # below loses the digits a float32 input has.
@@ -237,18 +236,34 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of this process's values; zeros where it has none."""
-    dtype = _statistics_dtype(x)
+    """Mean and biased variance (C,) of this process's values, float64; zeros where it has none."""
     if x.numel() == 0:
-        zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         return zeros, zeros
     x = _dense(x)
     if x.is_cuda:
         # ε = 0 leaves the variance undamaged: 1 / invstd² is 0 where invstd is infinite.
         mean, invstd = torch.batch_norm_stats(x, 0.0)
-        return mean, invstd.square().reciprocal()
-    # On CPU statistics come in the input's dtype, which is too coarse in half precision.
-    return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0)
+        return mean.double(), invstd.double().square().reciprocal()
+    # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
+    # come from the kernel that is meant for gradients. σ² as Σx²/n - μ² keeps its digits where the
+    # mean is within two deviations of zero, as it mostly is; elsewhere x is centred first.
+    mean, var = _moments_about(x, None)
+    if bool((mean.square() > 4 * var).any()):
+        mean, var = _moments_about(x, mean.to(_statistics_dtype(x)))
+    return mean, var
+
+
+def _moments_about(x: Tensor, pivot: Tensor | None) -> tuple[Tensor, Tensor]:
+    n, channels = x.numel() // x.shape[1], x.shape[1]
+    if pivot is None:
+        pivot = torch.zeros(channels, dtype=_statistics_dtype(x))
+        total, squares = _sums_of_products(x, x, pivot)
+    else:
+        x = x - pivot.view(-1, *[1] * (x.dim() - 2))
+        total, squares = _sums_of_products(x, x, torch.zeros_like(pivot))
+    mean = total / n
+    return pivot.double() + mean, (squares / n - mean.square()).clamp(min=0)
 
 
 def _local_gradient_sums(
@@ -260,17 +275,43 @@ def _local_gradient_sums(
         return zeros, torch.zeros_like(mean)
     x = _dense(x)
     dy = _like_layout(dy, x)
+    invstd = torch.rsqrt(var + eps)
     if x.is_cuda:
-        invstd = torch.rsqrt(var + eps)
         _, _, sum_dy_xhat, sum_dy = torch.batch_norm_backward_reduce(
             dy, x, mean, invstd, torch.ones_like(mean), False, True, True
         )
         return sum_dy, sum_dy_xhat
-    # With training=False the primitive normalises by the statistics given and stops at the sums.
-    _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        dy, x, torch.ones_like(mean), mean, var, None, None, False, eps, (False, True, True)
+    sum_dy, sum_dy_xmu = _sums_of_products(dy, x, mean)
+    return sum_dy.to(mean), (sum_dy_xmu * invstd).to(mean)
+
+
+def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ a and Σ a (b - mean), (C,) in float64, of dense CPU tensors of one layout.
+
+    ATen adds up in float32. So each channel is cut into lanes, whose sums are short, and the lanes
+    are added up in float64.
+    """
+    channels, n = a.shape[1], a.numel() // a.shape[1]
+    if a.dim() == 2 or not a.is_contiguous():  # channels are innermost, and summed one by one
+        lanes = _num_lanes(a.shape[-1] if a.dim() > 2 else 1, n, 512)
+        a, b = (t.movedim(1, -1).reshape(-1, lanes * channels) for t in (a, b))
+        mean, layout, across = mean.repeat(lanes), (lanes, channels), 0
+    else:  # channels are outermost, and summed by whole vectors
+        lanes = _num_lanes(a.shape[2], n, 4096)
+        a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
+        mean, layout, across = mean.repeat_interleave(lanes), (channels, lanes), 1
+    # With training=False the kernel takes the statistics it is given, and the mask ends it at the
+    # sums for γ and β. Variance 1 and ε 0 leave b - mean as it is.
+    ones = torch.ones_like(mean)
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(
+        a, b, ones, mean, ones, None, None, False, 0.0, (False, True, True)
     )
-    return sum_dy, sum_dy_xhat
+    return tuple(t.view(layout).sum(across, dtype=torch.float64) for t in (sums, products))
+
+
+def _num_lanes(size: int, length: int, longest: int) -> int:
+    """The least divisor of ``size`` that cuts ``length`` values into lanes of ``longest``."""
+    return next((g for g in range(1, size) if size % g == 0 and length <= g * longest), size)
 
 
 def _affine(
