@@ -31,9 +31,10 @@ detectron2:
 			--require-hashes -r requirements/detectron2.txt \
 		&& rm -f "$$site"/detectron2/_C*.so
 
+# On CPU processes everywhere, GPUs or none.
 demo: setup
-	$(PY) train_net.py --config-file $(DEMO_CONFIG) --num-gpus 2 --dist-url auto OUTPUT_DIR $(DEMO_OUTPUT)
-	$(PY) -m megdet_d2.analysis.report $(DEMO_OUTPUT)
+	CUDA_VISIBLE_DEVICES= $(PY) -W ignore train_net.py --config-file $(DEMO_CONFIG) --num-gpus 2 --dist-url auto OUTPUT_DIR $(DEMO_OUTPUT)
+	$(PY) -W ignore -m megdet_d2.analysis.report $(DEMO_OUTPUT)
 
 test: setup lint
 	$(PY) -m pytest

@@ -23,7 +23,7 @@ def setup(args) -> CfgNode:
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    schedule = prepare_config(cfg, args.eval_only)
+    schedule = prepare_config(cfg, args.eval_only, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="megdet_d2")

@@ -1,3 +1,9 @@
+import os
+
+# Before torch looks: Detectron2's launcher chooses NCCL where it sees a GPU, and these tests are
+# of CPU processes.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 
 from .gloo_pool import GlooPool

@@ -12,6 +12,7 @@ import time
 import traceback
 
 THREADS = "1"
+START_TIMEOUT = 200  # seconds
 
 
 class RankError(AssertionError):
@@ -60,6 +61,10 @@ class GlooPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        for _, pipe in self._workers:  # imports take long, and are no part of a task's time
+            if not pipe.poll(START_TIMEOUT) or pipe.recv() != "ready":
+                self.close()
+                raise RankError(f"a process of the pool was not ready within {START_TIMEOUT} s")
 
     def close(self) -> None:
         for process, pipe in self._workers:
@@ -86,6 +91,7 @@ def _serve(rank: int, world_size: int, ranks_per_machine: int, port: int, pipe) 
         timeout=timedelta(seconds=60),
     )
     comm.create_local_process_group(ranks_per_machine)
+    pipe.send("ready")
     while True:
         try:
             task, args = pipe.recv()

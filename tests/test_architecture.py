@@ -28,9 +28,13 @@ FLOORS = {
     "__init__": 3,
 }
 # These need no Detectron2 and no config.
-PLAIN = ["norm/groups.py", "norm/functional.py", "norm/batch_norm.py", "norm/convert.py"] + [
-    "schedule/scaling.py"
-]
+PLAIN = [
+    "norm/groups.py",
+    "norm/functional.py",
+    "norm/collective.py",
+    "norm/batch_norm.py",
+    "norm/convert.py",
+] + ["schedule/scaling.py"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -467,3 +468,22 @@ def test_the_annotation_id_0_costs_ap_and_is_warned_of(val, tmp_path, caplog):
         check(config(test=[val.write()]))
     assert_says(caplog.text, "'my_val'", "annotation id 0", "from 1")
     assert evaluate_perfect_predictions("my_val", tmp_path / "out") < 100
+
+
+# --- What only some trainings need ----------------------------------------------------------------
+
+
+def test_masks_are_asked_for_where_they_are_trained(train):
+    cfg = config([train.write()])
+    check(cfg)
+    cfg.MODEL.MASK_ON = True
+    assert_says(refusal(cfg), "'my_train'", "annotations[0] has no 'segmentation'")
+
+
+def test_only_the_splits_in_use_are_read(train, val):
+    cfg = config([train.write()], [val.write()])
+    os.remove(train.triple[1])
+    register_coco(cfg.DATASETS.COCO)
+    check_datasets(cfg, ("TEST",))
+    with pytest.raises(FileNotFoundError):
+        check_datasets(cfg)

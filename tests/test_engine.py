@@ -37,11 +37,13 @@ def datasets_root(tmp_path_factory):
 
 def run(*command, check=True, **env):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
+        [sys.executable, "-W", "default", *command],
         env={**os.environ, **env}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     if check:
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    ours = re.findall(r".*/(?:megdet_d2/|train_net\.py).*Warning.*", result.stderr)
+    assert not ours, ours
     return result
 
 
@@ -175,7 +177,16 @@ def test_eval_only_gives_the_same_ap_on_one_process(trained, tmp_path):
         found = json.loads((output / "inference" / "coco_instances_results.json").read_text())
         return sorted((d["image_id"], round(d["score"], 4), d["category_id"]) for d in found)
 
+    assert len(detections(trained)) > 20
     assert detections(tmp_path) == detections(trained)
+
+
+def test_evaluation_needs_no_training_images(trained):
+    cfg = tiny_config("DATASETS.COCO", [["gone", "nowhere.json", "nowhere"]])
+    cfg.DATASETS.TRAIN = ("gone",)
+    assert prepare_config(cfg, eval_only=True) == ""
+    with pytest.raises(FileNotFoundError):
+        prepare_config(cfg)
 
 
 def test_torchrun_resumes_what_the_launcher_began(trained, tmp_path):
@@ -200,7 +211,7 @@ def test_plain_project_by_the_environment_module(tmp_path):
         f"_BASE_: {HERE / 'data' / 'plain.yaml'}\nMODEL: {{RESNETS: {{NORM: CGBN}}}}\n"
     )
     result = run(
-        str(HERE / "plain_project.py"), str(config), "OUTPUT_DIR", str(tmp_path),
+        str(HERE / "plain_project.py"), "--config-file", str(config), "OUTPUT_DIR", str(tmp_path),
         DETECTRON2_ENV_MODULE="megdet_d2.env",
     )  # fmt: skip
     assert "plugin imported: True" in result.stdout
@@ -222,6 +233,63 @@ def average_task(rank):
 
 def test_running_statistics_are_averaged_over_all_ranks(pool4):
     pool4.run(average_task)
+
+
+def train_in_groups_of_one(rank, output):
+    """Trains four iterations; returns the statistics before and after each averaging."""
+    from megdet_d2.engine import Trainer, hooks
+
+    cfg = tiny_config(
+        "MODEL.CGBN.BN_SIZE", 4, "OUTPUT_DIR", output, "SOLVER.CHECKPOINT_PERIOD", 2,
+        "MEGDET.EPOCHS", 0.5, "MEGDET.DECAY_EPOCHS", (), "MEGDET.DECAY_FACTORS", (),
+        "MEGDET.WARMUP_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", (),
+    )  # fmt: skip
+    prepare_config(cfg)
+    seen, stock = [], average_statistics
+
+    def record(model):
+        before = [layer.running_var.clone() for layer in cgbn_layers(model)]
+        stock(model)
+        seen.append((before, [layer.running_var.clone() for layer in cgbn_layers(model)]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "average_statistics", record)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+    assert [layer.group_size() for layer in cgbn_layers(trainer.model)].count(1) == len(seen[0][0])
+    return seen
+
+
+def test_checkpoints_hold_the_mean_of_the_groups_statistics(pool2, tmp_path):
+    first, second = pool2.run(train_in_groups_of_one, str(tmp_path), timeout=200)
+    assert len(first) == len(second) == 2  # iterations 2 and 4
+    checkpoints = ["model_0000001.pth", "model_final.pth"]
+    for name, (before0, after0), (before1, after1) in zip(checkpoints, first, second, strict=True):
+        state = torch.load(tmp_path / name, weights_only=False)["model"]
+        saved = [v for k, v in state.items() if k.endswith("running_var")]
+        assert len(saved) == len(after0)
+        for i, variance in enumerate(saved):
+            assert not torch.equal(before0[i], before1[i])
+            torch.testing.assert_close(variance, (before0[i] + before1[i]) / 2)
+            assert torch.equal(after0[i], after1[i]) and torch.equal(after0[i], variance)
+
+
+def test_resuming_at_another_learning_rate_is_refused(trained):
+    from megdet_d2.engine import Trainer
+
+    cfg = tiny_config("OUTPUT_DIR", str(trained), "MEGDET.LR_FACTOR", 0.5)
+    prepare_config(cfg)
+    trainer = Trainer(cfg)
+    with pytest.raises(ValueError, match="learning rate of 0.01, and this config comes to 0.005"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_a_config_without_the_plugins_keys_is_named():
+    from megdet_d2.engine import Trainer
+
+    with pytest.raises(ValueError, match=r"call megdet_d2.add_megdet_config\(cfg\) first"):
+        Trainer(get_cfg())
 
 
 # --- two processes of two images train as one of four -------------------------------------------

@@ -166,18 +166,26 @@ def test_dimensions(pool2, shape):
     assert_equals_pooled(results, pooled_reference(xs, dys), *TOLERANCES[torch.float64])
 
 
+def run_variance(rank, xs, algorithm, layout):
+    layer = CrossGPUBatchNorm(3, momentum=1.0, algorithm=algorithm)
+    layer(xs[rank].to(memory_format=layout))
+    return layer.running_var
+
+
 # Targets of the layer, over 2 processes: (offset in deviations, error of the variance).
 @pytest.mark.parametrize("algorithm", functional.ALGORITHMS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("offset, error", [(0, 1e-6), (1e3, 1e-6), (1e4, 1e-5)])
 def test_variance_far_from_zero(pool2, offset, error, layout, algorithm):
-    xs = [(torch.randn(2, 3, 64, 48, dtype=torch.float64) + offset).float() for _ in range(2)]
-    results = pool2.run(run_layer, xs, xs, algorithm, None, layout)
-    reference = pooled_reference(xs, xs)
-    for result in results:
-        torch.testing.assert_close(
-            result["running_var"].double(), reference["running_var"], rtol=error, atol=0
-        )
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 64, 48)
+    xs = [
+        (torch.randn(shape, generator=generator, dtype=torch.float64) + offset).float()
+        for _ in range(2)
+    ]
+    expected = torch.cat(xs).double().var((0, 2, 3))
+    for running_var in pool2.run(run_variance, xs, algorithm, layout):
+        torch.testing.assert_close(running_var.double(), expected, rtol=error, atol=0)
 
 
 def run_empty_everywhere(rank):
@@ -216,6 +224,7 @@ def run_one_inf(rank):
     layer(x)
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
+    assert layer.num_batches_skipped == 1
 
 
 def test_inf_on_one_rank_leaves_the_running_statistics_of_all(pool2):
@@ -254,8 +263,7 @@ def run_bn_size(rank, bn_size, images_per_gpu, cross_machine):
     megdet_d2.set_bn_size(model, bn_size, images_per_gpu, cross_machine)
     groups = {layer._group_name for layer in (model[0], model[1][0])}
     assert len(groups) == 1
-    y = model(torch.full((images_per_gpu, 2, 1, 2), float(rank)))
-    y.sum()
+    model(torch.full((images_per_gpu, 2, 1, 2), float(rank)))
     # What the layer averaged over: running_mean = momentum * mean of the ranks in the group.
     return model[0].group_size(), round(float(model[0].running_mean[0]) * 10, 4)
 
@@ -379,6 +387,43 @@ def test_compiles_whole_for_two_sizes_without_a_third_compilation():
     assert counter.frame_count <= 2
 
 
+def run_compiled(rank):
+    torch._dynamo.reset()
+    layer = CrossGPUBatchNorm(3, process_group=dist.new_group([0, 1]))
+    eager = copy.deepcopy(layer)
+    x = torch.randn(2, 3, 4, 4)
+    expected = eager(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(layer.running_mean, eager.running_mean)
+
+
+def test_compiles_with_a_named_group(pool2):
+    pool2.run(run_compiled)
+
+
+def test_a_layer_of_a_group_that_is_no_more_is_plain_batch_norm():
+    layer = CrossGPUBatchNorm(3)
+    layer._group_name, layer._group_size = "gone", 2  # as unpickled where nothing is distributed
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(3, 5, 4).transpose(1, 2), torch.randn(2, 4, 3, 3)[:, :, ::2]]
+)
+def test_operators_are_what_their_fakes_say(x):
+    mean, var, count = torch.ones(4), torch.ones(4), torch.ones(1, dtype=torch.float64)
+    checks = ("test_schema", "test_faketensor")
+    for op, args in (
+        (functional.normalize, (x, None, None, mean, var, count, 1e-5, "", "")),
+        (functional.gradient_sums, (x, x, mean, var, count, 1e-5, "", "")),
+        (functional.input_gradient, (x, x, None, mean, var, mean, mean, 1e-5)),
+        (functional.statistics, (x, None, None, None, None, 0.1, "", "one_reduce", "")),
+    ):
+        torch.library.opcheck(op, args, test_utils=checks)
+
+
 def test_selective_checkpointing_updates_statistics_once():
     from torch.utils.checkpoint import (
         CheckpointPolicy,
@@ -439,7 +484,7 @@ def test_convert_and_revert(include_frozen):
     ).eval()
     parameters = {name: p for name, p in model.named_parameters()}
     calls = []
-    shared.register_forward_hook(lambda *_: calls.append(1))
+    handle = shared.register_forward_hook(lambda *_, **__: calls.append(1), with_kwargs=True)
     x = torch.randn(2, 3, 4, 4)
     y = model(x)
 
@@ -456,7 +501,17 @@ def test_convert_and_revert(include_frozen):
     assert not any(isinstance(m, CrossGPUBatchNorm) for m in model.modules())
     assert type(model[1]) is nn.BatchNorm2d and model[3] is model[1]
     torch.testing.assert_close(model(x), y)
+    handle.remove()
+    model(x)
     assert len(calls) == 6  # the shared layer, twice each in three forwards
     torch.testing.assert_close(
         megdet_d2.convert_cgbn(nn.BatchNorm2d(3)).eval()(x), nn.BatchNorm2d(3).eval()(x)
     )
+
+
+def test_revert_gives_back_the_dimensions():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm3d(3))
+    megdet_d2.convert_cgbn(model)
+    model[0](torch.randn(4, 3)), model[1](torch.randn(2, 3, 2, 2, 2))
+    megdet_d2.revert_cgbn(model)
+    assert [type(m) for m in model] == [nn.BatchNorm1d, nn.BatchNorm3d]

@@ -112,8 +112,9 @@ def test_installing_again_does_not_wrap_twice():
     assert again is get_norm and not hasattr(get_norm._megdet_stock, "_megdet_stock")
 
 
-def retinanet(norm):
+def retinanet(norm, device="cpu"):
     cfg = tiny_config(
+        "MODEL.DEVICE", device,
         "MODEL.META_ARCHITECTURE", "RetinaNet",
         "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
         "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"],
@@ -122,6 +123,19 @@ def retinanet(norm):
         "MODEL.RETINANET.NORM", norm, "MODEL.RETINANET.NUM_CONVS", 2,
     )  # fmt: skip
     return build_model(cfg)
+
+
+def test_retinanet_warns_of_shared_statistics_where_nobody_separates_them(caplog):
+    retinanet("CGBN")
+    assert "Shared BatchNorm" in caplog.text
+
+
+def test_retinanets_levels_stay_on_the_models_device():
+    with torch.device("meta"):
+        model = retinanet("CGBN", "meta")
+    registry.separate_retinanet_levels(model.eval())
+    assert {t.device.type for t in model.head.state_dict().values()} == {"meta"}
+    assert not any(m.training for m in model.head.modules())
 
 
 def test_retinanet_keeps_statistics_apart_by_level():
@@ -144,7 +158,7 @@ from detectron2.modeling import build_backbone
 import detectron2.modeling.backbone.fpn as fpn, detectron2.layers.batch_norm as home
 cfg = get_cfg()
 cfg.merge_from_list({tiny} + ["MODEL.RESNETS.NORM", "CGBN", "MODEL.FPN.NORM", "CGBN"])
-n = sum(type(m).__name__ == "CrossGPUBatchNorm" for m in build_backbone(cfg).modules())
+n = sum(type(m).__name__ == "CGBN" for m in build_backbone(cfg).modules())
 assert n == 50, n  # 42 above FREEZE_AT 2 in the ResNet, 8 in the FPN
 assert fpn.get_norm is home.get_norm
 """
@@ -163,7 +177,7 @@ ORDERS = {
         project = types.ModuleType("project"); sys.modules["project"] = project
         exec("from detectron2.layers import get_norm as make_norm", project.__dict__)
         import megdet_d2
-        assert type(project.make_norm("CGBN", 3)).__name__ == "CrossGPUBatchNorm"
+        assert isinstance(project.make_norm("CGBN", 3), megdet_d2.CrossGPUBatchNorm)
     """,
     "by the environment": "import detectron2",
 }

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 
 import megdet_d2
+from megdet_d2.schedule.build import refuse_solver_overrides
 from megdet_d2.schedule.scaling import (
     POLICIES,
     EpochPolicy,
@@ -166,6 +167,13 @@ def test_scaling_again_and_loading_the_dump_change_nothing(tmp_path):
     with pytest.raises(ValueError, match="SOLVER.STEPS"):
         megdet_d2.scale_config(edited, num_images=5000, world_size=2)
 
+    defaulted = make_config()
+    path.write_text(dump)
+    defaulted.merge_from_file(str(path))
+    defaulted.SOLVER.MAX_ITER = 40000
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER is 40000"):
+        megdet_d2.scale_config(defaulted, num_images=5000, world_size=2)
+
     # and the dump with another batch is resolved anew, not mistaken for an override
     again.merge_from_list(["SOLVER.IMS_PER_BATCH", 96])
     megdet_d2.scale_config(again, num_images=5000, world_size=2)
@@ -214,7 +222,15 @@ def test_an_override_that_the_policy_would_lose_is_refused(override, instead):
         (("MEGDET.POLICY", "short"), "POLICY is 'short'; use normal, long, custom"),
         (("MEGDET.POLICY", "custom"), "set MEGDET.EPOCHS"),
         (("MEGDET.EPOCHS", 5), "MEGDET.EPOCHS is 5, but MEGDET.POLICY 'normal' has its own"),
-        (("MEGDET.WARMUP_EPOCHS", 9.0), "WARMUP_EPOCHS is 9.0; give 0 to 8"),
+        (
+            ("MEGDET.WARMUP_EPOCHS", 9.0),
+            "WARMUP_EPOCHS is 9.0, 562 iterations; .* less than the 500",
+        ),
+        (
+            ("MEGDET.WARMUP_EPOCHS", 8.0),
+            "WARMUP_EPOCHS is 8.0, 500 iterations; .* less than the 500",
+        ),
+        (("MEGDET.WARMUP_EPOCHS", -1.0), "WARMUP_EPOCHS is -1.0"),
         (("MEGDET.WARMUP_START", "half"), "WARMUP_START is 'half'; use one of reference, zero"),
         (("MEGDET.LR_FACTOR", 0.0), "LR_FACTOR is 0.0; it has to be above 0"),
         (("MEGDET.SCALING_RULE", "cubic"), "SCALING_RULE is 'cubic'"),
@@ -235,12 +251,26 @@ def test_bad_values_are_errors_that_say_what_works(overrides, message):
         ((10, (8, 12), (0.1, 0.1)), r"\(8,\) would do"),
         ((10, (5,), (0.1, 0.1)), "DECAY_EPOCHS has 1 entries, MEGDET.DECAY_FACTORS 2"),
         ((0, (), ()), "EPOCHS is 0"),
+        (("ten", (), ()), "EPOCHS is 'ten'; give a number"),
         ((10, (5,), (-0.1,)), "factors are above 0"),
     ],
 )
 def test_policies_that_make_no_schedule(policy, message):
     with pytest.raises(ValueError, match=message):
         EpochPolicy(*policy)
+
+
+@pytest.mark.parametrize("key, value", [("SOLVER.BASE_LR", "0.001"), ("SOLVER.STEPS", "(30000,)")])
+def test_an_override_equal_to_the_default_is_refused_on_the_command_line(key, value):
+    opts = ["SOLVER.MOMENTUM", "0.8", key, value]
+    refuse_solver_overrides(make_config(*opts), opts)  # no policy: none of our business
+    with pytest.raises(ValueError, match=f"{key} is set on the command line.*Set MEGDET"):
+        refuse_solver_overrides(make_config("MEGDET.POLICY", "long", *opts), opts)
+
+
+def test_stock_scaling_by_workers_is_left_to_detectron2():
+    cfg = make_config("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8)
+    assert megdet_d2.scale_config(cfg, num_images=100, world_size=3) == ""
 
 
 def test_building_before_scaling_is_an_error():

@@ -1,5 +1,7 @@
 """Data sets from config: the user's own COCO json files, and the embedded digits."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 
 from .coco import check_datasets, register_coco
@@ -8,8 +10,11 @@ from .digits import register_digits
 __all__ = ["check_datasets", "register_coco", "register_datasets", "register_digits"]
 
 
-def register_datasets(cfg: CfgNode) -> None:
-    """Registers what ``DATASETS.COCO`` and ``DATASETS.DIGITS`` name, and checks what is used of it.
+def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Registers what ``DATASETS.COCO`` and ``DATASETS.DIGITS`` name, and checks those in use.
+
+    Args:
+        splits: the keys of ``DATASETS`` that are in use.
 
     Raises:
         ValueError, FileNotFoundError: see ``check_datasets``.
@@ -22,4 +27,4 @@ def register_datasets(cfg: CfgNode) -> None:
         difficulty=digits.DIFFICULTY,
     )
     register_coco(cfg.DATASETS.COCO)
-    check_datasets(cfg)
+    check_datasets(cfg, splits)

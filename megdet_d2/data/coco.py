@@ -57,8 +57,11 @@ def register_coco(triples: Sequence[Sequence[str]]) -> None:
         _registered[name] = (json_file, image_root)
 
 
-def check_datasets(cfg: CfgNode) -> None:
+def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """Reads every COCO json that the config uses, and refuses what would fail or mislead later.
+
+    Args:
+        splits: the keys of ``DATASETS`` to check.
 
     Raises:
         FileNotFoundError: a json, an image root or an image that is not there.
@@ -68,7 +71,7 @@ def check_datasets(cfg: CfgNode) -> None:
     """
     known = set(DatasetCatalog.list())
     classes: dict[str, list[str]] = {}  # by data set, in the order of the ids
-    for key in ("TRAIN", "TEST"):
+    for key in splits:
         for name in cfg.DATASETS[key]:
             if name not in known:
                 raise ValueError(
@@ -79,7 +82,9 @@ def check_datasets(cfg: CfgNode) -> None:
             if name in classes:
                 continue
             if name in _registered:
-                classes[name] = _check_json(name, *_registered[name], name in cfg.DATASETS.TEST)
+                evaluated = name in cfg.DATASETS.TEST
+                masks = cfg.MODEL.MASK_ON
+                classes[name] = _check_json(name, *_registered[name], evaluated, masks)
             elif "thing_classes" in MetadataCatalog.get(name).as_dict():
                 classes[name] = list(MetadataCatalog.get(name).thing_classes)
     if not classes:
@@ -97,7 +102,9 @@ def check_datasets(cfg: CfgNode) -> None:
     _check_num_classes(cfg, first, len(expected))
 
 
-def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> list[str]:
+def _check_json(
+    name: str, json_file: str, image_root: str, evaluated: bool, masks: bool
+) -> list[str]:
     """The categories' names, in the order of the ids."""
     where = f"DATASETS.COCO {name!r}"
     start = f"; a relative path starts at the working directory, {os.getcwd()!r}"
@@ -126,6 +133,8 @@ def _check_json(name: str, json_file: str, image_root: str, evaluated: bool) -> 
     of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
     if evaluated:  # pycocotools needs them, Detectron2's training does not
         of_annotation |= {"area": _NUMBER, "iscrowd": _NUMBER}
+    if masks:
+        of_annotation |= {"segmentation": (list, dict)}
     _check_keys(where, "annotations", coco["annotations"], of_annotation)
 
     categories = dict(sorted((c["id"], c["name"]) for c in coco["categories"]))

@@ -6,7 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from megdet_d2.norm.registry import bn_size, cgbn_layers
+from megdet_d2.norm.registry import cgbn_layers, images_per_group
 
 
 @torch.no_grad()
@@ -62,9 +62,14 @@ class BatchScalars(HookBase):
         self._images_per_gpu = images_per_gpu
 
     def before_train(self):
-        self._bn_size = bn_size(self.trainer.model, self._images_per_gpu)
+        self._bn_size = images_per_group(self.trainer.model, self._images_per_gpu)
 
     def after_step(self):
+        # Reading a counter waits for the GPU: as seldom as the writers write.
+        if (self.trainer.iter + 1) % 20 == 0 or self.trainer.iter + 1 >= self.trainer.max_iter:
+            skipped = [m.num_batches_skipped for m in cgbn_layers(self.trainer.model)]
+            skipped = sum(int(n) for n in skipped if n is not None)
+            self.trainer.storage.put_scalar("cgbn_skipped_batches", skipped, smoothing_hint=False)
         self.trainer.storage.put_scalars(
             effective_batch_size=self._effective_batch_size,
             bn_size=self._bn_size,

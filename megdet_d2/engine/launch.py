@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 
@@ -21,11 +22,14 @@ def launch(main: Callable, args: argparse.Namespace):
     Raises:
         ValueError: more processes than GPUs; flags that contradict torchrun's.
     """
-    if "LOCAL_RANK" in os.environ:
+    if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         return _join(main, args)
     gpus = torch.cuda.device_count()
     if gpus and args.num_gpus > gpus:
-        raise ValueError(f"--num-gpus is {args.num_gpus}, and this machine has {gpus}")
+        raise ValueError(
+            f"--num-gpus is {args.num_gpus}, and this machine has {gpus}; lower it, or hide the "
+            "GPUs to train on CPU processes: CUDA_VISIBLE_DEVICES= python train_net.py ..."
+        )
     if not gpus and args.num_gpus > 1:
         # The children's libraries read it as they load: N processes of N threads would crawl.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
@@ -47,10 +51,15 @@ def _join(main: Callable, args: argparse.Namespace):
             f"has started {local_size} processes here: leave these flags to torchrun's "
             "--nproc-per-node and --nnodes"
         )
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    gpus = torch.cuda.device_count()
+    if gpus and local_size > gpus:
+        raise ValueError(
+            f"torchrun has started {local_size} processes, and this machine has {gpus} GPUs; lower "
+            "--nproc-per-node"
+        )
+    if gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)
     try:
         comm.create_local_process_group(local_size)
         comm.synchronize()

@@ -19,61 +19,17 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
-from megdet_d2.data import register_datasets
-from megdet_d2.norm.functional import ALGORITHMS
-from megdet_d2.norm.groups import ranks_per_group
 from megdet_d2.norm.registry import (
     cgbn_layers,
     describe_norms,
     separate_retinanet_levels,
     set_bn_size,
 )
-from megdet_d2.schedule.build import build_lr_scheduler, scale_config
+from megdet_d2.schedule.build import build_lr_scheduler
 
 from .hooks import AverageStatistics, BatchScalars
 
 logger = logging.getLogger(__name__)
-
-
-def prepare_config(cfg: CfgNode, eval_only: bool = False) -> str:
-    """Everything between merging a config and freezing it: data sets, checks, schedule.
-
-    Returns:
-        ``scale_config``'s table, for the log once there is one.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the key, its value and the fix.
-    """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
-        raise ValueError(
-            f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
-            f"use one of {', '.join(ALGORITHMS)}"
-        )
-    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
-        if not os.path.isfile(cfg.MODEL.WEIGHTS):
-            raise FileNotFoundError(
-                f"MODEL.WEIGHTS: there is no file {cfg.MODEL.WEIGHTS!r}; give the path of a "
-                'checkpoint, or "" to start from scratch'
-            )
-    register_datasets(cfg)
-    if eval_only:
-        return ""
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
-        raise ValueError(
-            "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
-            "needs; set it False"
-        )
-    schedule = scale_config(cfg)
-    if cfg.MODEL.CGBN.BN_SIZE != -1:
-        world_size = comm.get_world_size()
-        ranks_per_group(
-            cfg.MODEL.CGBN.BN_SIZE,
-            cfg.SOLVER.IMS_PER_BATCH // world_size,
-            world_size if cfg.MODEL.CGBN.CROSS_MACHINE else comm.get_local_size(),
-        )
-    return schedule
 
 
 class Trainer(DefaultTrainer):
@@ -87,8 +43,11 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        if "MEGDET" not in cfg:
+            raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         with _ddp_without_device_ids(cfg):
             super().__init__(cfg)
+        cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         images_per_gpu = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
         if cgbn_layers(self.model):
             set_bn_size(
@@ -97,6 +56,23 @@ class Trainer(DefaultTrainer):
         for layer in cgbn_layers(self.model):
             layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
         logger.info(describe_norms(self.model, images_per_gpu))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's.
+
+        Raises:
+            ValueError: the checkpoint was trained with another learning rate than the config
+                comes to, and would go on with it.
+        """
+        configured = list(self.scheduler.base_lrs)
+        super().resume_or_load(resume)
+        if self.cfg.MEGDET.POLICY and self.scheduler.base_lrs != configured:
+            raise ValueError(
+                f"--resume: the checkpoint in {self.cfg.OUTPUT_DIR!r} was trained with a learning "
+                f"rate of {self.scheduler.base_lrs[0]:g}, and this config comes to "
+                f"{configured[0]:g}. Resume with the same mini-batch and MEGDET keys, or start "
+                "anew from its weights with another OUTPUT_DIR."
+            )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -124,7 +100,7 @@ class Trainer(DefaultTrainer):
             return LVISEvaluator(dataset_name, output_dir=output_dir)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
-        raise NotImplementedError(
+        raise ValueError(
             f"DATASETS.TEST has {dataset_name!r} of evaluator_type {kind!r}; override "
             "Trainer.build_evaluator to evaluate it"
         )

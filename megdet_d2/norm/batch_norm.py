@@ -1,11 +1,16 @@
 """The layer: ``nn.BatchNorm2d`` with the statistics of a group of processes."""
 
+import itertools
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .functional import ALGORITHMS, cross_gpu_batch_norm
 from .groups import SELF, BNGroup
+
+_built = itertools.count()
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
@@ -28,10 +33,18 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             the layer can be deep-copied and pickled.
         algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
 
+    Attributes:
+        num_batches_skipped: mini-batches that left the running statistics as they were, since
+            theirs were not finite, or of one value. Not part of ``state_dict``.
+        name: what errors call the layer; ``name_layers`` makes it the name in the model.
+
     Raises:
+        OutOfStepError: the processes of the group are in different layers; see ``collective``.
         ValueError: an unknown algorithm; a process group that this process is not in; an input that
             is not 2-D to 5-D; on CPU, a mini-batch of one value a channel.
     """
+
+    reverts_to: type[nn.Module] = nn.BatchNorm2d  # what ``revert_cgbn`` makes of the layer
 
     def __init__(
         self,
@@ -52,8 +65,12 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             raise ValueError(
                 f"CrossGPUBatchNorm: algorithm is {algorithm!r}; use one of {', '.join(ALGORITHMS)}"
             )
+        skipped = torch.zeros((), dtype=torch.int64, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self.algorithm = algorithm
         self.process_group = process_group
+        # Until a model is there to name it by: equal on all processes that build the same layers.
+        self.name = f"number {next(_built)} ({num_features} channels)"
 
     @property
     def process_group(self) -> BNGroup:
@@ -66,24 +83,24 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
 
     @process_group.setter
     def process_group(self, group: BNGroup) -> None:
+        # The size is kept beside the name: torch.compile cannot look a group up.
         if group is None:
-            self._group_name = None
+            self._group_name, self._group_size = None, None
         elif group is SELF:
-            self._group_name = ""
+            self._group_name, self._group_size = "", 1
         elif group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
                 "CrossGPUBatchNorm: this process is not in the process group it was given; "
                 "give each process the group that it is in"
             )
         else:
-            self._group_name = group.group_name
+            self._group_name, self._group_size = group.group_name, group.size()
 
     def group_size(self) -> int:
-        """How many processes the statistics are shared by."""
-        group = self.process_group
-        if group is SELF or not (dist.is_available() and dist.is_initialized()):
+        """How many processes share the statistics; 1 where no process group exists."""
+        if not (dist.is_available() and dist.is_initialized()):
             return 1
-        return dist.get_world_size(group)
+        return dist.get_world_size() if self._group_size is None else self._group_size
 
     def _sync_name(self) -> str:
         """Name of the group to reduce over; "" where there is nobody to reduce with."""
@@ -107,10 +124,12 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             self.running_mean,
             self.running_var,
             self.num_batches_tracked,
+            self.num_batches_skipped,
             self.momentum,
             self.eps,
             self._sync_name(),
             self.algorithm,
+            self.name,
         )
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -124,3 +143,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         group = {None: "world", "": "self"}.get(self._group_name, self._group_name)
         return f"{super().extra_repr()}, process_group={group}, algorithm={self.algorithm}"
+
+
+def name_layers(model: nn.Module) -> nn.Module:
+    """Calls every CGBN layer of ``model`` by its name there, on this process; returns the model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, CrossGPUBatchNorm):
+            layer.name = name or layer.name
+    return model

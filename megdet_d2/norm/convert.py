@@ -2,10 +2,11 @@
 
 from torch import nn
 
-from .batch_norm import CrossGPUBatchNorm
+from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import BNGroup
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_HOOK_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -34,21 +35,24 @@ def convert_cgbn(
             getattr(layer, "track_running_stats", True),
             process_group,
         )
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
+            new.reverts_to = type(layer)
         return _move_state(layer, new)
 
-    return _replace(model, convert)
+    return name_layers(_replace(model, convert))
 
 
 def revert_cgbn(model: nn.Module) -> nn.Module:
-    """Makes every ``CrossGPUBatchNorm`` of ``model`` a plain ``nn.BatchNorm2d``, in place.
+    """Makes every ``CrossGPUBatchNorm`` of ``model`` a plain batch norm, in place.
 
-    For export, and for code that knows nothing of process groups. Returns the model.
+    That is ``nn.BatchNorm2d``, or the 1-D or 3-D one that ``convert_cgbn`` found. For export, and
+    for code that knows nothing of process groups. Returns the model.
     """
 
     def revert(layer: nn.Module) -> nn.Module:
         if not isinstance(layer, CrossGPUBatchNorm):
             return layer
-        new = nn.BatchNorm2d(
+        new = layer.reverts_to(
             layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
         )
         return _move_state(layer, new)
@@ -76,8 +80,9 @@ def _move_state(old: nn.Module, new: nn.Module) -> nn.Module:
         if isinstance(getattr(new, name), nn.Parameter) and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value.clone())
         setattr(new, name, value)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-        getattr(new, hooks).update(getattr(old, hooks))
+    for table in [name for name in vars(new) if name.endswith(_HOOK_TABLES)]:
+        # The table itself, so that the handles still remove what they added.
+        setattr(new, table, getattr(old, table))
     if new.track_running_stats:
         new.num_batches_tracked = new.num_batches_tracked.to(new.running_mean.device)
     return new.train(old.training)

@@ -9,7 +9,7 @@ Forward, over all |B| values of a channel::
 Backward, with the sums again over the whole of B::
 
     dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ · Σ dy x̂ / |B|)
-    dγ = Σ dy x̂     dβ = Σ dy      (over this process's B_i: DDP sums parameters' gradients)
+    dγ = Σ dy x̂     dβ = Σ dy      (over this process's B_i: DDP averages parameters' gradients)
 
 Statistics and collectives live in ``torch.library`` custom operators which take their group by
 name. So ``torch.compile`` traces through them, and selective activation checkpointing that saves
@@ -21,9 +21,9 @@ are float32 for half precision and float32 inputs, float64 for float64; the sums
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+
+from .collective import all_reduce
 
 ALGORITHMS = ("one_reduce", "two_pass")
 
@@ -35,12 +35,14 @@ def cross_gpu_batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    num_batches_skipped: Tensor | None,
     momentum: float | None,
     eps: float,
     group: str,
     algorithm: str = "one_reduce",
+    layer: str = "",
 ) -> Tensor:
-    """y = CGBN(x), in x's shape and dtype, with one all-reduce forward and one backward.
+    """y = CGBN(x), in x's shape and dtype.
 
     Args:
         x: (N, C, *), this process's part of the mini-batch; N = 0 is an ordinary part.
@@ -48,24 +50,34 @@ def cross_gpu_batch_norm(
         running_mean, running_var, num_batches_tracked: updated in place where given, as
             ``nn.BatchNorm2d`` does (unbiased variance), unless the whole mini-batch has fewer than
             two values a channel or its statistics are not finite: then they keep what they had.
+        num_batches_skipped: counts the mini-batches for which they did, where there was a value.
         momentum: weight of the new statistics; None for the cumulative average.
         eps: ε.
         group: name of the process group to normalise over; "" for this process alone.
         algorithm: "one_reduce" sends |B_i|, Σx and Σx² together; "two_pass" is the paper's order, a
             reduction for μ_B and, from it, another for σ²_B.
+        layer: a name for errors, the same on every process.
 
     Raises:
         ValueError: on CPU, in every process of the group, where the mini-batch holds one value a
             channel. On CUDA, where asking would stall the host, such a batch yields β.
     """
     mean, var, count = statistics(
-        x.detach(), running_mean, running_var, num_batches_tracked, momentum, group, algorithm
+        x.detach(),
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        num_batches_skipped,
+        momentum,
+        group,
+        algorithm,
+        layer,
     )
     if weight is not None:
         weight = weight.to(mean.dtype)
     if bias is not None:
         bias = bias.to(mean.dtype)
-    return normalize(x, weight, bias, mean, var, count, eps, group)
+    return normalize(x, weight, bias, mean, var, count, eps, group, layer)
 
 
 # --- forward: statistics -------------------------------------------------------------------------
@@ -73,36 +85,42 @@ def cross_gpu_batch_norm(
 
 @torch.library.custom_op(
     "megdet_d2::statistics",
-    mutates_args=("running_mean", "running_var", "num_batches_tracked"),
+    mutates_args=("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped"),
 )
 def statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    num_batches_skipped: Tensor | None,
     momentum: float | None,
     group: str,
     algorithm: str,
+    layer: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """μ_B and σ²_B (C,) in the statistics' dtype, and |B| (1,) in float64: lines 1 to 10."""
     n = x.numel() // x.shape[1]
     local_mean, local_var = _local_moments(x)
+    local_count = local_mean.new_full((1,), n)
     if algorithm == "one_reduce":
         # Σx² = n (σ² + μ²). Float64 leaves room for means of 10⁵ deviations before the difference
         # below loses the digits a float32 input has.
-        count, total, squares = _all_reduce(
+        count, total, squares = all_reduce(
             group,
-            local_mean.new_full((1,), n),
+            layer,
+            "forward",
+            local_count,
             n * local_mean,
             n * (local_var + local_mean.square()),
         )
         mean = total / count.clamp(min=1)
         var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
     else:
-        count, total = _all_reduce(group, local_mean.new_full((1,), n), n * local_mean)
+        count, total = all_reduce(group, layer, "forward", local_count, n * local_mean)
         mean = total / count.clamp(min=1)
         # Line 7's Σ (x - μ_B)² over B_i, by the local moments instead of another pass over x.
-        (squares,) = _all_reduce(group, n * (local_var + (local_mean - mean).square()))
+        squares = n * (local_var + (local_mean - mean).square())
+        (squares,) = all_reduce(group, layer, "forward, variance", squares)
         var = squares / count.clamp(min=1)
 
     if x.device.type == "cpu" and count == 1:
@@ -115,6 +133,7 @@ def statistics(
         keep = (count > 1) & mean.isfinite().all() & var.isfinite().all()
         batches = num_batches_tracked + keep.squeeze(0)
         num_batches_tracked.copy_(batches)
+        num_batches_skipped += ((count > 0) & ~keep).squeeze(0)
         factor = 1.0 / batches.clamp(min=1).double() if momentum is None else momentum
         unbiased = var * (count / (count - 1).clamp(min=1))
         for running, new in ((running_mean, mean), (running_var, unbiased)):
@@ -126,7 +145,7 @@ def statistics(
 
 
 @statistics.register_fake
-def _(x, running_mean, running_var, num_batches_tracked, momentum, group, algorithm):
+def _(x, running_mean, running_var, tracked, skipped, momentum, group, algorithm, layer):
     mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
     return mean, torch.empty_like(mean), x.new_empty(1, dtype=torch.float64)
 
@@ -144,18 +163,19 @@ def normalize(
     count: Tensor,
     eps: float,
     group: str,
+    layer: str,
 ) -> Tensor:
     """Line 11: y = γ (x - μ_B) / √(σ²_B + ε) + β. Its gradient holds the backward all-reduce."""
     return _affine(_dense(x), weight, bias, mean, var, eps)
 
 
 @normalize.register_fake
-def _(x, weight, bias, mean, var, count, eps, group):
-    return torch.empty_like(x)
+def _(x, weight, bias, mean, var, count, eps, group, layer):
+    return torch.empty_like(_dense(x))
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, weight, _, mean, var, count, ctx.eps, ctx.group = inputs
+    x, weight, _, mean, var, count, ctx.eps, ctx.group, ctx.layer = inputs
     ctx.save_for_backward(x, weight, mean, var, count)
 
 
@@ -164,14 +184,14 @@ def _normalize_backward(ctx, dy):
     # The collective is unconditional: whether x needs a gradient may differ between processes
     # (one without proposals builds its empty input itself), and a peer must never wait in vain.
     sum_dy, sum_dy_xhat, mean_dy, mean_dy_xhat = gradient_sums(
-        dy, x, mean, var, count, ctx.eps, ctx.group
+        dy, x, mean, var, count, ctx.eps, ctx.group, ctx.layer
     )
     dx = None
     if ctx.needs_input_grad[0]:
         dx = input_gradient(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, ctx.eps)
     dweight = sum_dy_xhat if ctx.needs_input_grad[1] else None
     dbias = sum_dy if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, None, None, None, None, None
+    return dx, dweight, dbias, None, None, None, None, None, None
 
 
 normalize.register_autograd(_normalize_backward, setup_context=_save_for_backward)
@@ -182,17 +202,26 @@ normalize.register_autograd(_normalize_backward, setup_context=_save_for_backwar
 
 @torch.library.custom_op("megdet_d2::gradient_sums", mutates_args=())
 def gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: str
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+    group: str,
+    layer: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (C,)."""
     sum_dy, sum_dy_xhat = _local_gradient_sums(dy, x, mean, var, eps)
-    total_dy, total_dy_xhat = _all_reduce(group, sum_dy.double(), sum_dy_xhat.double())
+    total_dy, total_dy_xhat = all_reduce(
+        group, layer, "backward", sum_dy.double(), sum_dy_xhat.double()
+    )
     total = count.clamp(min=1)
     return sum_dy, sum_dy_xhat, (total_dy / total).to(mean), (total_dy_xhat / total).to(mean)
 
 
 @gradient_sums.register_fake
-def _(dy, x, mean, var, count, eps, group):
+def _(dy, x, mean, var, count, eps, group, layer):
     return tuple(torch.empty_like(mean) for _ in range(4))
 
 
@@ -225,7 +254,7 @@ def input_gradient(
 
 @input_gradient.register_fake
 def _(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, eps):
-    return torch.empty_like(x)
+    return torch.empty_like(_dense(x))
 
 
 # --- the arithmetic of one process, from ATen's primitives ---------------------------------------
@@ -242,9 +271,9 @@ def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return zeros, zeros
     x = _dense(x)
     if x.is_cuda:
-        # ε = 0 leaves the variance undamaged: 1 / invstd² is 0 where invstd is infinite.
-        mean, invstd = torch.batch_norm_stats(x, 0.0)
-        return mean.double(), invstd.double().square().reciprocal()
+        # Not batch_norm_stats, whose 1 / √(σ² + ε) damages a small σ², and is 0 where both are.
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean.double(), var.double()
     # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
     # come from the kernel that is meant for gradients. σ² as Σx²/n - μ² keeps its digits where the
     # mean is within two deviations of zero, as it mostly is; elsewhere x is centred first.
@@ -340,12 +369,3 @@ def _like_layout(dy: Tensor, x: Tensor) -> Tensor:
     if dy.stride() == x.stride() and dy.dtype == x.dtype:
         return dy
     return torch.empty_like(x).copy_(dy)
-
-
-def _all_reduce(group: str, *parts: Tensor) -> tuple[Tensor, ...]:
-    """Sums over the group, sent as one message; the parts themselves where there is no group."""
-    if not group:
-        return parts
-    message = torch.cat(parts)
-    dist.all_reduce(message, group=_resolve_process_group(group))
-    return message.split([part.numel() for part in parts])

@@ -60,8 +60,8 @@ def consecutive_group(size: int) -> BNGroup:
         return SELF
     key = (dist.group.WORLD, size)
     if key not in _cache:
-        # Not the default group, even for the whole world: DDP's reductions are in flight on that
-        # one while the layers' own run in backward.
+        # A group of its own even for the whole world: a layer's reduction in backward then waits
+        # for none of DDP's, which are in flight on the default group.
         world = dist.get_world_size()
         groups = [dist.new_group(list(range(i, i + size))) for i in range(0, world, size)]
         _cache[key] = groups[dist.get_rank() // size]

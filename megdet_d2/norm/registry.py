@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
 
-from .batch_norm import CrossGPUBatchNorm
+from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import SELF, BNGroup, consecutive_group, ranks_per_group
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,14 @@ _STOCK_NAMES = "BN, SyncBN, FrozenBN, GN, LN, nnSyncBN, naiveSyncBN, naiveSyncBN
 
 
 @NORM_REGISTRY.register()
-def CGBN(num_features: int) -> CrossGPUBatchNorm:  # noqa: N802
-    """The layer that ``NORM: "CGBN"`` stands for: over every image on the machine."""
-    return CrossGPUBatchNorm(num_features, process_group=machine_group())
+class CGBN(CrossGPUBatchNorm):
+    """The layer that ``NORM: "CGBN"`` stands for: over every image on the machine.
+
+    Detectron2's warning of batch norms that RetinaNet's levels share goes by "BN" in this name.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features, process_group=machine_group())
 
 
 def machine_group() -> BNGroup:
@@ -78,7 +83,7 @@ def set_bn_size(
     group = machine_group() if whole_machine else consecutive_group(size)
     for layer in cgbn_layers(model):
         layer.process_group = group
-    return model
+    return name_layers(model)
 
 
 def _machine_size() -> int:
@@ -106,10 +111,13 @@ def separate_retinanet_levels(model: nn.Module) -> nn.Module:
                         length=head._num_features,
                         bn_class=CrossGPUBatchNorm,
                         num_features=layer.num_features,
+                        eps=layer.eps,
+                        momentum=layer.momentum,
                         process_group=layer.process_group,
                         algorithm=layer.algorithm,
                     )
-                    subnet.add_module(name, levels)
+                    subnet.add_module(name, levels.to(layer.weight).train(layer.training))
+        logger.info(f"CGBN: RetinaNet's {head._num_features} levels have statistics of their own")
     return model
 
 
@@ -118,7 +126,7 @@ def cgbn_layers(model: nn.Module) -> list[CrossGPUBatchNorm]:
     return [layer for layer in model.modules() if isinstance(layer, CrossGPUBatchNorm)]
 
 
-def bn_size(model: nn.Module, images_per_gpu: int) -> int:
+def images_per_group(model: nn.Module, images_per_gpu: int) -> int:
     """Images that the model's CGBN layers normalise over; 0 where it has none."""
     layers = cgbn_layers(model)
     return images_per_gpu * layers[0].group_size() if layers else 0
@@ -131,8 +139,9 @@ def describe_norms(model: nn.Module, images_per_gpu: int) -> str:
     tail = f"{frozen} batch norms are frozen (by FREEZE_AT, or by NORM FrozenBN)"
     if not layers:
         return f"CGBN: no layer; {tail}"
+    images = images_per_group(model, images_per_gpu)
     return (
-        f"CGBN: {len(layers)} layers, each over {bn_size(model, images_per_gpu)} images on "
+        f"CGBN: {len(layers)} layers, each over {images} images on "
         f"{layers[0].group_size()} processes ({layers[0].algorithm}); {tail}"
     )
 

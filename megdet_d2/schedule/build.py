@@ -1,5 +1,6 @@
 """The schedule's edge to Detectron2: ``MEGDET`` keys into ``SOLVER``, the scheduler from it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     """
     world_size = comm.get_world_size() if world_size is None else world_size
     batch_size = cfg.SOLVER.IMS_PER_BATCH
+    policy = policy_from_config(cfg) if cfg.MEGDET.POLICY else None
+    if policy is None and cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        return ""  # Detectron2 scales the batch to the workers later
     if batch_size < 1 or batch_size % world_size:
         below = batch_size // world_size * world_size
         works = [b for b in (below, below + world_size) if b > 0]
@@ -60,9 +64,8 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
             f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share "
             f"evenly; nearest that work: {' and '.join(map(str, works))}"
         )
-    if not cfg.MEGDET.POLICY:
+    if policy is None:
         return ""
-    policy = policy_from_config(cfg)
     _refuse_overrides(cfg)
 
     epoch_images = cfg.MEGDET.EPOCH_IMAGES or num_images or _count_images(cfg)
@@ -105,11 +108,10 @@ def build_lr_scheduler(
             f"MEGDET.POLICY is {cfg.MEGDET.POLICY!r} and SOLVER is not what it comes to: call "
             "megdet_d2.scale_config(cfg) after the last change of cfg, before training"
         )
-    values = [1.0]
-    for factor in policy_from_config(cfg).decay_factors:
-        values.append(values[-1] * factor)
     decay = MultiStepParamScheduler(
-        values=values, milestones=list(solver.STEPS), num_updates=solver.MAX_ITER
+        values=policy_from_config(cfg).values,
+        milestones=list(solver.STEPS),
+        num_updates=solver.MAX_ITER,
     )
     multiplier = WarmupParamScheduler(
         decay, solver.WARMUP_FACTOR, solver.WARMUP_ITERS / solver.MAX_ITER, "linear"
@@ -144,13 +146,31 @@ def policy_from_config(cfg: CfgNode) -> EpochPolicy:
     return POLICIES[keys.POLICY]
 
 
+def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
+    """Refuses ``SOLVER`` keys among command-line overrides that a policy would overwrite.
+
+    ``scale_config`` cannot tell a value from Detectron2's default where they are equal.
+
+    Raises:
+        ValueError: naming the key and the ``MEGDET`` key to set instead.
+    """
+    for key in opts[0::2]:
+        section, _, name = key.partition(".")
+        if cfg.MEGDET.POLICY and section == "SOLVER" and name in _RESOLVED:
+            raise ValueError(
+                f"{key} is set on the command line, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} "
+                f"decides the schedule. Set {_RESOLVED[name]}."
+            )
+
+
 def _refuse_overrides(cfg: CfgNode) -> None:
-    # A value that is neither Detectron2's default nor what we wrote there is the user's.
+    # A value that is not what we wrote there, or, before we did, not Detectron2's default, is the
+    # user's.
     defaults = get_cfg().SOLVER
+    resolved = cfg.MEGDET.RESOLVED if cfg.MEGDET.RESOLVED.MAX_ITER else {}
     for key, instead in {**_RESOLVED, **_UNUSED}.items():
         value = cfg.SOLVER[key]
-        ours = key in _RESOLVED and not _differ(value, cfg.MEGDET.RESOLVED[key])
-        if _differ(value, defaults[key]) and not ours:
+        if _differ(value, resolved.get(key, defaults[key])):
             raise ValueError(
                 f"SOLVER.{key} is {value}, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} decides the "
                 f"schedule. Set {instead}; where {key} comes from a _BASE_ config, put back "

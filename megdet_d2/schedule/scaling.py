@@ -7,7 +7,9 @@ every iteration. Policies are in epochs, iterations follow from the images of an
 Pure arithmetic: no Detectron2, no config, no torch.
 """
 
+import itertools
 import math
+import operator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -30,7 +32,14 @@ class EpochPolicy:
     decay_epochs: tuple[float, ...] = ()
     decay_factors: tuple[float, ...] = ()
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The learning rate after each decay, as a part of the first; one more than decays."""
+        return tuple(itertools.accumulate(self.decay_factors, operator.mul, initial=1.0))
+
     def __post_init__(self):
+        if not isinstance(self.epochs, (int, float)):
+            raise ValueError(f"MEGDET.EPOCHS is {self.epochs!r}; give a number")
         if not self.epochs > 0:
             raise ValueError(f"MEGDET.EPOCHS is {self.epochs}; give the number of epochs, above 0")
         if len(self.decay_epochs) != len(self.decay_factors):
@@ -138,13 +147,6 @@ def make_schedule(
         raise ValueError(
             f"MEGDET.WARMUP_START is {warmup_start!r}; use one of {', '.join(WARMUP_STARTS)}"
         )
-    first_decay = policy.decay_epochs[0] if policy.decay_epochs else policy.epochs
-    if not 0 <= warmup_epochs <= first_decay:
-        raise ValueError(
-            f"MEGDET.WARMUP_EPOCHS is {warmup_epochs}; give 0 to {first_decay}, where the learning "
-            "rate first decays or training ends"
-        )
-
     base_lr = lr_factor * scale_lr(reference_lr, reference_batch_size, batch_size, rule)
     iterations = [
         epochs_to_iterations(epochs, epoch_images, batch_size)
@@ -157,15 +159,19 @@ def make_schedule(
             f"{epoch_images / batch_size:.2f} mini-batches of {batch_size}: lower "
             "SOLVER.IMS_PER_BATCH, raise the epochs, or set MEGDET.EPOCH_IMAGES"
         )
-    values = [1.0]
-    for factor in policy.decay_factors:
-        values.append(values[-1] * factor)
+    warmup_iters = epochs_to_iterations(warmup_epochs, epoch_images, batch_size)
+    if not 0 <= warmup_iters < iterations[0]:
+        raise ValueError(
+            f"MEGDET.WARMUP_EPOCHS is {warmup_epochs}, {warmup_iters} iterations; give 0 or more, "
+            f"and less than the {iterations[0]} after which the learning rate first decays or "
+            "training ends"
+        )
     start_lr = min(reference_lr, base_lr) if warmup_start == "reference" else NEAR_ZERO * base_lr
     return Schedule(
         base_lr=base_lr,
         max_iter=iterations[-1],
         steps=tuple(iterations[:-1]),
-        values=tuple(values),
-        warmup_iters=epochs_to_iterations(warmup_epochs, epoch_images, batch_size),
+        values=policy.values,
+        warmup_iters=warmup_iters,
         warmup_factor=start_lr / base_lr,
     )

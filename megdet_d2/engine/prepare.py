@@ -1,0 +1,92 @@
+"""Everything between merging a config and freezing it: bad input ends here, not in training."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from megdet_d2.data import register_datasets
+from megdet_d2.norm.functional import ALGORITHMS
+from megdet_d2.norm.groups import ranks_per_group
+from megdet_d2.schedule.build import refuse_solver_overrides, scale_config
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = ()) -> str:
+    """Chooses the device, registers and checks the data sets, checks values, resolves the schedule.
+
+    Args:
+        cfg: with ``add_megdet_config``'s keys, not frozen; changed in place.
+        eval_only: leave alone what only training uses.
+        opts: the command line's overrides, KEY VALUE ..., as merged into ``cfg``.
+
+    Returns:
+        ``scale_config``'s table, for the log once there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, its value and the fix.
+    """
+    _check_device(cfg, eval_only)
+    _check_weights(cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
+        raise ValueError(
+            f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
+            f"use one of {', '.join(ALGORITHMS)}"
+        )
+    if eval_only:
+        register_datasets(cfg, ("TEST",))
+        return ""
+    refuse_solver_overrides(cfg, opts)
+    register_datasets(cfg)
+    schedule = scale_config(cfg)
+    if _uses_cgbn(cfg):
+        world_size = comm.get_world_size()
+        scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+        ranks_per_group(
+            cfg.MODEL.CGBN.BN_SIZE,
+            scaled.SOLVER.IMS_PER_BATCH // world_size,
+            world_size if cfg.MODEL.CGBN.CROSS_MACHINE else comm.get_local_size(),
+        )
+    return schedule
+
+
+def _check_device(cfg: CfgNode, eval_only: bool) -> None:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if comm.is_main_process():
+            logger.warning("MODEL.DEVICE is %r and there is no GPU: using cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        raise ValueError(
+            "MODEL.DEVICE is 'cpu', and this machine's GPUs have made the launcher choose NCCL, "
+            "which moves no CPU tensor; hide them: CUDA_VISIBLE_DEVICES= python train_net.py ..."
+        )
+    if cfg.SOLVER.AMP.ENABLED and not eval_only:
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
+            "needs; set it False"
+        )
+
+
+def _check_weights(weights: str) -> None:
+    path = weights.split("?")[0]  # Detectron2 takes options behind the path
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS: there is no file {path!r}; give the path of a checkpoint, or "
+            '"" to start from scratch'
+        )
+
+
+def _uses_cgbn(node: CfgNode) -> bool:
+    """Whether any NORM key of the config is "CGBN"."""
+    return any(
+        _uses_cgbn(value) if isinstance(value, CfgNode) else (key == "NORM" and value == "CGBN")
+        for key, value in node.items()
+    )
