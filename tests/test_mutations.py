@@ -31,7 +31,8 @@ MUTANTS = {
     "biased running variance": ("var * (count / (count - 1).clamp(min=1))", "var"),
     "running statistics updated twice": ("for running, new in (", "for running, new in 2 * ("),
     "backward reduction left out": (
-        'all_reduce(\n        group, layer, "backward", sum_dy.double(), sum_dy_xhat.double()\n    )',
+        'all_reduce(\n        group, layer, "backward", '
+        "sum_dy.double(), sum_dy_xhat.double()\n    )",
         "sum_dy.double(), sum_dy_xhat.double()",
     ),
     "local count in the backward": (
