@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow test-gpu lint
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,10 @@ test: setup lint
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# On a machine with a GPU.
+test-gpu: setup
+	MEGDET_TEST_GPU=1 $(PY) -m pytest tests/test_cuda.py
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

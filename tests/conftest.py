@@ -1,8 +1,9 @@
 import os
 
-# Before torch looks: Detectron2's launcher chooses NCCL where it sees a GPU, and these tests are
-# of CPU processes.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Before torch looks: Detectron2's launcher chooses NCCL where it sees a GPU, and all tests but
+# test_cuda.py are of CPU processes.
+if "MEGDET_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -1,0 +1,97 @@
+"""The layer on a GPU against the layer on the CPU; `make test-gpu`, on a machine that has one."""
+
+import copy
+
+import pytest
+import torch
+
+from megdet_d2 import CrossGPUBatchNorm
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU, or hidden from the tests: `make test-gpu`"
+)
+
+# (rtol, atol) of outputs and gradients.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (2e-2, 6e-2),
+    torch.float16: (2e-3, 1e-2),
+}
+INPUTS = {
+    "plain": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64) * 2 + 3,
+    "constant channel": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64).index_fill(
+        1, torch.tensor([2]), 5.0
+    ),
+    "far from zero": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64) + 1000,
+    "2-D": lambda: torch.randn(16, 7, dtype=torch.float64),
+    "5-D": lambda: torch.randn(2, 7, 3, 4, 5, dtype=torch.float64),
+    "empty": lambda: torch.zeros(0, 7, 9, 11, dtype=torch.float64),
+    "non-contiguous": lambda: torch.randn(4, 7, 18, 11, dtype=torch.float64)[:, :, ::2],
+}
+
+
+def run(layer, x, dy):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    parameters = (layer.weight.grad, layer.bias.grad)
+    return [t.cpu() for t in (y.detach(), x.grad, *parameters, *layer.buffers())]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_equals_the_cpu(name, dtype, layout):
+    x = INPUTS[name]().to(dtype)
+    if layout is torch.channels_last:
+        if x.dim() != 4:
+            pytest.skip("channels_last is a layout of 4-D tensors")
+        x = x.contiguous(memory_format=layout)
+    layer = CrossGPUBatchNorm(7, eps=1e-3)
+    layer.weight.data, layer.bias.data = torch.linspace(-1, 2, 7), torch.linspace(1, -1, 7)
+    if dtype == torch.float64:
+        layer.double()
+    twin = copy.deepcopy(layer).cuda()
+    dy = torch.randn(x.shape, dtype=torch.float64).to(dtype)
+    rtol, atol = TOLERANCES[dtype]
+    if name == "far from zero" and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("a half has no digits left there")
+    for ours, reference in zip(run(twin, x.cuda(), dy.cuda()), run(layer, x, dy), strict=True):
+        scale = 1 + float(x.numel() > 0) * 30 * float(ours.dim() == 1)  # sums over the batch
+        torch.testing.assert_close(ours, reference, rtol=rtol, atol=atol * scale)
+
+
+def test_one_value_gives_beta_and_is_counted():
+    layer = CrossGPUBatchNorm(5).cuda()
+    layer.bias.data = torch.arange(5.0, device="cuda")
+    before = copy.deepcopy(layer.state_dict())
+    y = layer(torch.randn(1, 5, 1, 1, device="cuda"))
+    torch.testing.assert_close(y.flatten(), layer.bias.data)
+    assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
+    assert layer.num_batches_skipped == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_host_never_waits(dtype, momentum):
+    layer = CrossGPUBatchNorm(8, momentum=momentum).cuda()
+    x = torch.randn(2, 8, 16, 16, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_autocast():
+    layer = CrossGPUBatchNorm(8).cuda()
+    convolution = torch.nn.Conv2d(3, 8, 3).cuda()
+    with torch.autocast("cuda", dtype=torch.float16):
+        y = layer(convolution(torch.randn(2, 3, 16, 16, device="cuda")))
+    assert y.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
+    y.float().sum().backward()
+    assert convolution.weight.grad.isfinite().all()
