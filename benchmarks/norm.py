@@ -26,8 +26,8 @@ from torch import nn
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.engine.launch import launch
 
-# Channels and stride of the norms of R50-FPN: the stem and the narrow ones of res2 to res5, the wide
-# ones, the first of which is also the FPN's finest level.
+# Channels and stride of the norms of R50-FPN: the stem and the narrow ones of res2 to res5, then
+# the wide ones, the first of which is the FPN's finest level too.
 NARROW = [(64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
 WIDE = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
