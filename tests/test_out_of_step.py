@@ -117,3 +117,11 @@ def test_names_come_from_the_model():
     megdet_d2.convert_cgbn(model)
     assert model[1][0].name == "1.0"
     assert CrossGPUBatchNorm(3).name != CrossGPUBatchNorm(3).name
+
+
+def test_what_cuda_layers_noticed_is_raised_once(monkeypatch):
+    monkeypatch.setitem(collective._mismatch, "fine", torch.tensor(False))
+    monkeypatch.setitem(collective._mismatch, "mixed", torch.tensor(True))
+    with pytest.raises(OutOfStepError, match="in different layers"):
+        collective.raise_if_out_of_step()
+    collective.raise_if_out_of_step()

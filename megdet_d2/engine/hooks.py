@@ -6,6 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.norm.collective import raise_if_out_of_step
 from megdet_d2.norm.registry import cgbn_layers, images_per_group
 
 
@@ -49,6 +50,17 @@ class AverageStatistics(HookBase):
         done = self.trainer.iter + 1
         if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
             average_statistics(self._model)
+
+
+class StopOutOfStep(HookBase):
+    """Raises what CGBN layers noticed on CUDA in this step: processes in different layers.
+
+    On CPU the layers raise by themselves. Detectron2's trainer waits for the losses in every step,
+    so that reading one flag more stalls nothing.
+    """
+
+    def after_step(self):
+        raise_if_out_of_step()
 
 
 class BatchScalars(HookBase):

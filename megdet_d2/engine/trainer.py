@@ -27,7 +27,7 @@ from megdet_d2.norm.registry import (
 )
 from megdet_d2.schedule.build import build_lr_scheduler
 
-from .hooks import AverageStatistics, BatchScalars
+from .hooks import AverageStatistics, BatchScalars, StopOutOfStep
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         ret = [hook for hook in super().build_hooks() if hook is not None]
         ours = [
+            StopOutOfStep(),
             AverageStatistics(self.model, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             BatchScalars(
                 cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
