@@ -1,5 +1,6 @@
 """CrossGPUBatchNorm against batch norm of the pooled mini-batch in float64, in gloo processes."""
 
+import contextlib
 import copy
 import pickle
 
@@ -231,16 +232,22 @@ def test_inf_on_one_rank_leaves_the_running_statistics_of_all(pool2):
     pool2.run(run_one_inf)
 
 
-def run_counting(rank, algorithm):
-    calls = []
-    stock = dist.all_reduce
+@contextlib.contextmanager
+def counted_all_reduces():
+    """The lengths of the messages that are reduced inside."""
+    lengths, stock = [], dist.all_reduce
 
     def counted(tensor, *args, **kwargs):
-        calls.append(tensor.numel())
+        lengths.append(tensor.numel())
         return stock(tensor, *args, **kwargs)
 
-    dist.all_reduce = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        yield lengths
+
+
+def run_counting(rank, algorithm):
+    with counted_all_reduces() as calls:
         layer = CrossGPUBatchNorm(7, algorithm=algorithm)
         y = layer(torch.randn(2, 7, 3, 3))
         forward = len(calls)
@@ -248,8 +255,6 @@ def run_counting(rank, algorithm):
         backward = len(calls) - forward
         layer.eval()(torch.randn(2, 7, 3, 3))
         assert len(calls) == forward + backward, "evaluation must not communicate"
-    finally:
-        dist.all_reduce = stock
     return forward, backward
 
 

@@ -12,6 +12,8 @@ from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm import collective
 from megdet_d2.norm.collective import OutOfStepError
 
+from .test_norm import counted_all_reduces
+
 
 def make_model(channels, algorithm):
     """Layers stem, res and head; the parts of res are 1×1 convolutions, so widths may differ."""
@@ -78,21 +80,11 @@ def test_a_timeout_names_the_layer(pool2):
 
 
 def run_lengths(rank):
-    lengths = []
-    stock = dist.all_reduce
-
-    def counted(tensor, *args, **kwargs):
-        lengths.append(tensor.numel())
-        return stock(tensor, *args, **kwargs)
-
-    dist.all_reduce = counted
-    try:
+    with counted_all_reduces() as lengths:
         for channels in (1, 3, 64, 2048):
             for algorithm in ("one_reduce", "two_pass"):
                 layer = CrossGPUBatchNorm(channels, algorithm=algorithm)
                 layer(torch.randn(2, channels, 2, 2)).sum().backward()
-    finally:
-        dist.all_reduce = stock
     return lengths
 
 

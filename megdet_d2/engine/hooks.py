@@ -75,12 +75,13 @@ class BatchScalars(HookBase):
 
     def before_train(self):
         self._bn_size = images_per_group(self.trainer.model, self._images_per_gpu)
+        counters = [layer.num_batches_skipped for layer in cgbn_layers(self.trainer.model)]
+        self._skipped = [counter for counter in counters if counter is not None]
 
     def after_step(self):
-        # Reading a counter waits for the GPU: as seldom as the writers write.
+        # Reading the counters waits for the GPU: once, and as seldom as the writers write.
         if (self.trainer.iter + 1) % 20 == 0 or self.trainer.iter + 1 >= self.trainer.max_iter:
-            skipped = [m.num_batches_skipped for m in cgbn_layers(self.trainer.model)]
-            skipped = sum(int(n) for n in skipped if n is not None)
+            skipped = int(sum(self._skipped))
             self.trainer.storage.put_scalar("cgbn_skipped_batches", skipped, smoothing_hint=False)
         self.trainer.storage.put_scalars(
             effective_batch_size=self._effective_batch_size,

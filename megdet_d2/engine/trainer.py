@@ -49,11 +49,12 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         images_per_gpu = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-        if cgbn_layers(self.model):
+        layers = cgbn_layers(self.model)
+        if layers:
             set_bn_size(
                 self.model, cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE
             )
-        for layer in cgbn_layers(self.model):
+        for layer in layers:
             layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
         logger.info(describe_norms(self.model, images_per_gpu))
 

@@ -21,6 +21,11 @@ ROOM = 2048
 # Bits of a stamp: squares of it add up exactly in float64 over 8,192 processes.
 _STAMP_BITS = 20
 
+_RULE = (
+    "Every process has to run the same layers in the same order, one without images on an empty "
+    "input."
+)
+
 # On CUDA, by group: whether a mismatch has been seen, on the device, so that no layer waits for it.
 _mismatch: dict[str, Tensor] = {}
 
@@ -58,8 +63,8 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     except RuntimeError as error:
         raise OutOfStepError(
             f"CGBN layer {layer}, {direction}: the all-reduce over the {process_group.size()} "
-            "processes of its group failed. Another process has ended, or is somewhere else: every "
-            f"process has to run every layer. The backend says: {error}"
+            "processes of its group failed: another process has ended, or is somewhere else. "
+            f"{_RULE} The backend says: {error}"
         ) from error
     total, squares = message[length], message[length + 1]
     differ = process_group.size() * squares != total.square()
@@ -82,8 +87,7 @@ def raise_if_out_of_step() -> None:
         if bool(flag):
             raise OutOfStepError(
                 "CGBN: in this step the processes of a group were in different layers, and their "
-                "statistics were mixed. Every process has to run the same layers in the same "
-                "order, one without images on an empty input."
+                f"statistics were mixed. {_RULE}"
             )
 
 
@@ -94,6 +98,5 @@ def _raise(process_group: dist.ProcessGroup, layer: str, direction: str) -> None
     ranks = dist.get_process_group_ranks(process_group)
     listed = "; ".join(f"rank {rank}: {place}" for rank, place in zip(ranks, places, strict=True))
     raise OutOfStepError(
-        f"CGBN: the processes of a group are in different layers. {listed}. Every process has to "
-        "run the same layers in the same order, one without images on an empty input."
+        f"CGBN: the processes of a group are in different layers. {listed}. {_RULE}"
     )

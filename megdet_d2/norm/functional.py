@@ -277,22 +277,20 @@ def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
     # come from the kernel that is meant for gradients. σ² as Σx²/n - μ² keeps its digits where the
     # mean is within two deviations of zero, as it mostly is; elsewhere x is centred first.
-    mean, var = _moments_about(x, None)
+    mean, var = _raw_moments(x)
     if bool((mean.square() > 4 * var).any()):
-        mean, var = _moments_about(x, mean.to(_statistics_dtype(x)))
+        pivot = mean.to(_statistics_dtype(x))
+        mean, var = _raw_moments(x - pivot.view(-1, *[1] * (x.dim() - 2)))
+        mean += pivot
     return mean, var
 
 
-def _moments_about(x: Tensor, pivot: Tensor | None) -> tuple[Tensor, Tensor]:
-    n, channels = x.numel() // x.shape[1], x.shape[1]
-    if pivot is None:
-        pivot = torch.zeros(channels, dtype=_statistics_dtype(x))
-        total, squares = _sums_of_products(x, x, pivot)
-    else:
-        x = x - pivot.view(-1, *[1] * (x.dim() - 2))
-        total, squares = _sums_of_products(x, x, torch.zeros_like(pivot))
+def _raw_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    n = x.numel() // x.shape[1]
+    zeros = torch.zeros(x.shape[1], dtype=_statistics_dtype(x))
+    total, squares = _sums_of_products(x, x, zeros)
     mean = total / n
-    return pivot.double() + mean, (squares / n - mean.square()).clamp(min=0)
+    return mean, (squares / n - mean.square()).clamp(min=0)
 
 
 def _local_gradient_sums(

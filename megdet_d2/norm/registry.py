@@ -77,18 +77,24 @@ def set_bn_size(
     Raises:
         ValueError: no equal groups make up ``bn_size``; the message lists the sizes that work.
     """
-    local = comm.get_world_size() if cross_machine else _machine_size()
-    size = ranks_per_group(bn_size, images_per_gpu, local)
-    whole_machine = not cross_machine and size == local
+    size = group_ranks(bn_size, images_per_gpu, cross_machine)
+    whole_machine = not cross_machine and size == comm.get_local_size()
     group = machine_group() if whole_machine else consecutive_group(size)
     for layer in cgbn_layers(model):
         layer.process_group = group
     return name_layers(model)
 
 
-def _machine_size() -> int:
+def group_ranks(bn_size: int, images_per_gpu: int, cross_machine: bool) -> int:
+    """Processes of a group of ``bn_size`` images, on this process's machine or in the world.
+
+    Raises:
+        ValueError: as ``set_bn_size``. RuntimeError: as ``machine_group``.
+    """
+    if cross_machine:
+        return ranks_per_group(bn_size, images_per_gpu, comm.get_world_size())
     machine_group()  # the error that explains, where the machine is not known
-    return comm.get_local_size()
+    return ranks_per_group(bn_size, images_per_gpu, comm.get_local_size())
 
 
 def separate_retinanet_levels(model: nn.Module) -> nn.Module:
