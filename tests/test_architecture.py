@@ -32,6 +32,9 @@ PLAIN = [
     "norm/groups.py",
     "norm/functional.py",
     "norm/collective.py",
+    "norm/aten.py",
+    "norm/kernels.py",
+    "norm/padding.py",
     "norm/batch_norm.py",
     "norm/convert.py",
 ] + ["schedule/scaling.py"]

@@ -19,6 +19,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.modeling.fused_resnet import fuse_activations
+from megdet_d2.norm.padding import ignore_padding
 from megdet_d2.norm.registry import (
     cgbn_layers,
     describe_norms,
@@ -77,8 +79,16 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level."""
-        return separate_retinanet_levels(super().build_model(cfg))
+        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level.
+
+        And what ``MODEL.CGBN`` asks for: activations fused, padding ignored.
+        """
+        model = separate_retinanet_levels(super().build_model(cfg))
+        if cfg.MODEL.CGBN.FUSE_ACTIVATION:
+            logger.info(f"CGBN: fused with the activations of {fuse_activations(model)} blocks")
+        if cfg.MODEL.CGBN.IGNORE_PADDING:
+            ignore_padding(model)
+        return model
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
