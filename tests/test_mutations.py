@@ -28,8 +28,11 @@ MUTANTS = {
         'all_reduce(group, layer, "forward", n / n, sums / n, squares / n)',
     ),
     "statistics of this process alone": (FORWARD, "n, sums, squares"),
-    "biased running variance": ("var * (count / (count - 1).clamp_(min=1))", "var"),
-    "running statistics updated twice": ("for running, new in (", "for running, new in 2 * ("),
+    "biased running variance": ("var * (n / (n - 1))", "var"),
+    "running statistics updated twice": (
+        "        running_mean.lerp_(",
+        "        running_var.lerp_(var.to(running_var.dtype), factor)\n        running_mean.lerp_(",
+    ),
     "backward reduction left out": (BACKWARD, "(sums.double().flatten(),)"),
     "local count in the backward": (
         "(total / count.clamp(min=1))",

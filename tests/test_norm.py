@@ -414,6 +414,18 @@ def test_a_layer_of_a_group_that_is_no_more_is_plain_batch_norm():
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
 
 
+def test_fused_activations_compile():
+    layer = CrossGPUBatchNorm(4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, residual = (torch.randn(2, 4, 5, 6, requires_grad=True) for _ in range(2))
+    results = []
+    for module in (layer, compiled):
+        y = module(x, residual, relu=True)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, residual, layer.weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_accumulated_forwards_move_the_statistics_as_one(steps):
     layer = CrossGPUBatchNorm(3, momentum=0.1)

@@ -111,27 +111,28 @@ def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor
     are added up in float64.
     """
     channels, n = a.shape[1], a.numel() // a.shape[1]
-    if a.dim() == 2 or not a.is_contiguous():  # channels are innermost, and summed one by one
-        lanes = _num_lanes(a.shape[-1] if a.dim() > 2 else 1, n, 512)
-        a, b = (t.movedim(1, -1).reshape(-1, lanes * channels) for t in (a, b))
-        layout, across = (lanes, channels), 0
-    else:  # channels are outermost, and summed by whole vectors
-        lanes = _num_lanes(a.shape[2], n, 4096)
-        a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
-        layout, across = (channels, lanes), 1
+    outermost = a.is_contiguous() and a.dim() > 2
+    if outermost:  # a channel is summed by whole vectors
+        lanes, layout = _num_lanes(a.shape[2], n, 4096), (channels, -1)
+    else:  # a channel's values are summed one by one
+        lanes, layout = _num_lanes(a.shape[-1] if a.dim() > 2 else 1, n, 512), (-1, channels)
+    ones = torch.ones(lanes * channels, dtype=statistics_dtype(a))
+    means = torch.zeros_like(ones) if mean is None else mean
+    if lanes > 1:
+        if outermost:
+            a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
+        else:
+            a, b = (t.movedim(1, -1).reshape(-1, lanes * channels) for t in (a, b))
+        if mean is not None:
+            means = mean.repeat_interleave(lanes) if outermost else mean.repeat(lanes)
     # With training=False the kernel takes the statistics it is given, and the mask ends it at the
     # sums for γ and β. Variance 1 and ε 0 leave b - mean as it is.
-    dtype = statistics_dtype(a)
-    ones = torch.ones(lanes * channels, dtype=dtype)
-    if mean is None:
-        means = torch.zeros_like(ones)
-    else:
-        means = mean.unsqueeze(across).expand(layout).reshape(-1)
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
         a, b, ones, means, ones, None, None, False, 0.0, (False, True, True)
     )
     if lanes == 1:
         return sums.double(), products.double()
+    across = 1 if outermost else 0
     return tuple(t.view(layout).sum(across, dtype=torch.float64) for t in (sums, products))
 
 

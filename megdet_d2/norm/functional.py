@@ -148,24 +148,9 @@ def statistics(
         var = squares / values
     var.clamp_(min=0)
 
-    if x.device.type == "cpu" and count == 1:
-        raise ValueError(
-            "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
-            f"got input size {tuple(x.shape)}. Use a larger batch or BN size."
-        )
-    if running_mean is not None:
-        # `where`, not `if`: on CUDA the host never waits to learn |B|. What is not finite in a mean
-        # is not finite in its variance.
-        keep = ((count > 1) & (var.sum() < torch.inf)).squeeze(0)
-        num_batches_tracked += keep
-        num_batches_skipped += (count.squeeze(0) > 0) ^ keep
-        factor = momentum
-        if factor is None:
-            factor = (1.0 / num_batches_tracked.clamp(min=1)).to(running_mean.dtype)
-        unbiased = var * (count / (count - 1).clamp_(min=1))
-        for running, new in ((running_mean, mean), (running_var, unbiased)):
-            running.copy_(torch.where(keep, running.lerp(new.to(running.dtype), factor), running))
-
+    update = _update_on_device if x.is_cuda else _update_on_host
+    update(running_mean, running_var, num_batches_tracked, num_batches_skipped, momentum,
+           mean, var, count)  # fmt: skip
     dtype = aten.statistics_dtype(x)
     return mean.to(dtype), var.to(dtype), count
 
@@ -308,6 +293,44 @@ def input_gradient(
 @torch.library.register_fake("megdet_d2::input_gradient")
 def _(dy, x, mean, invstd, scale, bias, means, relu, y, needs_residual):
     return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
+
+
+# --- running statistics -------------------------------------------------------------------------
+
+
+def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
+    """Moves the running statistics towards those of B, if B has them: see cross_gpu_batch_norm."""
+    n = count.item()
+    if n == 1:
+        raise ValueError(
+            "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
+            "and the whole mini-batch holds one. Use a larger batch or BN size."
+        )
+    if running_mean is None:
+        return
+    # What is not finite in a mean is not finite in its variance.
+    if n > 1 and var.sum().item() < torch.inf:
+        tracked += 1
+        factor = 1 / tracked.item() if momentum is None else momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), factor)
+        running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), factor)
+    elif n > 0:
+        skipped += 1
+
+
+def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
+    """The same by `where` for `if`: the host never waits to learn |B|, nor objects to one value."""
+    if running_mean is None:
+        return
+    keep = ((count > 1) & (var.sum() < torch.inf)).squeeze(0)
+    tracked += keep
+    skipped += (count.squeeze(0) > 0) ^ keep
+    factor = momentum
+    if factor is None:
+        factor = (1 / tracked.clamp(min=1)).to(running_mean.dtype)
+    unbiased = var * (count / (count - 1).clamp_(min=1))
+    for running, new in ((running_mean, mean), (running_var, unbiased)):
+        running.copy_(torch.where(keep, running.lerp(new.to(running.dtype), factor), running))
 
 
 # --- what one process contributes ----------------------------------------------------------------
