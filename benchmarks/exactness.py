@@ -52,6 +52,7 @@ from torch.utils.checkpoint import (
 
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm.batch_norm import name_layers
+from megdet_d2.norm.collective import raise_if_out_of_step
 
 NORMS = {
     "CGBN": CrossGPUBatchNorm,
@@ -255,6 +256,7 @@ def out_of_step(make, device, widths: tuple[int, ...], path: tuple[str, ...]) ->
     for name in ("stem", "res", "head") if dist.get_rank() == 0 else path:
         x = model[name](x)
     x.square().sum().backward()
+    raise_if_out_of_step()  # as our Trainer does after a step: on CUDA, CGBN keeps it until then
     means: list = [None] * dist.get_world_size()
     dist.all_gather_object(means, {n: p[1].running_mean.tolist() for n, p in model.items()})
     mixed = means[0]["res"] == means[1]["head"]
@@ -475,7 +477,9 @@ def serve(rank: int, row: int, norm: str, device: str, folder: str, pipe) -> Non
             )
         answer = {"value": ROWS[row].measure(NORMS[norm], torch.device(device))}
     except Exception as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
+        # torch.compile adds where in whose files it was.
+        message = str(error).partition("\nfrom user code")[0]
+        answer = {"error": type(error).__name__, "message": message.strip()}
     pipe.send(answer)
     # Stays until it is ended: a peer that waits for this process is to be seen waiting.
     time.sleep(2 * LIMIT)
