@@ -1,9 +1,11 @@
 """MODEL.CGBN.FUSE_ACTIVATION: what a fused block computes is what Detectron2's computes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import (
     BasicBlock,
@@ -88,6 +90,19 @@ def test_a_frozen_stage_is_left_alone():
     assert type(resnet.res3[0]) is FusedBottleneckBlock
     assert isinstance(resnet.stem.conv1.norm, FrozenBatchNorm2d)
     assert fuse_activations(resnet) == 0, "fused already"
+
+
+def test_the_keys_reach_the_model():
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    cfg.merge_from_file(str(Path(__file__).parent / "data" / "tiny.yaml"))
+    cfg.merge_from_list(["MODEL.CGBN.FUSE_ACTIVATION", True, "MODEL.CGBN.IGNORE_PADDING", True])
+    cfg.MODEL.DEVICE = "cpu"
+    model = megdet_d2.Trainer.build_model(cfg)
+    assert any(type(m).__name__.startswith("Fused") for m in model.backbone.modules())
+    layers = [m for m in model.backbone.modules() if isinstance(m, CrossGPUBatchNorm)]
+    assert layers and all(layer.valid_region is layers[0].valid_region for layer in layers)
+    assert layers[0].valid_region is not None
 
 
 @pytest.mark.parametrize("after", [megdet_d2.revert_cgbn, lambda model: model.freeze()])
