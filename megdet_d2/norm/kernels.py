@@ -1,5 +1,0 @@
-"""Placeholder until the kernels are merged."""
-
-
-def available() -> bool:
-    return False
