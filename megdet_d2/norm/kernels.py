@@ -11,7 +11,10 @@ Every x is dense, (N, C, *), 2-D to 5-D, with channels outermost (contiguous) or
     channels innermost  x[m, c]      rows m = (n, s), columns c  a tile is of BLOCK_K channels
 
 The tiles of one channel, or of one block of channels, are a group; a program of a reduction takes
-every ``splits``-th of a group. Arithmetic is float32, for float64 inputs float64.
+every ``splits``-th of a group. Arithmetic is float32, for float64 inputs float64. No function waits
+for the GPU, and the order of every sum is fixed.
+
+Values of the channels, such as mean or scale, are (C,), contiguous, on x's device.
 """
 
 from __future__ import annotations  # tl.constexpr below need not exist
@@ -260,16 +263,9 @@ def _jit(kernel):
 
 @_jit
 def _tile(
-    t,
-    group,
-    rows,
-    channels,
-    vectors,
-    INNERMOST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    t, group, rows, channels, vectors,
+    INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Offsets and mask (BLOCK_R, BLOCK_K) of a group's tile t, and the values a channel has in it.
 
     Row numbers fit 32 bits, offsets need not.
@@ -332,35 +328,24 @@ def _affine(x, mean, scale, bias):
 def _before_relu(dy, x, mean, scale, bias, y, offsets, mask, ACC: tl.constexpr):
     """dy' of dy behind a ReLU. A NaN passes, as it does in torch's."""
     if y is None:
-        # In x's dtype, as y was stored.
-        output = _affine(x.to(ACC), mean, scale, bias).to(x.dtype)
+        # By way of x's dtype, in which y was stored.
+        output = _affine(x.to(ACC), mean, scale, bias).to(x.dtype).to(ACC)
     else:
-        output = tl.load(y + offsets, mask=mask, other=0.0)
+        output = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
     return tl.where(output <= 0, 0.0, dy)
 
 
 @_jit
 def _moments(
-    partials,
-    x,
-    rows,
-    channels,
-    vectors,
-    groups,
-    tiles,
-    splits,
-    INNERMOST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    partials, x, rows, channels, vectors, groups, tiles, splits,
+    INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """(n, mean, Σ(x - mean)²) of one split of a group, to partials (3, C, splits)."""
     group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
-    # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile: then
-    # (pivot - mean)² ≤ variance · tiles of the split, whatever the data, and Σd² - (Σd)²/n keeps
-    # its digits. In float32 x - pivot is exact where cancellation could hurt.
+    # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile. With
+    # n₁ values in it, (pivot - mean)² ≤ variance · n / n₁ whatever the data, so Σd² - (Σd)²/n keeps
+    # its digits; and where the mean is far from zero, x - pivot is exact.
     offsets, mask, n = _tile(
         split, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K
     )
@@ -408,28 +393,10 @@ def _merge(mean, var, partials, channels, splits, BLOCK: tl.constexpr):
 
 @_jit
 def _gradient_sums(
-    partials,
-    dy,
-    x,
-    y,
-    mean,
-    invstd,
-    scale,
-    bias,
-    rows,
-    channels,
-    vectors,
-    groups,
-    tiles,
-    splits,
-    RELU: tl.constexpr,
-    INNERMOST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    partials, dy, x, y, mean, invstd, scale, bias, rows, channels, vectors, groups, tiles, splits,
+    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Σ dy' and Σ dy' x̂ of one split of a group, to partials (2, C, splits)."""
     group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
     channel, inside = _channel(group, vectors, INNERMOST, VECTOR, BLOCK_K)
@@ -456,23 +423,10 @@ def _gradient_sums(
 
 @_jit
 def _normalize(
-    y,
-    x,
-    residual,
-    mean,
-    scale,
-    bias,
-    rows,
-    channels,
-    vectors,
-    groups,
-    RELU: tl.constexpr,
-    INNERMOST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    y, x, residual, mean, scale, bias, rows, channels, vectors, groups,
+    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """y of one tile."""
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
     offsets, mask, _ = _tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
@@ -491,28 +445,11 @@ def _normalize(
 
 @_jit
 def _input_gradient(
-    dx,
-    dresidual,
-    dy,
-    x,
-    y,
-    mean,
-    invstd,
-    scale,
-    bias,
-    mean_dy,
-    mean_dy_xhat,
-    rows,
-    channels,
-    vectors,
-    groups,
-    RELU: tl.constexpr,
-    INNERMOST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    dx, dresidual, dy, x, y, mean, invstd, scale, bias, mean_dy, mean_dy_xhat, rows, channels,
+    vectors, groups,
+    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """dx, and dy' where asked for, of one tile."""
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
     offsets, mask, _ = _tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
