@@ -31,6 +31,7 @@ FLOORS = {
 PLAIN = [
     "norm/groups.py",
     "norm/functional.py",
+    "norm/kernels.py",
     "norm/collective.py",
     "norm/aten.py",
     "norm/kernels.py",

@@ -6,6 +6,17 @@ import pytest
 import torch
 
 from megdet_d2 import CrossGPUBatchNorm
+from megdet_d2.norm import kernels
+
+from .kernel_cases import (
+    CASES,
+    INNERMOST,
+    OUTERMOST,
+    check_all,
+    check_moments_are_robust,
+    check_relu_masks_agree,
+    moments,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU, or hidden from the tests: `make test-gpu`"
@@ -95,3 +106,89 @@ def test_autocast():
     assert y.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
     y.float().sum().backward()
     assert convolution.weight.grad.isfinite().all()
+
+
+# --- the Triton kernels; what they must satisfy is in kernel_cases.py ----------------------------
+
+with_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+# Besides those that the interpreter can do: real sizes, which take many programs and waves.
+LARGE_CASES = [
+    ((2, 64, 200, 336), OUTERMOST, torch.bfloat16),
+    ((2, 64, 200, 336), INNERMOST, torch.bfloat16),
+    ((2, 256, 25, 42), OUTERMOST, torch.float16),
+    ((2, 256, 25, 42), INNERMOST, torch.float16),
+    ((257, 65, 7, 7), OUTERMOST, torch.float32),
+    ((257, 65, 7, 7), INNERMOST, torch.float32),
+    ((2, 257, 50, 84), OUTERMOST, torch.float64),
+]
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES + LARGE_CASES)
+def test_kernels_equal_float64(case):
+    check_all("cuda", case)
+
+
+@with_triton
+@pytest.mark.parametrize("innermost", [False, True])
+def test_kernels_moments_hold_far_from_zero(innermost):
+    check_moments_are_robust("cuda", innermost)
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_kernels_mask_alike_forward_and_backward(dtype):
+    check_relu_masks_agree("cuda", dtype)
+
+
+@with_triton
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_reach_past_two_gib_elements(layout):
+    """Offsets of 64 bits: the last channel's last value, at 2^31 + 2^26 elements."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip("16 GiB of GPU memory are not free")
+    x = torch.zeros(33, 64, 1024, 1024, dtype=torch.float16, device="cuda")
+    x = x.contiguous(memory_format=layout)
+    x[-1, -1, -1, -1] = 1024
+    mean, var = moments(x)
+    n = x.numel() // 64
+    torch.testing.assert_close(mean[-1].item(), 1024 / n, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var[-1].item(), 1024**2 / n, rtol=1e-5, atol=0)
+    ones = torch.ones(64, device="cuda")
+    y = kernels.normalize(x, 0 * ones, 2 * ones, ones)
+    assert y[-1, -1, -1, -1] == 2048  # 2049 in float16
+    assert y[-1, -1, -1, -2] == 1 and y[0, 0, 0, 0] == 1
+
+
+@with_triton
+def test_kernels_in_a_cuda_graph_and_the_host_never_waits():
+    x = torch.randn(2, 64, 100, 168, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn_like(x)
+    bias = torch.zeros(64, device="cuda")
+
+    def step():
+        mean, var = moments(x)
+        invstd = (var + 1e-5).rsqrt()
+        y = kernels.normalize(x, mean, invstd, bias, relu=True)
+        sums = kernels.gradient_sums(dy, x, mean, invstd, invstd, bias, relu=True)
+        means = [s / (x.numel() // 64) for s in sums]
+        dx, _ = kernels.input_gradient(dy, x, mean, invstd, invstd, bias, *means, relu=True)
+        return mean, var, y, *sums, dx
+
+    torch.cuda.synchronize()
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.normal_(mean=5)
+    dy.normal_()
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)  # sums have one order, too
