@@ -321,6 +321,18 @@ def test_double_backward_is_an_error(pool2):
     pool2.run(run_double_backward)
 
 
+@pytest.mark.xfail(strict=True, reason="torch.func.jvp takes any custom operator for a constant")
+def test_forward_mode_is_right_or_an_error():
+    layer = CrossGPUBatchNorm(5, track_running_stats=False)
+    plain = nn.BatchNorm2d(5, track_running_stats=False)
+    x, direction = torch.randn(2, 2, 5, 3, 3).unbind()
+    try:
+        _, tangent = torch.func.jvp(layer, (x,), (direction,))
+    except (NotImplementedError, RuntimeError):
+        return
+    torch.testing.assert_close(tangent, torch.func.jvp(plain, (x,), (direction,))[1])
+
+
 # --- copies --------------------------------------------------------------------------------------
 
 
@@ -377,3 +389,10 @@ def test_recovery_after_a_bad_batch_on_one_rank(pool2, bad, algorithm):
         assert skipped == 1
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.xfail(strict=True, reason="the check is of float64 statistics: running_var is inf")
+def test_statistics_that_a_half_precision_module_cannot_hold_are_skipped():
+    layer = CrossGPUBatchNorm(3, momentum=1.0).half()
+    layer((torch.randn(8, 3, 8, 8) * 1000).half())  # a variance of 1e6
+    assert layer.running_var.isfinite().all() and layer.num_batches_skipped == 1
