@@ -1,9 +1,10 @@
 """The arithmetic at its edges: what the pooled batch gives, however it is cut, shifted or scaled.
 
-Bounds are derived, not fitted. u is half an ulp. The sums travel as float64 Σx², so with the mean k
-deviations from zero the variance is known to a few u₆₄ (1 + k²) of itself, whatever the input's
-dtype; what a float32 input has lost by its own rounding is no error, the reference sees the same.
-The mean is handed on in the statistics' dtype, which leaves y an error of a few u (1 + k).
+Bounds follow from the arithmetic, with room for its constants. u is half an ulp. The sums travel as
+float64 Σx², so with the mean k deviations from zero the variance is known to a few u₆₄ (1 + k²) of
+itself, whatever the input's dtype; what a float32 input has lost by its own rounding is no error,
+the reference sees the same. The mean is handed on in the statistics' dtype, which leaves y an error
+of a few u (1 + k).
 """
 
 import copy
