@@ -28,10 +28,10 @@ MUTANTS = {
         'all_reduce(group, layer, "forward", n / n, sums / n, squares / n)',
     ),
     "statistics of this process alone": (FORWARD, "n, sums, squares"),
-    "biased running variance": ("var * (n / (n - 1))", "var"),
+    "biased running variance": ("var * (n / max(n - 1, 1))", "var"),
     "running statistics updated twice": (
         "        running_mean.lerp_(",
-        "        running_var.lerp_(var.to(running_var.dtype), factor)\n        running_mean.lerp_(",
+        "        running_var.lerp_(new[1], factor)\n        running_mean.lerp_(",
     ),
     "backward reduction left out": (BACKWARD, "(sums.double().flatten(),)"),
     "local count in the backward": (

@@ -162,7 +162,7 @@ def test_offset_in_deviations(pool2, dtype, offset, layout, algorithm):
     of_var = 64 * u + cancelled
     of_y = 8 * u * (1 + offset) + 4 * of_var
     for rank, result in enumerate(pool2.run(run_once, xs, dys, 1e-5, algorithm, layout)):
-        torch.testing.assert_close(result["mean"], expected["mean"], rtol=2 * u, atol=16 * u)
+        torch.testing.assert_close(result["mean"], expected["mean"], rtol=4 * u, atol=16 * u)
         torch.testing.assert_close(result["var"], expected["var"], rtol=of_var, atol=0)
         for key in ("y", "dx"):
             whole = expected[key].split([len(x) for x in xs])[rank]
@@ -236,19 +236,7 @@ def test_float16_near_its_largest_value(pool2):
 # --- counts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 4096, 4099),
-        pytest.param(
-            (4096 * 4099, 1),
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="of 2-D inputs each channel is one float32 sum: running_var is 7e-4 off",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("shape", [(1, 1, 4096, 4099), (4096 * 4099, 1), (4096 * 4099, 1, 1, 1)])
 def test_more_values_than_float32_can_count(shape):
     # More than 2²⁴, where 1 added to a float32 is lost.
     x = torch.ones(shape)

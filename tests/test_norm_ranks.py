@@ -134,9 +134,6 @@ def run_one_layer_more(rank):
     CrossGPUBatchNorm(5)(torch.randn(2, 5, 3, 3))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="unnamed layers are called by their number in the process: OutOfStepError"
-)
 def test_a_rank_may_have_built_another_layer_before(pool2):
     pool2.run(run_one_layer_more)
 

@@ -311,7 +311,7 @@ def run_double_backward(rank):
     layer = CrossGPUBatchNorm(3).double()
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="megdet_d2|CrossGPUBatchNorm"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.square().sum().backward()
     # and no gradient of half the truth has been left behind
     assert x.grad is None and layer.weight.grad is None
@@ -321,7 +321,6 @@ def test_double_backward_is_an_error(pool2):
     pool2.run(run_double_backward)
 
 
-@pytest.mark.xfail(strict=True, reason="torch.func.jvp takes any custom operator for a constant")
 def test_forward_mode_is_right_or_an_error():
     layer = CrossGPUBatchNorm(5, track_running_stats=False)
     plain = nn.BatchNorm2d(5, track_running_stats=False)
@@ -391,7 +390,6 @@ def test_recovery_after_a_bad_batch_on_one_rank(pool2, bad, algorithm):
             torch.testing.assert_close(state[key], value)
 
 
-@pytest.mark.xfail(strict=True, reason="the check is of float64 statistics: running_var is inf")
 def test_statistics_that_a_half_precision_module_cannot_hold_are_skipped():
     layer = CrossGPUBatchNorm(3, momentum=1.0).half()
     layer((torch.randn(8, 3, 8, 8) * 1000).half())  # a variance of 1e6

@@ -111,31 +111,34 @@ def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor
     are added up in float64.
     """
     channels, n = a.shape[1], a.numel() // a.shape[1]
-    outermost = a.is_contiguous() and a.dim() > 2
-    if outermost:  # a channel is summed by whole vectors
-        lanes, layout = _num_lanes(a.shape[2], n, 4096), (channels, -1)
-    else:  # a channel's values are summed one by one
-        lanes, layout = _num_lanes(a.shape[-1] if a.dim() > 2 else 1, n, 512), (-1, channels)
-    ones = torch.ones(lanes * channels, dtype=statistics_dtype(a))
+    ones = torch.ones(channels, dtype=statistics_dtype(a))
     means = torch.zeros_like(ones) if mean is None else mean
-    if lanes > 1:
-        if outermost:
+    if n > len(a) and a.is_contiguous():  # a channel is summed by whole vectors
+        size = n // len(a)
+        lanes = next((g for g in range(-(-n // 4096), size) if size % g == 0), size)
+        if lanes > 1:
             a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
-        else:
-            a, b = (t.movedim(1, -1).reshape(-1, lanes * channels) for t in (a, b))
-        if mean is not None:
-            means = mean.repeat_interleave(lanes) if outermost else mean.repeat(lanes)
+            ones, means = (t.repeat_interleave(lanes) for t in (ones, means))
+        sums = _native_sums(a, b, means, ones)
+        return tuple(t.double().view(channels, lanes).sum(1) for t in sums)
+    # Channels are innermost, and a channel's values are summed one by one.
+    lanes = -(-n // 512)
+    if lanes == 1:
+        return tuple(t.double() for t in _native_sums(a, b, means, ones))
+    a, b = (t.movedim(1, -1).reshape(n, channels) for t in (a, b))
+    whole = n // lanes * lanes
+    cut = (t[:whole].view(-1, lanes * channels) for t in (a, b))
+    sums = _native_sums(*cut, means.repeat(lanes), ones.repeat(lanes))
+    rest = _native_sums(a[whole:], b[whole:], means, ones) if whole < n else (0.0, 0.0)
+    return tuple(
+        t.double().view(lanes, channels).sum(0) + r for t, r in zip(sums, rest, strict=True)
+    )
+
+
+def _native_sums(a: Tensor, b: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
     # With training=False the kernel takes the statistics it is given, and the mask ends it at the
     # sums for γ and β. Variance 1 and ε 0 leave b - mean as it is.
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        a, b, ones, means, ones, None, None, False, 0.0, (False, True, True)
+        a, b, ones, mean, ones, None, None, False, 0.0, (False, True, True)
     )
-    if lanes == 1:
-        return sums.double(), products.double()
-    across = 1 if outermost else 0
-    return tuple(t.view(layout).sum(across, dtype=torch.float64) for t in (sums, products))
-
-
-def _num_lanes(size: int, length: int, longest: int) -> int:
-    """The least divisor of ``size`` that cuts ``length`` values into lanes of ``longest``."""
-    return next((g for g in range(1, size) if size % g == 0 and length <= g * longest), size)
+    return sums, products

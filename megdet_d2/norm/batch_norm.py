@@ -1,7 +1,5 @@
 """The layer: ``nn.BatchNorm2d`` with the statistics of a group of processes."""
 
-import itertools
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,8 +8,6 @@ from torch.nn import functional as F
 from .functional import ALGORITHMS, cross_gpu_batch_norm
 from .groups import SELF, BNGroup
 from .padding import ValidRegion
-
-_built = itertools.count()
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
@@ -41,7 +37,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         valid_region: where each image of the input is, see ``padding``; None for everywhere.
         num_batches_skipped: mini-batches that left the running statistics as they were, since
             theirs were not finite, or of one value. Not part of ``state_dict``.
-        name: what errors call the layer; ``name_layers`` makes it the name in the model.
+        name: what errors call the layer, and what tells it from the group's other layers;
+            ``name_layers`` makes it the name in the model.
 
     Raises:
         OutOfStepError: the processes of the group are in different layers; see ``collective``.
@@ -76,8 +73,9 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
         self.accumulation_steps = 1
         self.valid_region: ValidRegion | None = None
-        # Until a model is there to name it by: equal on all processes that build the same layers.
-        self.name = f"number {next(_built)} ({num_features} channels)"
+        # Until a model is there to name it by. No number: processes need not build the same layers
+        # besides those they share.
+        self.name = f"unnamed ({num_features} channels)"
 
     @property
     def process_group(self) -> BNGroup:

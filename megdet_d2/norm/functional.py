@@ -142,8 +142,11 @@ def statistics(
         count, total = all_reduce(group, layer, "forward", n, sums)
         values = count.clamp(min=1)
         mean = total / values
-        # Line 7's Σ (x - μ_B)² over B_i, by the local sums instead of another pass over x.
-        squares += mean * (n * mean - 2 * sums)
+        # Line 7, Σ (x - μ_B)² over B_i, around a pivot that x's dtype can hold.
+        pivot = mean.to(aten.statistics_dtype(x))
+        _, sums, squares = _local_sums(x - aten.per_channel(pivot, x), valid)
+        rest = mean - pivot
+        squares += rest * (n * rest - 2 * sums)
         (squares,) = all_reduce(group, layer, "forward, variance", squares)
         var = squares / values
     var.clamp_(min=0)
@@ -308,12 +311,13 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
         )
     if running_mean is None:
         return
-    # What is not finite in a mean is not finite in its variance.
-    if n > 1 and var.sum().item() < torch.inf:
+    # Unbiased, and as they are to be kept: a module in half precision cannot hold every variance.
+    new = torch.stack((mean, var * (n / max(n - 1, 1)))).to(running_mean.dtype)
+    if n > 1 and new.abs().max().item() < torch.inf:
         tracked += 1
         factor = 1 / tracked.item() if momentum is None else momentum
-        running_mean.lerp_(mean.to(running_mean.dtype), factor)
-        running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), factor)
+        running_mean.lerp_(new[0], factor)
+        running_var.lerp_(new[1], factor)
     elif n > 0:
         skipped += 1
 
@@ -322,15 +326,16 @@ def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mea
     """The same by `where` for `if`: the host never waits to learn |B|, nor objects to one value."""
     if running_mean is None:
         return
-    keep = ((count > 1) & (var.sum() < torch.inf)).squeeze(0)
+    n = count.squeeze(0)
+    new = torch.stack((mean, var * (n / (n - 1).clamp(min=1)))).to(running_mean.dtype)
+    keep = (n > 1) & (new.abs().max() < torch.inf)
     tracked += keep
-    skipped += (count.squeeze(0) > 0) ^ keep
+    skipped += (n > 0) ^ keep
     factor = momentum
     if factor is None:
         factor = (1 / tracked.clamp(min=1)).to(running_mean.dtype)
-    unbiased = var * (count / (count - 1).clamp_(min=1))
-    for running, new in ((running_mean, mean), (running_var, unbiased)):
-        running.copy_(torch.where(keep, running.lerp(new.to(running.dtype), factor), running))
+    for running, value in ((running_mean, new[0]), (running_var, new[1])):
+        running.copy_(torch.where(keep, running.lerp(value, factor), running))
 
 
 # --- what one process contributes ----------------------------------------------------------------
