@@ -19,6 +19,7 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.memory import checkpoint_stages
 from megdet_d2.norm.registry import (
     cgbn_layers,
     describe_norms,
@@ -77,8 +78,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level."""
-        return separate_retinanet_levels(super().build_model(cfg))
+        """Detectron2's model, with RetinaNet's CGBN statistics by level, and sublinear memory."""
+        model = separate_retinanet_levels(super().build_model(cfg))
+        if cfg.MODEL.SUBLINEAR.ENABLED:
+            checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
+        return model
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
