@@ -1,4 +1,4 @@
-"""What sublinear memory saves and costs: bytes kept for backward, peak memory, time, by stages.
+"""What sublinear memory saves and costs: bytes kept for backward by stages, peak memory, time.
 
     python benchmarks/memory.py                                   # R50-FPN, 800x1344, one image
     python benchmarks/memory.py --height 400 --width 672 --repeats 5
@@ -35,16 +35,7 @@ import megdet_d2
 from megdet_d2.memory import STAGES, checkpoint_stages, kept_bytes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "Base-MegDet-R50-FPN.yaml"
-RESNET = ("res2", "res3", "res4", "res5")
-ROWS = {
-    "plain": (),
-    "res2": ("res2",),
-    "res2 to res5": RESNET,
-    "res2 to res5, fpn (default)": (*RESNET, "fpn"),
-    "+ stem": (*RESNET, "fpn", "stem"),
-    "+ rpn": (*RESNET, "fpn", "stem", "rpn"),
-    "+ roi_heads (all)": STAGES,
-}
+DEFAULT = ("res2", "res3", "res4", "res5", "fpn")
 
 
 def detector(device: torch.device) -> nn.Module:
@@ -126,48 +117,48 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     batch = random_images(args.images, args.height, args.width)
     plain = detector(device)
-    rows = []
-    for name, stages in ROWS.items():
-        model = checkpoint_stages(copy.deepcopy(plain), stages)
+    rows = [{"stages": "none", "kept": kept(plain, batch), "peak": peak(plain, batch, device)}]
+    for name, stages in (("default", DEFAULT), ("all", STAGES)):
+        model = checkpoint_stages(copy.deepcopy(plain), stages, args.blocks)
         row = {"stages": name, "kept": kept(model, batch), "peak": peak(model, batch, device)}
-        pairs = [
-            (seconds(model, batch, device), seconds(plain, batch, device))
-            for _ in range(args.repeats if stages else 1)
+        row["seconds"] = [
+            [seconds(model, batch, device), seconds(plain, batch, device)]
+            for _ in range(args.repeats)
         ]
-        plain.zero_grad(set_to_none=True)
-        row["seconds"] = statistics.median(ours for ours, _ in pairs)
-        row["time_ratio"] = statistics.median(ours / base for ours, base in pairs) if stages else 1
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
         del model
+    for stage in STAGES:
+        model = checkpoint_stages(copy.deepcopy(plain), (stage,), args.blocks)
+        rows.append({"stages": stage, "kept": kept(model, batch)})
+        print(rows[-1], file=sys.stderr, flush=True)
     report(rows, args, device, plain)
 
 
 def report(
     rows: list[dict], args: argparse.Namespace, device: torch.device, model: nn.Module
 ) -> None:
-    first = rows[0]
-    table = [
-        (
-            row["stages"],
-            f"{row['kept'] / 1e6:,.0f}",
-            f"{row['kept'] / first['kept']:.1%}",
-            f"{row['peak'] / 1e6:,.0f}",
-            f"{row['peak'] / first['peak']:.1%}",
-            f"{row['time_ratio']:.2f}",
-        )
-        for row in rows
-    ]
-    print(tabulate(table, ("computed twice", "kept MB", "", "peak MB", "", "time"), "pipe"))
+    table = []
+    for row in rows:
+        line = [row["stages"]]
+        for key in ("kept", "peak"):
+            if key in row:
+                line += [f"{row[key] / 1e6:,.0f}", f"{row[key] / rows[0][key]:.1%}"]
+        if row.get("seconds"):
+            line.append(f"{statistics.median(ours / base for ours, base in row['seconds']):.2f}")
+        table.append(line)
+    headers = ("computed twice", "kept MB", "of plain", "peak MB", "of plain", "time / plain")
+    print(tabulate(table, headers, "pipe", disable_numparse=True))
     if args.output:
+        gpu = device.type == "cuda"
+        cpu = f"{platform.machine()} CPU, threads: {args.threads}"
         result = {
             "date": str(date.today()),
             "command": "python " + " ".join(sys.argv),
-            "hardware": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"{platform.machine()} CPU, {args.threads} thread, shared with other programs",
+            "hardware": torch.cuda.get_device_name() if gpu else cpu,
             "torch": torch.__version__,
             "parameter_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "seconds": "of each pair the first checkpointed, the second plain",
             "rows": rows,
         }
         with open(args.output, "w") as file:
@@ -180,8 +171,9 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1344)
+    parser.add_argument("--blocks", type=int, default=2, help="residual blocks in a segment")
     parser.add_argument("--threads", type=int, default=1, help="on CPU")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each model")
+    parser.add_argument("--repeats", type=int, default=3, help="timed pairs of steps")
     parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
     main(parser.parse_args())

@@ -32,10 +32,6 @@ import megdet_d2.norm.functional  # noqa: F401  # its operators, torch.ops.megde
 RESNET_STAGES = ("res2", "res3", "res4", "res5")
 STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")
 
-# Residual blocks in a segment. A block's inside is three times its output, so longer segments keep
-# less, and need more at once when res2 is computed again: two give the lowest peak.
-BLOCKS = 2
-
 # Whether the output of an operator, called with these arguments, is kept for the second forward.
 Keep = Callable[..., bool]
 
@@ -50,11 +46,15 @@ def keep_spatial_convolutions(op: torch._ops.OpOverload, *args) -> bool:
     return op is torch.ops.aten.convolution.default and max(args[1].shape[2:]) > 1
 
 
-def checkpoint_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
+def checkpoint_stages(model: nn.Module, stages: Sequence[str], blocks: int = 2) -> nn.Module:
     """Makes the named stages of a Detectron2 model segments, in place; returns the model.
 
-    "stem"; "res2" to "res5", two blocks a segment; "fpn", each of its convolutions with its norm;
-    "rpn", the head of the RPN or of RetinaNet; "roi_heads", the layers of its heads.
+    "stem"; "res2" to "res5"; "fpn", each of its convolutions with its norm; "rpn", the head of the
+    RPN or of RetinaNet; "roi_heads", the layers of its heads.
+
+    Args:
+        blocks: residual blocks in a segment of "res2" to "res5". More keep less, but need more at
+            once when res2 is computed again.
 
     Raises:
         ValueError: a name that is none of ``STAGES``, or that this model has no module for.
@@ -70,7 +70,7 @@ def checkpoint_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
             )
         for module, method in segments:
             if stage in RESNET_STAGES:
-                _replace(module, method, _forward_in_runs, module, _keep_in_stage(module))
+                _replace(module, method, _forward_in_runs, module, blocks, _keep_in_stage(module))
             else:
                 _replace(module, method, _forward, getattr(module, method), module, keep_nothing)
     return model
@@ -149,8 +149,10 @@ def _segments(model: nn.Module, stage: str) -> Iterator[tuple[nn.Module, str]]:
 def _keep_in_stage(stage: nn.Sequential) -> Keep:
     # Basic blocks are 3×3 convolutions through and through. And where no norm follows, the ReLU
     # overwrites the convolution's output.
-    bottlenecks = all(type(block) is BottleneckBlock and block.conv2.norm for block in stage)
-    return keep_spatial_convolutions if bottlenecks else keep_nothing
+    for block in stage:
+        if type(block) is not BottleneckBlock or block.conv2.norm is None:
+            return keep_nothing
+    return keep_spatial_convolutions
 
 
 # --- how they run --------------------------------------------------------------------------------
@@ -163,14 +165,15 @@ def _replace(module: nn.Module, method: str, function: Callable, *args) -> None:
         setattr(module, method, functools.partial(function, *args))
 
 
-def _forward_in_runs(stage: nn.Sequential, keep: Keep, x: Tensor) -> Tensor:
-    for start in range(0, len(stage), BLOCKS):
-        run = stage[start : start + BLOCKS]
+def _forward_in_runs(stage: nn.Sequential, blocks: int, keep: Keep, x: Tensor) -> Tensor:
+    for start in range(0, len(stage), blocks):
+        run = stage[start : start + blocks]
         run.training = stage.training  # not run.train(), which would reach the blocks
         x = _forward(run.forward, run, keep, x)
     return x
 
 
+@torch.compiler.disable  # a segment runs eagerly in a compiled model: its buffers are swapped
 def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
     """``plain``, the method of ``module``, as one segment."""
     # Tensors within lists would be out of autograd's sight, and out of the count of bytes.
