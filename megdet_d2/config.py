@@ -19,7 +19,7 @@ def add_megdet_config(cfg: CN) -> None:
     # "one_reduce": one collective a layer. "two_pass": the paper's Algorithm 1, two.
     cfg.MODEL.CGBN.ALGORITHM = "one_reduce"
 
-    # --- Sublinear memory (§3.3): less memory for a second forward during backward ---------------
+    # --- Sublinear memory (§4): less memory for a second forward during backward -----------------
     cfg.MODEL.SUBLINEAR = CN()
     cfg.MODEL.SUBLINEAR.ENABLED = False
     # Parts of the model that are computed twice: "stem", "res2" to "res5", "fpn", "rpn" (and
