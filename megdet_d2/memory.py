@@ -1,4 +1,4 @@
-"""Sublinear memory (§4, Table 3): a segment of the network keeps its input; backward computes it again.
+"""Sublinear memory (§4, Table 3): a segment keeps its input, and backward computes it again.
 
 What the second forward must not repeat is kept from the first: the statistics of CGBN, C floats a
 layer, and with them its collective. Running statistics are updated once, by any norm, and loss and
