@@ -23,6 +23,13 @@ def add_megdet_config(cfg: CN) -> None:
     # Leave the border that pads a batch's images to one size out of the statistics.
     cfg.MODEL.CGBN.IGNORE_PADDING = False
 
+    # --- Sublinear memory (§4): less memory for a second forward during backward -----------------
+    cfg.MODEL.SUBLINEAR = CN()
+    cfg.MODEL.SUBLINEAR.ENABLED = False
+    # Parts of the model that are computed twice: "stem", "res2" to "res5", "fpn", "rpn" (and
+    # RetinaNet's head), "roi_heads". docs/memory.md has what they save and cost.
+    cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
+
     # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
     # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.

@@ -19,6 +19,7 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.norm.padding import ignore_padding
 from megdet_d2.norm.registry import (
@@ -81,13 +82,15 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level.
 
-        And what ``MODEL.CGBN`` asks for: activations fused, padding ignored.
+        And what ``MODEL`` asks for: activations fused, padding ignored, sublinear memory.
         """
         model = separate_retinanet_levels(super().build_model(cfg))
         if cfg.MODEL.CGBN.FUSE_ACTIVATION:
             logger.info(f"CGBN: fused with the activations of {fuse_activations(model)} blocks")
         if cfg.MODEL.CGBN.IGNORE_PADDING:
             ignore_padding(model)
+        if cfg.MODEL.SUBLINEAR.ENABLED:
+            checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
         return model
 
     @classmethod
