@@ -37,7 +37,7 @@ def average_statistics(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def averaged_statistics(model: nn.Module) -> Iterator[None]:
-    """``average_statistics`` for the length of a ``with``; each process's own put back behind it."""
+    """``average_statistics`` for the length of a ``with``; then each process has its own again."""
     own = {name: statistic.clone() for name, statistic in _averaged(model).items()}
     average_statistics(model)
     try:

@@ -21,6 +21,7 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from megdet_d2.norm.registry import (
     cgbn_layers,
@@ -74,6 +75,8 @@ class Trainer(DefaultTrainer):
         with _ddp_without_device_ids(cfg):
             super().__init__(cfg)
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
+        if cfg.MODEL.DEVICE == "cpu":
+            _settle_buckets(self.model)
         # A forward is of one micro-batch, so that is what the layers normalise over.
         images_per_gpu = self.layout.images_per_gpu
         layers = cgbn_layers(self.model)
@@ -253,6 +256,18 @@ class Trainer(DefaultTrainer):
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
         return ret[:first] + ours + ret[first:]
+
+
+def _settle_buckets(model: nn.Module) -> None:
+    """Makes DDP put gradients into buckets now as it will in every step.
+
+    It would do so after its first step, and what three or more processes sum depends, in the last
+    bit, on the place in the bucket: a resumed run's first step would differ. Not on GPUs, where the
+    order of this layout would cost the overlap of communication with backward.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
 
 
 @contextlib.contextmanager
