@@ -90,7 +90,7 @@ def read_rows(output):
     """metrics.json, without what is measured in seconds."""
     lines = Path(output, "metrics.json").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if "time" not in key}
+        {k: v for k, v in json.loads(line).items() if "time" not in k and k != "eta_seconds"}
         for line in lines
     ]
 

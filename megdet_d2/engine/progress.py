@@ -66,13 +66,14 @@ def recent_scalars(storage: Any, iteration: int, window: int = 20) -> dict[str, 
     """The last values of every scalar written in ``iteration``: what smoothed metrics follow from.
 
     Returns:
-        by name, whether it is smoothed, and (value, iteration) pairs.
+        by name, whether it is smoothed, and (value, iteration) pairs. Not those of the clock, which
+        Detectron2 starts anew.
     """
     hints = storage.smoothing_hints()
     return {
         name: {"smoothed": hints[name], "values": history.values()[-window:]}
         for name, history in storage.histories().items()
-        if history.values()[-1][1] == iteration
+        if history.values()[-1][1] == iteration and name not in ("time", "eta_seconds")
     }
 
 
