@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -78,10 +79,22 @@ def agree(number: int) -> int:
 def shield_loader_worker() -> None:
     """Called in a worker of a data loader, makes it leave both signals to the training process.
 
-    Schedulers send them to every process, and a worker that dies is an error of the training.
+    Schedulers send them to every process, and a worker that dies is an error of the training. Only
+    its parent may end it, as it does when it exits itself.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # on macOS nobody can tell who sent a signal
+    parent = os.getppid()
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    # Blocked here, and in threads to come: the one that waits is who gets it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
