@@ -94,7 +94,15 @@ def _join(main: Callable, args: argparse.Namespace):
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
+        store=dist.PrefixStore(f"restart_{restarts()[0]}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
     try:
         comm.create_local_process_group(local_size)
         comm.synchronize()
