@@ -52,6 +52,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.WARMUP_START = "reference"
     # Images an epoch counts; 0 is the training set after Detectron2's filtering.
     cfg.MEGDET.EPOCH_IMAGES = 0
+    # Micro-batches an update. SOLVER.IMS_PER_BATCH stays the images of an update; a process takes
+    # IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts those.
+    cfg.MEGDET.ACCUMULATION_STEPS = 1
     # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
     # Not for setting by hand.
     cfg.MEGDET.RESOLVED = CN()
