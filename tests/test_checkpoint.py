@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, checked before they are trusted, each group's statistics."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import resource
@@ -173,19 +174,23 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, size):
     assert find_fault(str(first)) == ""
 
 
+def save_until_killed(folder):
+    checkpointer = make(folder)
+    save(checkpointer, 1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    with files_up_to(100_000):
+        save(checkpointer, 2)
+
+
 def test_killed_while_saving(tmp_path):
     """By the system itself, after so many bytes of the file."""
+    child = multiprocessing.get_context("forkserver").Process(
+        target=save_until_killed, args=(tmp_path,)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGXFSZ
     checkpointer = make(tmp_path)
-    save(checkpointer, 1)
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            with files_up_to(100_000):
-                save(checkpointer, 2)
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] & 0x7F == signal.SIGXFSZ
     assert (tmp_path / "model_0000002.pth.tmp").stat().st_size == 100_000
     assert not (tmp_path / "model_0000002.pth").exists()
     assert resumed(tmp_path).model[1].bias.eq(1).all()
