@@ -71,6 +71,7 @@ class Trainer(DefaultTrainer):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self.images_seen = 0
+        self._saved_iter = -1  # the last iteration in the checkpoint, as counted then
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         with _ddp_without_device_ids(cfg):
             super().__init__(cfg)
@@ -125,18 +126,19 @@ class Trainer(DefaultTrainer):
         elif may_restart and not resume and comm.is_main_process():
             forget_last_checkpoint(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume or restarted > 0)
-        if self.start_iter and comm.is_main_process():
+        if self._saved_iter >= 0 and comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
             cut_metrics(metrics, self._saved_iter, self.images_seen)
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's, and under "megdet" what an exact resume needs besides."""
         stream = find_stream(self.data_loader)
+        storage = getattr(self, "storage", None)  # there is none before training
         progress = {
             "images_seen": self.images_seen,
             "layout": vars(self.layout),
             "stream": stream.place(self.images_seen) if stream else None,
-            "scalars": recent_scalars(self.storage, self.iter),
+            "scalars": recent_scalars(storage, self.iter) if storage else {},
         }
         return super().state_dict() | {"megdet": progress}
 
