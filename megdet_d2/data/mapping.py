@@ -1,5 +1,6 @@
 """Images that cannot be read and annotations that make no sense: an error that names the image."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ class BadImageError(ValueError):
 class CheckedMapper:
     """A mapper of Detectron2 whose every failure is a ``BadImageError``.
 
-    What it returns is checked too: a box or a pixel that is not finite, or a class that the model
-    has not, would only surface as a loss of NaN, or on a GPU as an assertion that ends the process.
+    Boxes, and what it returns, are checked too: a box or pixel that is not finite, or a class that
+    the model has not, would be dropped in silence, or surface as a loss of NaN, or on a GPU as an
+    assertion that ends the process.
 
     Args:
         mapper: takes an entry of the data set, returns a model's input, or None for another image.
@@ -30,6 +32,10 @@ class CheckedMapper:
 
     def __call__(self, entry: dict) -> dict | None:
         name = entry.get("file_name") or f"image {entry.get('image_id', '?')}"
+        for annotation in entry.get("annotations", ()):
+            box = annotation.get("bbox", ())
+            if not all(map(math.isfinite, box)):  # Detectron2 would take it for an empty one
+                raise BadImageError(f"{name}: the box {box} is not finite")
         try:
             mapped = self._mapper(entry)
         except MemoryError:

@@ -1,9 +1,11 @@
 """Detectron2's trainer with MegDet's norm groups and schedule."""
 
 import contextlib
+import faulthandler
 import functools
 import logging
 import os
+import sys
 import weakref
 from typing import Any
 
@@ -52,6 +54,8 @@ from .statistics import averaged_statistics
 
 logger = logging.getLogger(__name__)
 
+_STDERR = sys.__stderr__  # whatever stands in for it, in a notebook say, has no file descriptor
+
 
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` that knows the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
@@ -76,6 +80,7 @@ class Trainer(DefaultTrainer):
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self.images_seen = 0
         self.relief = Relief()
+        self._rolled_back_to = ""
         self._saved_iter = -1  # the last iteration in the checkpoint, as counted then
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         with _ddp_without_device_ids(cfg):
@@ -130,7 +135,14 @@ class Trainer(DefaultTrainer):
         loader, diverged = self.data_loader, self.iter
         self._hooks = []  # the old ones' writers are closed
         self.register_hooks(self.build_hooks())
+        last = self.checkpointer.get_checkpoint_file()
+        if comm.is_main_process() and last == self._rolled_back_to:
+            # Twice from here: perhaps it was saved when training had begun to diverge.
+            if os.path.basename(last) != "model_start.pth":  # older ones are of another run
+                self.checkpointer.step_back()
+        comm.synchronize()
         self.resume_or_load(resume=True)
+        self._rolled_back_to = self.checkpointer.get_checkpoint_file()
         self._trainer.reset_data_loader(lambda: loader)
         if comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
@@ -145,18 +157,24 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """One update, with random numbers that follow from the seed, the images and the process.
 
+        One that takes longer than twice ``MEGDET.TIMEOUT`` ends the process, with all its stacks.
+
         Raises:
             DivergenceError: a loss or a gradient is not finite, in any process.
         """
         stream = find_stream(self.data_loader)
         if stream:
             seed_all_rng(step_seed(stream.seed, self.images_seen, comm.get_rank()))
+        # The last resort, for what no other limit covers: a loader's worker that was stopped, say.
+        faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
         try:
             super().run_step()
         except DivergenceError:
             raise
         except FloatingPointError as error:  # of a forward, such as the RPN's
             self._guard.join(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self.images_seen += self.layout.batch_size
 
     def before_train(self) -> None:
