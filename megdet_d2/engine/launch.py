@@ -1,6 +1,8 @@
 """From one command line to all processes: Detectron2's launcher, or torchrun's environment."""
 
 import argparse
+import contextlib
+import faulthandler
 import functools
 import logging
 import os
@@ -8,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -65,7 +67,8 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
         timeout=timedelta(seconds=timeout),
     )
     if args.num_gpus * args.num_machines == 1:
-        return start(main)  # in this process
+        with leaving_within(timeout):
+            return start(main)  # in this process
     meet(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
     with forwarded_signals() as received:
         try:
@@ -124,10 +127,24 @@ def end_with(parent: int, timeout: float) -> None:
 
 def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace):
     end_with(launcher, timeout)
+    with leaving_within(timeout):
+        try:
+            return main(args)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
+
+
+@contextlib.contextmanager
+def leaving_within(timeout: float) -> Iterator[None]:
+    """Ends a process that an error has come out of, should it not be gone in so many seconds.
+
+    Python waits for the workers of its loaders, and a launcher for Python.
+    """
     try:
-        return main(args)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
+        yield
+    except BaseException:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
+        raise
 
 
 def _join(main: Callable, args: argparse.Namespace, timeout: float):
@@ -151,7 +168,8 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
     _check_local_sizes(local_size)
     comm.create_local_process_group(local_size)
     comm.synchronize()
-    result = main(args)
+    with leaving_within(timeout):
+        result = main(args)
     # Not after an error: it would wait for processes that are elsewhere.
     dist.destroy_process_group()
     return result

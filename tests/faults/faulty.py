@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from megdet_d2.engine import launch
 
@@ -120,6 +121,7 @@ def slow_steps(trainer):
 
 
 def main(args):
+    setup_logger(distributed_rank=comm.get_rank(), name="megdet_d2")
     fault = globals()[args.fault]
     overrides = EVALUATED if "evaluation" in args.fault else OVERRIDES
     overrides = (*overrides, "MEGDET.TIMEOUT", args.timeout)

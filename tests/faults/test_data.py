@@ -74,7 +74,7 @@ def test_an_image_that_goes_bad_is_an_error_that_names_it(coco, tmp_path, damage
 def test_by_key_it_is_skipped_and_counted_on_all_ranks(pool2, coco, tmp_path):
     names = [f"{i}.png" for i in range(6)]
     fault = functools.partial(break_files, truncate_once, names)
-    overrides = ("MEGDET.SKIP_BAD_IMAGES", True, "DATALOADER.NUM_WORKERS", 1)
+    overrides = ("MEGDET.SKIP_BAD_IMAGES", True)
     run = functools.partial(train, fault=fault)
     results = pool2.run(run, str(tmp_path / "out"), coco, overrides, timeout=120)
     seen = [image for result in results for batch in result["images"] for image, _ in batch]
@@ -94,7 +94,8 @@ def test_skipping_is_the_same_after_a_resume(coco, tmp_path):
 
     fault = functools.partial(break_files, truncate_once, ["0.png", "5.png"])
     overrides = ("MEGDET.SKIP_BAD_IMAGES", True)
-    whole = train(0, str(tmp_path / "out"), coco, overrides, fault=fault)
+    workers = ("DATALOADER.NUM_WORKERS", 1)
+    whole = train(0, str(tmp_path / "out"), coco, (*overrides, *workers), fault=fault)
     copy_checkpoint(tmp_path / "out", tmp_path / "resumed", "model_0000002.pth")
     resumed = train(0, str(tmp_path / "resumed"), coco, overrides, True)
     assert resumed["images"] == whole["images"][3:] and resumed["state"] == whole["state"]

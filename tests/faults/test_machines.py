@@ -264,7 +264,7 @@ def test_kubernetes_job():
         assert container["name"] == "pytorch"  # the operator looks for that name
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
         command = [*container["command"], *container.get("args", [])]
-        assert command[0] == "torchrun" and "--resume" in command
+        assert command[0] == "torchrun" and "--nnodes=16" in command and "--resume" in command
         [config_file] = [word for word in command if word.endswith(".yaml")]
         assert (ROOT / config_file).exists()
         assert pod["terminationGracePeriodSeconds"] >= 60
