@@ -236,6 +236,25 @@ def test_roll_backs_are_bounded(pool2, coco, tmp_path):
     assert "MEGDET.MAX_ROLLBACKS, 2, are used up" in results[0][0]
 
 
+def feed_inf(trainer):
+    """To one CGBN layer beside its work: what does not reach the loss is not a divergence."""
+
+    def feed(module, inputs):
+        if module.training and trainer.iter in (1, 3):
+            module.stem.conv1.norm(torch.full((2, 64, 4, 4), float("inf")))
+
+    trainer.checkpointer.model.backbone.bottom_up.register_forward_pre_hook(feed)
+
+
+def test_statistics_that_cgbn_did_not_take_are_logged(coco, tmp_path, caplog):
+    with caplog.at_level("WARNING", "megdet_d2"):
+        result = train(0, str(tmp_path), coco, fault=feed_inf)
+    said = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert len(said) == 1
+    assert "until iteration 5" in said[0] and "backbone.bottom_up.stem.conv1.norm 2" in said[0]
+    assert result["rows"][-1]["cgbn_skipped_batches"] == 2
+
+
 def test_relief_by_itself():
     relief = Relief().next("half_lr", 80, 24).next("half_lr", 80, 24)
     assert relief == Relief(2, 0.25, 0)
