@@ -43,7 +43,7 @@ class DivergenceGuard(HookBase):
 
     def __init__(self, model: nn.Module):
         self._images: list[str] = []
-        self._losses: dict[str, Tensor] = {}
+        self._losses: list[tuple[str, Tensor]] = []
         self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         model.register_forward_pre_hook(self._note_images)
         model.register_forward_hook(self._note_losses)
@@ -55,8 +55,7 @@ class DivergenceGuard(HookBase):
     def _note_losses(self, model, inputs, losses):
         if model.training:
             losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-            forward = len(self._losses)  # of several micro-batches each has its own
-            self._losses |= {f"{k}/{forward}": v.detach().float() for k, v in losses.items()}
+            self._losses += [(name, loss.detach().float()) for name, loss in losses.items()]
 
     def after_backward(self):
         self._raise_together(*self._find_fault())
@@ -69,18 +68,18 @@ class DivergenceGuard(HookBase):
         Raises:
             DivergenceError: always.
         """
+        images = ", ".join(self._images)
         try:
             self._raise_together(_LOSS, str(error), PATIENCE)
         except RuntimeError:  # the others are in a collective of the model's, and end when we do
             iteration, rank = self.trainer.iter, comm.get_rank()
             raise DivergenceError(
                 f"Training has diverged in iteration {iteration}, on rank {rank} alone: {error}; "
-                f"images: {', '.join(self._images)}. {_FIX}"
+                f"images: {images}. {_FIX}"
             ) from error
 
     def _find_fault(self) -> tuple[int, str]:
-        names = [name.rpartition("/")[0] for name in self._losses]
-        values = list(self._losses.values())
+        names, values = [n for n, _ in self._losses], [loss for _, loss in self._losses]
         gradients = {}
         scaler = getattr(self.trainer, "grad_scaler", None)
         if scaler is None or not scaler.is_enabled():
@@ -90,7 +89,7 @@ class DivergenceGuard(HookBase):
         if gradients:
             largest = torch._foreach_norm(list(gradients.values()), ord=float("inf"))
             values += [norm.float() for norm in largest]
-        finite = torch.stack(values).isfinite().tolist()
+        finite = torch.stack(values).isfinite().tolist() if values else []
         losses = {
             f"{name} is {float(value)}"
             for name, value, ok in zip(names, values, finite, strict=False)  # losses come first
@@ -105,7 +104,7 @@ class DivergenceGuard(HookBase):
         return _FINE, ""
 
     def _raise_together(self, kind: int, fault: str, patience: float | None = None) -> None:
-        images, self._images, self._losses = self._images, [], {}
+        images, self._images, self._losses = self._images, [], []
         worst = self._agree(kind, patience)
         if worst == _FINE:
             return

@@ -67,7 +67,7 @@ def while_saving(trainer):
 
     def watch():
         while not any(Path(trainer.cfg.OUTPUT_DIR).glob("*0000003.pth*")):
-            pass
+            time.sleep(0.001)
         strike()
 
     if comm.is_main_process():
