@@ -2,6 +2,7 @@
 
     python benchmarks/norm.py                               # 2 gloo processes, a thread each
     python benchmarks/norm.py --processes 1 --dtype bfloat16
+    python benchmarks/norm.py --fake-group --height 800 --width 1344    # one GPU, as one of two
     torchrun --nproc-per-node 8 benchmarks/norm.py          # NCCL, a GPU each
 
 Forward and backward of CGBN, of torch's and of Detectron2's norms, in turns within one loop, so
@@ -11,26 +12,52 @@ bandwidth of a copy measured in the same run. Writes a table, and with --output 
 """
 
 import argparse
+import functools
 import json
+import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from datetime import date
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.engine.launch import launch
+from megdet_d2.norm.collective import ROOM
+from megdet_d2.norm.groups import SELF
 
 # Channels and stride of the norms of R50-FPN: the stem and the narrow ones of res2 to res5, then
 # the wide ones, the first of which is the FPN's finest level too.
 NARROW = [(64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
 WIDE = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
+# What a norm's time is divided by, where that is not CGBN's: local work by local work.
+BASES = {
+    "CGBN, no group": "BatchNorm2d, no group",
+    "BatchNorm2d, no group": "BatchNorm2d, no group",
+    "CGBN with ReLU": "CGBN, then ReLU",
+    "CGBN, then ReLU": "CGBN, then ReLU",
+}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+class WithReLU(CrossGPUBatchNorm):
+    def forward(self, x):
+        return super().forward(x, relu=True)
+
+
+class ThenReLU(CrossGPUBatchNorm):
+    def forward(self, x):
+        return super().forward(x).relu_()
 
 
 def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
@@ -38,12 +65,15 @@ def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
     layers = {
         "CGBN": CrossGPUBatchNorm(channels),
         "CGBN two_pass": CrossGPUBatchNorm(channels, algorithm="two_pass"),
-        "BatchNorm2d (local)": nn.BatchNorm2d(channels),
+        "CGBN, no group": CrossGPUBatchNorm(channels, process_group=SELF),
+        "BatchNorm2d, no group": nn.BatchNorm2d(channels),
         "NaiveSync": NaiveSyncBatchNorm(channels),
         "NaiveSync N": NaiveSyncBatchNorm(channels, stats_mode="N"),
     }
     if device.type == "cuda":
         layers["SyncBatchNorm"] = nn.SyncBatchNorm(channels)
+        layers["CGBN, then ReLU"] = ThenReLU(channels)
+        layers["CGBN with ReLU"] = WithReLU(channels)
     return {name: layer.to(device) for name, layer in layers.items()}
 
 
@@ -67,6 +97,7 @@ def time_layers(x: torch.Tensor, repeats: int) -> dict[str, tuple[float, float]]
     times: dict[str, tuple[list, list]] = {name: ([], []) for name in layers}
     for i in range(repeats + 2):
         for name, layer in layers.items():
+            comm.synchronize()
             out = []
             forward = seconds(lambda: out.append(layer(x)), device)  # noqa: B023
             inputs = (x, layer.weight, layer.bias)
@@ -86,6 +117,19 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * source.element_size() / best
 
 
+def message_cost(device: torch.device, repeats: int = 200) -> list[tuple[int, float]]:
+    """(length, median seconds) of an all-reduce: bare sums of 64 channels, and CGBN's message."""
+    if comm.get_world_size() == 1:
+        return []
+    # 2 C + 1 sums; with room for ROOM channels, a count and the two stamps.
+    messages = [torch.zeros(n, dtype=torch.float64, device=device) for n in (129, 2 * ROOM + 3)]
+    times = [[] for _ in messages]
+    for _ in range(repeats):
+        for message, values in zip(messages, times, strict=True):
+            values.append(seconds(functools.partial(dist.all_reduce, message), device))
+    return [(len(m), statistics.median(t)) for m, t in zip(messages, times, strict=True)]
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available() and not args.cpu
@@ -101,47 +145,63 @@ def main(args: argparse.Namespace) -> None:
             limit = x.numel() * x.element_size() / bandwidth
             for name, (forward, backward) in time_layers(x, args.repeats).items():
                 rows.append((layout, shape, name, forward, backward, 3 * limit, 5 * limit))
+    messages = message_cost(device)
     if comm.get_rank() == 0:
-        report(rows, args, device, bandwidth)
+        report(rows, args, device, bandwidth, messages)
 
 
-def report(rows: list, args: argparse.Namespace, device: torch.device, bandwidth: float) -> None:
-    ours = {(row[0], row[1]): row[3] + row[4] for row in rows if row[2] == "CGBN"}
+def report(rows: list, args, device: torch.device, bandwidth: float, messages: list) -> None:
+    total = {(layout, shape, name): f + b for layout, shape, name, f, b, *_ in rows}
     table, ratios = [], {}
     for layout, shape, name, forward, backward, limit3, limit5 in rows:
-        ratio = (forward + backward) / ours[layout, shape]
-        ratios.setdefault((layout, name), []).append(ratio)
+        base = BASES.get(name, "CGBN")
+        ratio = (forward + backward) / total[layout, shape, base]
+        ratios.setdefault((layout, name, base), []).append(ratio)
         milliseconds = (1e3 * t for t in (forward, backward))
         of_limit = (limit3 + limit5) / (forward + backward)
         table.append((layout, "×".join(map(str, shape)), name, *milliseconds, ratio, of_limit))
-    headers = (
-        "layout",
-        "shape",
-        "norm",
-        "forward ms",
-        "backward ms",
-        "time / CGBN",
-        "limit / time",
-    )
-    print(tabulate(table, headers, floatfmt=".2f", tablefmt="pipe"))
+    units = ("forward ms", "backward ms", "time / base", "limit / time")
+    print(tabulate(table, ("layout", "shape", "norm", *units), floatfmt=".2f", tablefmt="pipe"))
     medians = [(*key, statistics.median(values)) for key, values in ratios.items()]
     print(f"\nMedian over the shapes, {comm.get_world_size()} processes, {args.dtype}:\n")
-    print(tabulate(medians, ("layout", "norm", "time / CGBN"), floatfmt=".2f", tablefmt="pipe"))
-    if args.output:
-        result = {
-            "date": str(date.today()),
-            "hardware": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else platform.machine(),
-            "torch": torch.__version__,
-            "processes": comm.get_world_size(),
-            "copy_bandwidth": bandwidth,
-            "arguments": {k: v for k, v in vars(args).items() if k != "output"},
-            "columns": ["layout", "shape", "norm", "forward_s", "backward_s", "3S_s", "5S_s"],
-            "rows": rows,
-        }
-        with open(args.output, "w") as file:
-            json.dump(result, file, indent=1)
+    print(tabulate(medians, ("layout", "norm", "base", "time / base"), "pipe", floatfmt=".2f"))
+    for length, t in messages:
+        print(f"\nAll-reduce of {length} float64: {1e6 * t:.0f} us")
+    result = {
+        "copy_bandwidth": bandwidth,
+        "columns": ["layout", "shape", "norm", "forward_s", "backward_s", "3S_s", "5S_s"],
+        "rows": rows,
+        "medians": medians,
+        "all_reduce_s": messages,
+    }
+    write_json(args, device, result)
+
+
+def write_json(args: argparse.Namespace, device: torch.device, result: dict) -> None:
+    """Writes ``--output``, if given: the result, and what a reader needs to judge it."""
+    if not args.output:
+        return
+    gpu = device.type == "cuda"
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": str(date.today()),
+        "hardware": torch.cuda.get_device_name() if gpu else processor(),
+        "torch": torch.__version__,
+        "processes": comm.get_world_size(),
+    }
+    with open(args.output, "w") as file:
+        json.dump({**about, **result}, file, indent=1)
+        file.write("\n")
+
+
+def processor() -> str:
+    """The processor's name, and how many cores there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
@@ -154,6 +214,15 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument(
+        "--fake-group", action="store_true", help="one GPU that takes itself for one of two"
+    )
     parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto")
-    launch(main, parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.fake_group:
+        # Collectives that return at once: every norm takes the path of several processes.
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        main(arguments)
+    else:
+        launch(main, arguments)

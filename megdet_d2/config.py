@@ -18,6 +18,17 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MODEL.CGBN.CROSS_MACHINE = False
     # "one_reduce": one collective a layer. "two_pass": the paper's Algorithm 1, two.
     cfg.MODEL.CGBN.ALGORITHM = "one_reduce"
+    # CGBN, the shortcut's addition and ReLU of a ResNet block in one kernel (where Triton runs).
+    cfg.MODEL.CGBN.FUSE_ACTIVATION = False
+    # Leave the border that pads a batch's images to one size out of the statistics.
+    cfg.MODEL.CGBN.IGNORE_PADDING = False
+
+    # --- Sublinear memory (§4): less memory for a second forward during backward -----------------
+    cfg.MODEL.SUBLINEAR = CN()
+    cfg.MODEL.SUBLINEAR.ENABLED = False
+    # Parts of the model that are computed twice: "stem", "res2" to "res5", "fpn", "rpn" (and
+    # RetinaNet's head), "roi_heads". docs/memory.md has what they save and cost.
+    cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
 
     # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()

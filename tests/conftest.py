@@ -21,5 +21,7 @@ def _pool(world_size: int, ranks_per_machine: int | None = None):
 
 
 pool2 = _pool(2)
+pool3 = _pool(3)
 pool4 = _pool(4)
+pool8 = _pool(8)
 two_machines = _pool(4, ranks_per_machine=2)

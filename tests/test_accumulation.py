@@ -225,6 +225,17 @@ def test_epochs_and_metrics_count_updates(coco, tmp_path):
     assert result["lr"][2] == pytest.approx(0.02 * 8 / 16)
 
 
+def test_the_layers_know_how_many_forwards_make_an_update(coco, tmp_path):
+    from megdet_d2.engine import Trainer, prepare_config
+    from megdet_d2.norm.registry import cgbn_layers
+
+    cfg = config(tmp_path, coco, "MEGDET.ACCUMULATION_STEPS", 4)
+    prepare_config(cfg)
+    trainer = Trainer(cfg)
+    assert {layer.accumulation_steps for layer in cgbn_layers(trainer.model)} == {4}
+    assert trainer.layout.images_per_gpu == 2
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

@@ -31,7 +31,11 @@ FLOORS = {
 PLAIN = [
     "norm/groups.py",
     "norm/functional.py",
+    "norm/kernels.py",
     "norm/collective.py",
+    "norm/aten.py",
+    "norm/kernels.py",
+    "norm/padding.py",
     "norm/batch_norm.py",
     "norm/convert.py",
 ] + ["schedule/scaling.py"]

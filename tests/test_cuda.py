@@ -4,8 +4,23 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megdet_d2 import CrossGPUBatchNorm
+from megdet_d2.norm import collective, kernels
+
+from .kernel_cases import (
+    ACTIVATIONS,
+    CASES,
+    INNERMOST,
+    OUTERMOST,
+    check_all,
+    check_layer,
+    check_moments_are_robust,
+    check_relu_masks_agree,
+    moments,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU, or hidden from the tests: `make test-gpu`"
@@ -87,6 +102,70 @@ def test_the_host_never_waits(dtype, momentum):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def fake_group():
+    """A group of two whose collectives return at once, so that one GPU takes the whole path."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    collective._mismatch.clear()  # nobody answers: every message looks out of step
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", [{}, {"relu": True}, {"relu": True, "residual": True}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
+    layer = CrossGPUBatchNorm(64, process_group=fake_group).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda").to(memory_format=layout).requires_grad_()
+    residual = torch.randn_like(x) if activation.get("residual") else None
+    relu = activation.get("relu", False)
+    layer(x, residual, relu).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, residual, relu).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_step_is_noticed_on_the_device(fake_group):
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    layer(torch.randn(2, 8, 4, 4, device="cuda"))
+    with pytest.raises(collective.OutOfStepError):
+        collective.raise_if_out_of_step()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+@pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
+@pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_on_the_kernels(layout, relu, addition, padded):
+    check_layer("cuda", layout, relu, addition, padded)
+
+
+def test_a_layer_in_a_cuda_graph():
+    layer = CrossGPUBatchNorm(64).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda", requires_grad=True)
+    twin = copy.deepcopy(layer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(layer(x).square().sum(), x)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.load_state_dict(twin.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    with torch.no_grad():
+        x.normal_(mean=3)
+    graph.replay()
+    expected = twin(x)
+    (dx_expected,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, dx_expected)
+    torch.testing.assert_close(layer.running_var, twin.running_var)
+
+
 def test_autocast():
     layer = CrossGPUBatchNorm(8).cuda()
     convolution = torch.nn.Conv2d(3, 8, 3).cuda()
@@ -95,3 +174,89 @@ def test_autocast():
     assert y.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
     y.float().sum().backward()
     assert convolution.weight.grad.isfinite().all()
+
+
+# --- the Triton kernels; what they must satisfy is in kernel_cases.py ----------------------------
+
+with_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+# Besides those that the interpreter can do: real sizes, which take many programs and waves.
+LARGE_CASES = [
+    ((2, 64, 200, 336), OUTERMOST, torch.bfloat16),
+    ((2, 64, 200, 336), INNERMOST, torch.bfloat16),
+    ((2, 256, 25, 42), OUTERMOST, torch.float16),
+    ((2, 256, 25, 42), INNERMOST, torch.float16),
+    ((257, 65, 7, 7), OUTERMOST, torch.float32),
+    ((257, 65, 7, 7), INNERMOST, torch.float32),
+    ((2, 257, 50, 84), OUTERMOST, torch.float64),
+]
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES + LARGE_CASES)
+def test_kernels_equal_float64(case):
+    check_all("cuda", case)
+
+
+@with_triton
+@pytest.mark.parametrize("innermost", [False, True])
+def test_kernels_moments_hold_far_from_zero(innermost):
+    check_moments_are_robust("cuda", innermost)
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_kernels_mask_alike_forward_and_backward(dtype):
+    check_relu_masks_agree("cuda", dtype)
+
+
+@with_triton
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_reach_past_two_gib_elements(layout):
+    """Offsets of 64 bits: the last channel's last value, at 2^31 + 2^26 elements."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip("16 GiB of GPU memory are not free")
+    x = torch.zeros(33, 64, 1024, 1024, dtype=torch.float16, device="cuda")
+    x = x.contiguous(memory_format=layout)
+    x[-1, -1, -1, -1] = 1024
+    mean, var = moments(x)
+    n = x.numel() // 64
+    torch.testing.assert_close(mean[-1].item(), 1024 / n, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var[-1].item(), 1024**2 / n, rtol=1e-5, atol=0)
+    ones = torch.ones(64, device="cuda")
+    y = kernels.normalize(x, 0 * ones, 2 * ones, ones)
+    assert y[-1, -1, -1, -1] == 2048  # 2049 in float16
+    assert y[-1, -1, -1, -2] == 1 and y[0, 0, 0, 0] == 1
+
+
+@with_triton
+def test_kernels_in_a_cuda_graph_and_the_host_never_waits():
+    x = torch.randn(2, 64, 100, 168, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn_like(x)
+    bias = torch.zeros(64, device="cuda")
+
+    def step():
+        mean, var = moments(x)
+        invstd = (var + 1e-5).rsqrt()
+        y = kernels.normalize(x, mean, invstd, bias, relu=True)
+        sums = kernels.gradient_sums(dy, x, mean, invstd, invstd, bias, relu=True)
+        means = [s / (x.numel() // 64) for s in sums]
+        dx, _ = kernels.input_gradient(dy, x, mean, invstd, invstd, bias, *means, relu=True)
+        return mean, var, y, *sums, dx
+
+    torch.cuda.synchronize()
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.normal_(mean=5)
+    dy.normal_()
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)  # sums have one order, too

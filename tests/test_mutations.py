@@ -18,36 +18,37 @@ from .test_norm import (
 )
 
 SOURCE = Path(functional.__file__).read_text()
+FORWARD = 'all_reduce(group, layer, "forward", n, sums, squares)'
+BACKWARD = 'all_reduce(group, layer, "backward", sums.double().flatten())'
+LOCAL_SUMS = "    n, sums, squares = _local_sums(x, valid)\n"
 MUTANTS = {
     "none": ("", ""),
     "ranks weighted equally": (
-        "local_count = local_mean.new_full((1,), n)",
-        "n = 1; local_count = local_mean.new_full((1,), n)",
+        FORWARD,
+        'all_reduce(group, layer, "forward", n / n, sums / n, squares / n)',
     ),
-    "statistics of this process alone": (
-        'group,\n            layer,\n            "forward"',
-        '"", layer, "forward"',
+    "statistics of this process alone": (FORWARD, "n, sums, squares"),
+    "biased running variance": ("var * (n / max(n - 1, 1))", "var"),
+    "running statistics updated twice": (
+        "        running_mean.lerp_(",
+        "        running_var.lerp_(new[1], factor)\n        running_mean.lerp_(",
     ),
-    "biased running variance": ("var * (count / (count - 1).clamp(min=1))", "var"),
-    "running statistics updated twice": ("for running, new in (", "for running, new in 2 * ("),
-    "backward reduction left out": (
-        'all_reduce(\n        group, layer, "backward", '
-        "sum_dy.double(), sum_dy_xhat.double()\n    )",
-        "sum_dy.double(), sum_dy_xhat.double()",
-    ),
+    "backward reduction left out": (BACKWARD, "(sums.double().flatten(),)"),
     "local count in the backward": (
-        "    total = count.clamp(min=1)\n",
-        "    total = x.numel() // x.shape[1]\n",
+        "(total / count.clamp(min=1))",
+        "(total / (x.numel() // x.shape[1]))",
     ),
     "gradient of γ summed over ranks": (
-        "return sum_dy, sum_dy_xhat,",
-        "return sum_dy, total_dy_xhat.to(mean),",
+        "return sums, (total",
+        "return total.to(mean.dtype).view(2, -1), (total",
     ),
-    "x̂ left out of dx": ("-scale * mean_dy_xhat", "0 * scale"),
+    "x̂ left out of dx": (
+        "scale, mean_dy, mean_dy_xhat), nothing",
+        "scale, mean_dy, 0 * mean_dy_xhat), nothing",
+    ),
     "the world instead of the group": (
-        "    n = x.numel() // x.shape[1]\n    local_mean",
-        "    n = x.numel() // x.shape[1]\n"
-        "    group = torch.distributed.group.WORLD.group_name\n    local_mean",
+        LOCAL_SUMS,
+        "    group = torch.distributed.group.WORLD.group_name\n" + LOCAL_SUMS,
     ),
 }
 
@@ -58,8 +59,9 @@ def run_mutant(rank, name, xs, dys, group_size):
     # Operators of its own, or they would replace the real ones.
     mutant = types.ModuleType("megdet_d2.norm.mutant")
     mutant.__package__ = "megdet_d2.norm"
-    space = f'"mutant{list(MUTANTS).index(name)}_{group_size or 0}::'
-    exec(compile(source.replace('"megdet_d2::', space), "mutant", "exec"), mutant.__dict__)
+    space = f"mutant{list(MUTANTS).index(name)}_{group_size or 0}"
+    source = source.replace("megdet_d2::", f"{space}::").replace("ops.megdet_d2", f"ops.{space}")
+    exec(compile(source, "mutant", "exec"), mutant.__dict__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_norm, "cross_gpu_batch_norm", mutant.cross_gpu_batch_norm)
         return run_layer(rank, xs, dys, "one_reduce", group_size, torch.contiguous_format)

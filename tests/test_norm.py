@@ -11,7 +11,7 @@ from torch import nn
 
 import megdet_d2
 from megdet_d2.norm import functional
-from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
+from megdet_d2.norm.batch_norm import CrossGPUBatchNorm, set_accumulation_steps
 from megdet_d2.norm.groups import SELF, consecutive_group, ranks_per_group
 
 EPS, MOMENTUM = 1e-3, 0.3
@@ -414,19 +414,95 @@ def test_a_layer_of_a_group_that_is_no_more_is_plain_batch_norm():
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize(
-    "x", [torch.randn(3, 5, 4).transpose(1, 2), torch.randn(2, 4, 3, 3)[:, :, ::2]]
+    ("count", "var"), [(8, 2.0), (2, 0.0), (0, 0.0), (8, float("nan")), (8, float("inf")), (8, 1e6)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_device_updates_statistics_as_the_host_does(count, var, momentum, dtype):
+    # On CPU tensors, so that what a GPU will do is checked where there is none.
+    results = []
+    for update in (functional._update_on_host, functional._update_on_device):
+        buffers = [torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)]
+        buffers += [torch.tensor(4), torch.tensor(1)]
+        mean = torch.tensor([1.0, -3.0, 0.0]).double()
+        variance = torch.tensor([var, 1.0, 1.0]).double()
+        update(*buffers, momentum, mean, variance, torch.tensor([float(count)]).double())
+        results.append(buffers)
+    host, device = results
+    for a, b in zip(host, device, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = count > 1 and var < torch.finfo(dtype).max
+    assert (host[2], host[3]) == (4 + kept, 1 + (count > 0 and not kept))
+    assert torch.equal(host[1], torch.full((3,), 2.0, dtype=dtype)) == (not kept)
+
+
+def test_fused_activations_compile():
+    layer = CrossGPUBatchNorm(4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, residual = (torch.randn(2, 4, 5, 6, requires_grad=True) for _ in range(2))
+    results = []
+    for module in (layer, compiled):
+        y = module(x, residual, relu=True)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, residual, layer.weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_accumulated_forwards_move_the_statistics_as_one(steps):
+    layer = CrossGPUBatchNorm(3, momentum=0.1)
+    layer.running_mean.fill_(5.0)
+    set_accumulation_steps(layer, steps)
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(steps):
+        layer(x)
+    expected = 0.9 * 5.0 + 0.1 * x.mean((0, 2, 3))
+    torch.testing.assert_close(layer.running_mean, expected)
+    assert ("accumulation_steps=8" in repr(layer)) == (steps == 8)
+
+
+def test_no_accumulation_of_nothing():
+    with pytest.raises(ValueError, match="steps is 0"):
+        set_accumulation_steps(CrossGPUBatchNorm(3), 0)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(3, 4, 5),
+        torch.randn(2, 4, 3, 2).to(memory_format=torch.channels_last),
+        torch.randn(2, 4, 3, 2, dtype=torch.float64),
+        torch.randn(0, 4, 3, 2, dtype=torch.bfloat16),
+    ],
 )
 def test_operators_are_what_their_fakes_say(x):
-    mean, var, count = torch.ones(4), torch.ones(4), torch.ones(1, dtype=torch.float64)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    c, means, count = (
+        torch.rand(4, dtype=dtype),
+        torch.rand(2, 4, dtype=dtype),
+        torch.ones(1).double(),
+    )
+    running = torch.zeros(4), torch.ones(4), torch.tensor(0), torch.tensor(0)
+    dy = torch.randn(x.shape).to(x)  # contiguous, whatever x is
+    valid = torch.rand(len(x), 1, *x.shape[2:]) > 0.3
     checks = ("test_schema", "test_faketensor")
     for op, args in (
-        (functional.normalize, (x, None, None, mean, var, count, 1e-5, "", "")),
-        (functional.gradient_sums, (x, x, mean, var, count, 1e-5, "", "")),
-        (functional.input_gradient, (x, x, None, mean, var, mean, mean, 1e-5)),
-        (functional.statistics, (x, None, None, None, None, 0.1, "", "one_reduce", "")),
+        (functional.statistics, (x, None, *running, 0.1, "", "one_reduce", "")),
+        (functional.statistics, (x, valid, *4 * [None], None, "", "two_pass", "")),
+        (functional.normalize, (x, c, c, c, None, False)),
+        (functional.normalize, (x, c, c, c, x, True)),
+        (functional.gradient_sums, (dy, x, c, c, c, c, False, None, count, "", "")),
+        (functional.input_gradient, (dy, x, c, c, c, c, means, False, None, False)),
     ):
         torch.library.opcheck(op, args, test_utils=checks)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (dx,) = torch.autograd.grad(CrossGPUBatchNorm(3)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_selective_checkpointing_updates_statistics_once():

@@ -108,7 +108,7 @@ def test_names_come_from_the_model():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.BatchNorm2d(3)))
     megdet_d2.convert_cgbn(model)
     assert model[1][0].name == "1.0"
-    assert CrossGPUBatchNorm(3).name != CrossGPUBatchNorm(3).name
+    assert CrossGPUBatchNorm(3).name == "unnamed (3 channels)"
 
 
 def test_what_cuda_layers_noticed_is_raised_once(monkeypatch):

@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been."""
 
+import contextlib
 import json
 import os
 import re
@@ -203,6 +204,18 @@ def environment(tmp_path_factory):
         yield
 
 
+_started: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    for group in _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    _started.clear()
+
+
 def command(output, coco, *overrides, processes=2, launcher=()):
     flags = () if launcher else ("--num-gpus", str(processes), "--dist-url", "auto")
     return [
@@ -224,15 +237,21 @@ def finish(command):
 
 
 def start(command, output, until):
-    """Runs the command until a file is there; the process, and the pids of its training."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    """Runs the command until a file is there, in a process group of its own; it itself."""
+    with open(Path(output, "said.txt"), "w") as said:  # a pipe that nobody reads would fill up
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    _started.append(process.pid)
     deadline = time.monotonic() + 240
     while not Path(output, until).exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, last_words(output)
         time.sleep(0.05)
     return process
+
+
+def last_words(output):
+    return Path(output, "said.txt").read_text()
 
 
 def children(pid):
@@ -298,8 +317,8 @@ def test_told_to_stop(coco, undisturbed, tmp_path, whom):
     else:  # the loaders' workers too, as by Ctrl-C in a terminal or by scancel
         os.killpg(process.pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == REQUEUE, out[-4000:]
+    assert process.wait(timeout=120) == REQUEUE, last_words(tmp_path)
+    out = last_words(tmp_path)
     assert "Traceback" not in out, out
     stopped = int(re.search(r"saved after iteration (\d+) and stopped with status 75", out)[1])
     assert Path(tmp_path, "last_checkpoint").read_text() == f"model_{stopped:07d}.pth"
@@ -313,7 +332,7 @@ def test_killed_and_resumed(coco, undisturbed, tmp_path):
     run = command(tmp_path, coco, *DISTURBED)
     process = start(run, tmp_path, "model_0000003.pth")
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     finish(insert_resume(run))
     equal(undisturbed, tmp_path)
 
@@ -329,8 +348,8 @@ def test_torchrun_recovers_from_a_killed_rank(coco, undisturbed, tmp_path):
     run = command(tmp_path, coco, *DISTURBED, launcher=launcher)
     process = start(run, tmp_path, "model_0000003.pth")
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    out, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, out[-4000:]
+    assert process.wait(timeout=280) == 0, last_words(tmp_path)
+    out = last_words(tmp_path)
     assert "Restarted by torchrun: resuming" in out
     assert (tmp_path / "last_checkpoint.old").read_text() == "model_0000099.pth"
     equal(undisturbed, tmp_path)

@@ -164,7 +164,16 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
+        store=dist.PrefixStore(f"restart_{restarts()[0]}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
+    )
     _check_local_sizes(local_size)
     comm.create_local_process_group(local_size)
     comm.synchronize()

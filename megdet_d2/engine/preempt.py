@@ -79,24 +79,22 @@ def agree(number: int) -> int:
 def shield_loader_worker() -> None:
     """Called in a worker of a data loader, makes it leave both signals to the training process.
 
-    Schedulers send them to every process, and a worker that dies is an error of the training. From
-    the training process itself SIGTERM ends the worker, or that could not leave without it.
+    Schedulers send them to every process, and a worker that dies is an error of the training. Only
+    its parent may end it, as it does when it exits itself.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return
-    for number in SIGNALS:  # for threads that are there already, and do not have the mask
-        signal.signal(number, lambda number, frame: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # on macOS nobody can tell who sent a signal
     parent = os.getppid()
 
     def wait():
-        while True:
-            received = signal.sigwaitinfo(SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == parent:
-                os._exit(128 + signal.SIGTERM)
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
 
-    threading.Thread(target=wait, name="shield", daemon=True).start()
+    # Blocked here, and in threads to come: the one that waits is who gets it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from megdet_d2.data import register_datasets
+from megdet_d2.memory import check_stages
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.registry import group_ranks
 from megdet_d2.schedule.build import (
@@ -56,6 +57,7 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
             f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
             f"use one of {', '.join(ALGORITHMS)}"
         )
+    check_stages(cfg.MODEL.SUBLINEAR.STAGES)
     if eval_only:
         register_datasets(cfg, ("TEST",))
         return ""

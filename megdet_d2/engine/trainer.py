@@ -26,6 +26,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megdet_d2.data.mapping import CheckedMapper
+from megdet_d2.memory import checkpoint_stages
+from megdet_d2.modeling.fused_resnet import fuse_activations
+from megdet_d2.norm.batch_norm import set_accumulation_steps
+from megdet_d2.norm.padding import ignore_padding
 from megdet_d2.norm.registry import (
     cgbn_layers,
     describe_norms,
@@ -98,6 +102,7 @@ class Trainer(DefaultTrainer):
         for layer in layers:
             layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
         self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
+        set_accumulation_steps(self.model, self.layout.accumulation_steps)
         self._configured_lrs = list(self.scheduler.base_lrs)
         self._guard = DivergenceGuard(self.model)
         self._trainer.register_hooks([self._guard])
@@ -301,8 +306,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level."""
-        return separate_retinanet_levels(super().build_model(cfg))
+        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level.
+
+        And what ``MODEL`` asks for: activations fused, padding ignored, sublinear memory.
+        """
+        model = separate_retinanet_levels(super().build_model(cfg))
+        if cfg.MODEL.CGBN.FUSE_ACTIVATION:
+            logger.info(f"CGBN: fused with the activations of {fuse_activations(model)} blocks")
+        if cfg.MODEL.CGBN.IGNORE_PADDING:
+            ignore_padding(model)
+        if cfg.MODEL.SUBLINEAR.ENABLED:
+            checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
+        return model
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):

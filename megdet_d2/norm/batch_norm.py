@@ -1,7 +1,5 @@
 """The layer: ``nn.BatchNorm2d`` with the statistics of a group of processes."""
 
-import itertools
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,8 +7,7 @@ from torch.nn import functional as F
 
 from .functional import ALGORITHMS, cross_gpu_batch_norm
 from .groups import SELF, BNGroup
-
-_built = itertools.count()
+from .padding import ValidRegion
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
@@ -34,9 +31,14 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
 
     Attributes:
+        accumulation_steps: forwards that make up one update of the parameters, k; 1 at first. Each
+            then moves the running statistics with the momentum 1 - (1 - momentum)^(1/k), so that k
+            of them forget as much as one forward with the whole mini-batch would.
+        valid_region: where each image of the input is, see ``padding``; None for everywhere.
         num_batches_skipped: mini-batches that left the running statistics as they were, since
             theirs were not finite, or of one value. Not part of ``state_dict``.
-        name: what errors call the layer; ``name_layers`` makes it the name in the model.
+        name: what errors call the layer, and what tells it from the group's other layers;
+            ``name_layers`` makes it the name in the model.
 
     Raises:
         OutOfStepError: the processes of the group are in different layers; see ``collective``.
@@ -69,8 +71,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self.algorithm = algorithm
         self.process_group = process_group
-        # Until a model is there to name it by: equal on all processes that build the same layers.
-        self.name = f"number {next(_built)} ({num_features} channels)"
+        self.accumulation_steps = 1
+        self.valid_region: ValidRegion | None = None
+        # Until a model is there to name it by. No number: processes need not build the same layers
+        # besides those they share.
+        self.name = f"unnamed ({num_features} channels)"
 
     @property
     def process_group(self) -> BNGroup:
@@ -108,15 +113,25 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             return ""
         return self._group_name or dist.group.WORLD.group_name
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises x; see the class for shapes and dtypes."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalises x; see the class for shapes and dtypes.
+
+        Args:
+            residual: added to the result, of its shape and dtype.
+            relu: return max(0, ·) of that. Fused with the normalisation where Triton is.
+        """
         self._check_input_dim(x)
         if not self.training:
             batch_statistics = self.running_mean is None
-            return F.batch_norm(
+            y = F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics,
                 0.0, self.eps,
             )  # fmt: skip
+            y = y if residual is None else y + residual
+            return F.relu(y) if relu else y
+        momentum = self.momentum
+        if momentum is not None and self.accumulation_steps > 1:
+            momentum = 1 - (1 - momentum) ** (1 / self.accumulation_steps)
         return cross_gpu_batch_norm(
             x,
             self.weight,
@@ -125,11 +140,14 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             self.running_var,
             self.num_batches_tracked,
             self.num_batches_skipped,
-            self.momentum,
+            momentum,
             self.eps,
             self._sync_name(),
             self.algorithm,
             self.name,
+            None if self.valid_region is None else self.valid_region.mask(x),
+            residual,
+            relu,
         )
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -142,7 +160,24 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         group = {None: "world", "": "self"}.get(self._group_name, self._group_name)
-        return f"{super().extra_repr()}, process_group={group}, algorithm={self.algorithm}"
+        text = f"{super().extra_repr()}, process_group={group}, algorithm={self.algorithm}"
+        if self.accumulation_steps > 1:
+            text += f", accumulation_steps={self.accumulation_steps}"
+        return text
+
+
+def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
+    """Tells every CGBN layer of ``model`` that ``steps`` forwards make up an update; returns it.
+
+    Raises:
+        ValueError: steps is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"set_accumulation_steps: steps is {steps}; it counts from 1")
+    for layer in model.modules():
+        if isinstance(layer, CrossGPUBatchNorm):
+            layer.accumulation_steps = steps
+    return model
 
 
 def name_layers(model: nn.Module) -> nn.Module:

@@ -66,13 +66,15 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
             "processes of its group failed: another process has ended, or is somewhere else. "
             f"{_RULE} The backend says: {error}"
         ) from error
-    total, squares = message[length], message[length + 1]
-    differ = process_group.size() * squares != total.square()
     if message.is_cuda:
+        total, squares = message[length], message[length + 1]
+        differ = process_group.size() * squares != total.square()
         seen = _mismatch.get(group)
         _mismatch[group] = differ if seen is None else seen | differ
-    elif differ:
-        _raise(process_group, layer, direction)
+    else:
+        total, squares = message[length:].tolist()
+        if process_group.size() * squares != total**2:
+            _raise(process_group, layer, direction)
     return message[:used].split(sizes)
 
 

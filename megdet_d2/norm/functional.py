@@ -11,21 +11,29 @@ Backward, with the sums again over the whole of B::
     dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ · Σ dy x̂ / |B|)
     dγ = Σ dy x̂     dβ = Σ dy      (over this process's B_i: DDP averages parameters' gradients)
 
-Statistics and collectives live in ``torch.library`` custom operators which take their group by
-name. So ``torch.compile`` traces through them, and selective activation checkpointing that saves
-``megdet_d2::statistics`` repeats neither a collective nor an update of the running statistics.
+Each pass over the values is a ``torch.library`` operator, and those with a collective in them take
+their group by name. So ``torch.compile`` traces through them, and selective activation
+checkpointing that saves ``megdet_d2::statistics`` repeats neither a collective nor an update of the
+running statistics.
 
-Every operator takes x of shape (N, C, *), 2-D to 5-D, contiguous or channels_last, of any floating
-dtype; N may be 0 and may differ, as may the sizes behind it, from process to process. Statistics
-are float32 for half precision and float32 inputs, float64 for float64; the sums travel as float64.
+x is of shape (N, C, *), 2-D to 5-D, contiguous or channels_last, of any floating dtype; N may be 0
+and may differ, as may the sizes behind it, from process to process. Statistics are float32 for
+half precision and float32 inputs, float64 for float64; the sums travel as float64.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import aten, kernels
 from .collective import all_reduce
 
 ALGORITHMS = ("one_reduce", "two_pass")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether x's passes are Triton's kernels, which fuse activations, or ATen's primitives."""
+    return x.is_cuda and kernels.available()
 
 
 def cross_gpu_batch_norm(
@@ -41,6 +49,9 @@ def cross_gpu_batch_norm(
     group: str,
     algorithm: str = "one_reduce",
     layer: str = "",
+    valid: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """y = CGBN(x), in x's shape and dtype.
 
@@ -57,13 +68,20 @@ def cross_gpu_batch_norm(
         algorithm: "one_reduce" sends |B_i|, Σx and Σx² together; "two_pass" is the paper's order, a
             reduction for μ_B and, from it, another for σ²_B.
         layer: a name for errors, the same on every process.
+        valid: bool, (N, 1, *): the values that B consists of; None for all. Others are normalised
+            with B's statistics and have no part in them.
+        residual: x's shape and dtype, added to y.
+        relu: y is max(0, ·) of all that.
 
     Raises:
         ValueError: on CPU, in every process of the group, where the mini-batch holds one value a
             channel. On CUDA, where asking would stall the host, such a batch yields β.
+        RuntimeError: the gradient is to be differentiated again, which nothing here supports.
     """
+    x = _dense(x)
     mean, var, count = statistics(
         x.detach(),
+        valid,
         running_mean,
         running_var,
         num_batches_tracked,
@@ -73,22 +91,37 @@ def cross_gpu_batch_norm(
         algorithm,
         layer,
     )
-    if weight is not None:
-        weight = weight.to(mean.dtype)
-    if bias is not None:
-        bias = bias.to(mean.dtype)
-    return normalize(x, weight, bias, mean, var, count, eps, group, layer)
+    invstd = torch.rsqrt(var + eps)
+    return _Normalization.apply(
+        x, weight, bias, residual, valid, mean, invstd, count, relu, group, layer
+    )
 
 
-# --- forward: statistics -------------------------------------------------------------------------
+def _operator(mutates: tuple[str, ...] = ()):
+    """Makes a function the operator ``megdet_d2::<its name>``, for every device.
+
+    ``torch.library.custom_op`` does the same with four times the overhead a call, which a detector
+    makes some hundreds of in a step.
+    """
+
+    def define(function):
+        name = f"megdet_d2::{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates))
+        torch.library.impl(name, "default")(function)
+        return getattr(torch.ops.megdet_d2, function.__name__).default
+
+    return define
 
 
-@torch.library.custom_op(
-    "megdet_d2::statistics",
-    mutates_args=("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped"),
+# --- forward -------------------------------------------------------------------------------------
+
+
+@_operator(
+    mutates=("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped"),
 )
 def statistics(
     x: Tensor,
+    valid: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -99,257 +132,235 @@ def statistics(
     layer: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """μ_B and σ²_B (C,) in the statistics' dtype, and |B| (1,) in float64: lines 1 to 10."""
-    n = x.numel() // x.shape[1]
-    local_mean, local_var = _local_moments(x)
-    local_count = local_mean.new_full((1,), n)
+    n, sums, squares = _local_sums(x, valid)
     if algorithm == "one_reduce":
-        # Σx² = n (σ² + μ²). Float64 leaves room for means of 10⁵ deviations before the difference
-        # below loses the digits a float32 input has.
-        count, total, squares = all_reduce(
-            group,
-            layer,
-            "forward",
-            local_count,
-            n * local_mean,
-            n * (local_var + local_mean.square()),
-        )
-        mean = total / count.clamp(min=1)
-        var = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+        count, sums, squares = all_reduce(group, layer, "forward", n, sums, squares)
+        values = count.clamp(min=1)
+        mean = sums / values
+        var = torch.addcmul(squares / values, mean, mean, value=-1)
     else:
-        count, total = all_reduce(group, layer, "forward", local_count, n * local_mean)
-        mean = total / count.clamp(min=1)
-        # Line 7's Σ (x - μ_B)² over B_i, by the local moments instead of another pass over x.
-        squares = n * (local_var + (local_mean - mean).square())
+        count, total = all_reduce(group, layer, "forward", n, sums)
+        values = count.clamp(min=1)
+        mean = total / values
+        # Line 7, Σ (x - μ_B)² over B_i, around a pivot that x's dtype can hold.
+        pivot = mean.to(aten.statistics_dtype(x))
+        _, sums, squares = _local_sums(x - aten.per_channel(pivot, x), valid)
+        rest = mean - pivot
+        squares += rest * (n * rest - 2 * sums)
         (squares,) = all_reduce(group, layer, "forward, variance", squares)
-        var = squares / count.clamp(min=1)
+        var = squares / values
+    var.clamp_(min=0)
 
-    if x.device.type == "cpu" and count == 1:
-        raise ValueError(
-            "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
-            f"got input size {tuple(x.shape)}. Use a larger batch or BN size."
-        )
-    if running_mean is not None:
-        # `where`, not `if`: on CUDA the host never waits to learn |B|.
-        keep = (count > 1) & mean.isfinite().all() & var.isfinite().all()
-        batches = num_batches_tracked + keep.squeeze(0)
-        num_batches_tracked.copy_(batches)
-        num_batches_skipped += ((count > 0) & ~keep).squeeze(0)
-        factor = 1.0 / batches.clamp(min=1).double() if momentum is None else momentum
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        for running, new in ((running_mean, mean), (running_var, unbiased)):
-            old = running.double()
-            running.copy_(torch.where(keep, (1 - factor) * old + factor * new, old))
-
-    dtype = _statistics_dtype(x)
+    update = _update_on_device if x.is_cuda else _update_on_host
+    update(running_mean, running_var, num_batches_tracked, num_batches_skipped, momentum,
+           mean, var, count)  # fmt: skip
+    dtype = aten.statistics_dtype(x)
     return mean.to(dtype), var.to(dtype), count
 
 
-@statistics.register_fake
-def _(x, running_mean, running_var, tracked, skipped, momentum, group, algorithm, layer):
-    mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
+@torch.library.register_fake("megdet_d2::statistics")
+def _(x, valid, running_mean, running_var, tracked, skipped, momentum, group, algorithm, layer):
+    mean = x.new_empty(x.shape[1], dtype=aten.statistics_dtype(x))
     return mean, torch.empty_like(mean), x.new_empty(1, dtype=torch.float64)
 
 
-# --- forward: normalisation ----------------------------------------------------------------------
-
-
-@torch.library.custom_op("megdet_d2::normalize", mutates_args=())
+@_operator()
 def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    eps: float,
-    group: str,
-    layer: str,
+    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """Line 11: y = γ (x - μ_B) / √(σ²_B + ε) + β. Its gradient holds the backward all-reduce."""
-    return _affine(_dense(x), weight, bias, mean, var, eps)
+    """Line 11: y = (x - μ_B) · scale + β with scale = γ / √(σ²_B + ε), and what follows it."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return _arithmetic(x).normalize(x, mean, scale, bias, residual, relu)
 
 
-@normalize.register_fake
-def _(x, weight, bias, mean, var, count, eps, group, layer):
-    return torch.empty_like(_dense(x))
-
-
-def _save_for_backward(ctx, inputs, output):
-    x, weight, _, mean, var, count, ctx.eps, ctx.group, ctx.layer = inputs
-    ctx.save_for_backward(x, weight, mean, var, count)
-
-
-def _normalize_backward(ctx, dy):
-    x, weight, mean, var, count = ctx.saved_tensors
-    # The collective is unconditional: whether x needs a gradient may differ between processes
-    # (one without proposals builds its empty input itself), and a peer must never wait in vain.
-    sum_dy, sum_dy_xhat, mean_dy, mean_dy_xhat = gradient_sums(
-        dy, x, mean, var, count, ctx.eps, ctx.group, ctx.layer
-    )
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = input_gradient(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, ctx.eps)
-    dweight = sum_dy_xhat if ctx.needs_input_grad[1] else None
-    dbias = sum_dy if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, None, None, None, None, None, None
-
-
-normalize.register_autograd(_normalize_backward, setup_context=_save_for_backward)
+@torch.library.register_fake("megdet_d2::normalize")
+def _(x, mean, scale, bias, residual, relu):
+    return torch.empty_like(x)
 
 
 # --- backward ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("megdet_d2::gradient_sums", mutates_args=())
+class _Normalization(torch.autograd.Function):
+    """Line 11 and its gradient, which goes through μ_B and σ²_B to the values of all processes."""
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, residual, valid, mean, invstd, count, relu, group, layer
+    ):  # fmt: skip
+        scale = invstd if weight is None else weight * invstd
+        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+        if residual is not None:
+            residual = aten.like_layout(residual, x)
+        y = normalize(x, mean, scale, shift, residual, relu)
+        # Whether y > 0 is read from y, unless a kernel that reads x anyway can tell by x alone.
+        ctx.mask_dy_first = relu and (valid is not None or not use_triton(x))
+        mask = y if relu and (ctx.mask_dy_first or residual is not None) else None
+        ctx.save_for_backward(x, valid, mean, invstd, scale, shift, count, mask)
+        ctx.relu, ctx.group, ctx.layer = relu, group, layer
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, valid, mean, invstd, scale, shift, count, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        relu = ctx.relu
+        if ctx.mask_dy_first:
+            dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
+        # The collective is unconditional: whether x needs a gradient may differ between processes
+        # (one without proposals builds its empty input itself), and a peer must never wait in vain.
+        sums, means = gradient_sums(
+            dy, x, mean, invstd, scale, shift, relu, y, count, ctx.group, ctx.layer
+        )
+        dx = dresidual = None
+        if needs_x or (needs_residual and relu):
+            dx, dresidual = input_gradient(
+                dy, x, mean, invstd, scale, shift, means, relu, y, needs_residual and relu
+            )
+            if valid is not None:
+                dx = torch.where(valid, dx, dy * aten.per_channel(scale, dy).to(dy.dtype))
+        return (
+            dx,
+            sums[1] if needs_weight else None,
+            sums[0] if needs_bias else None,
+            (dresidual if relu else dy) if needs_residual else None,
+            *[None] * 7,
+        )
+
+
+@_operator()
 def gradient_sums(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    relu: bool,
+    y: Tensor | None,
     count: Tensor,
-    eps: float,
     group: str,
     layer: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (C,)."""
-    sum_dy, sum_dy_xhat = _local_gradient_sums(dy, x, mean, var, eps)
-    total_dy, total_dy_xhat = all_reduce(
-        group, layer, "backward", sum_dy.double(), sum_dy_xhat.double()
-    )
-    total = count.clamp(min=1)
-    return sum_dy, sum_dy_xhat, (total_dy / total).to(mean), (total_dy_xhat / total).to(mean)
+) -> tuple[Tensor, Tensor]:
+    """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (2, C).
+
+    With ``relu`` dy counts where the output was positive: where y is, or where x makes it so.
+    """
+    if x.numel() == 0:
+        sums = mean.new_zeros(2, x.shape[1])
+    elif use_triton(x):
+        sums = torch.stack(kernels.gradient_sums(dy, x, mean, invstd, scale, bias, relu, y))
+    else:
+        sums = torch.stack(aten.gradient_sums(dy, x, mean, invstd))
+    (total,) = all_reduce(group, layer, "backward", sums.double().flatten())
+    return sums, (total / count.clamp(min=1)).to(mean.dtype).view(2, -1)
 
 
-@gradient_sums.register_fake
-def _(dy, x, mean, var, count, eps, group, layer):
-    return tuple(torch.empty_like(mean) for _ in range(4))
+@torch.library.register_fake("megdet_d2::gradient_sums")
+def _(dy, x, mean, invstd, scale, bias, relu, y, count, group, layer):
+    return tuple(mean.new_empty(2, x.shape[1]) for _ in range(2))
 
 
-@torch.library.custom_op("megdet_d2::input_gradient", mutates_args=())
+@_operator()
 def input_gradient(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
     mean: Tensor,
-    var: Tensor,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-    eps: float,
-) -> Tensor:
-    """dx = γ / √(σ²_B + ε) · (dy - mean_dy - x̂ mean_dy_xhat), in x's shape, dtype and layout."""
-    x = _dense(x)
-    dy = _like_layout(dy, x)
-    invstd = torch.rsqrt(var + eps)
-    if x.is_cuda and x.numel() > 0:
-        # The kernel divides the sums it is given by the count: here they are means already, and a
-        # count of 1 cannot overflow its int32.
-        one = torch.ones(1, dtype=torch.int32, device=x.device)
-        return torch.batch_norm_backward_elemt(
-            dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
-        )
-    scale = invstd if weight is None else weight * invstd
-    dx = _affine(x, -scale * mean_dy_xhat, -scale * mean_dy, mean, var, eps)
-    return dx.addcmul_(dy, scale.to(dx.dtype).view(-1, *[1] * (x.dim() - 2)))
-
-
-@input_gradient.register_fake
-def _(dy, x, weight, mean, var, mean_dy, mean_dy_xhat, eps):
-    return torch.empty_like(_dense(x))
-
-
-# --- the arithmetic of one process, from ATen's primitives ---------------------------------------
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of this process's values, float64; zeros where it has none."""
-    if x.numel() == 0:
-        zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        return zeros, zeros
-    x = _dense(x)
-    if x.is_cuda:
-        # Not batch_norm_stats, whose 1 / √(σ² + ε) damages a small σ², and is 0 where both are.
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return mean.double(), var.double()
-    # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
-    # come from the kernel that is meant for gradients. σ² as Σx²/n - μ² keeps its digits where the
-    # mean is within two deviations of zero, as it mostly is; elsewhere x is centred first.
-    mean, var = _raw_moments(x)
-    if bool((mean.square() > 4 * var).any()):
-        pivot = mean.to(_statistics_dtype(x))
-        mean, var = _raw_moments(x - pivot.view(-1, *[1] * (x.dim() - 2)))
-        mean += pivot
-    return mean, var
-
-
-def _raw_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    n = x.numel() // x.shape[1]
-    zeros = torch.zeros(x.shape[1], dtype=_statistics_dtype(x))
-    total, squares = _sums_of_products(x, x, zeros)
-    mean = total / n
-    return mean, (squares / n - mean.square()).clamp(min=0)
-
-
-def _local_gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float
+    invstd: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    means: Tensor,
+    relu: bool,
+    y: Tensor | None,
+    needs_residual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Σ dy and Σ dy x̂ (C,) of this process's values."""
-    if x.numel() == 0:
-        zeros = torch.zeros_like(mean)
-        return zeros, torch.zeros_like(mean)
-    x = _dense(x)
-    dy = _like_layout(dy, x)
-    invstd = torch.rsqrt(var + eps)
-    if x.is_cuda:
-        _, _, sum_dy_xhat, sum_dy = torch.batch_norm_backward_reduce(
-            dy, x, mean, invstd, torch.ones_like(mean), False, True, True
-        )
-        return sum_dy, sum_dy_xhat
-    sum_dy, sum_dy_xmu = _sums_of_products(dy, x, mean)
-    return sum_dy.to(mean), (sum_dy_xmu * invstd).to(mean)
+    """dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), in x's shape, dtype and layout.
 
-
-def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ a and Σ a (b - mean), (C,) in float64, of dense CPU tensors of one layout.
-
-    ATen adds up in float32. So each channel is cut into lanes, whose sums are short, and the lanes
-    are added up in float64.
+    With ``relu`` dy is masked as in ``gradient_sums``; the masked dy is then the second result,
+    which is empty unless it is asked for.
     """
-    channels, n = a.shape[1], a.numel() // a.shape[1]
-    if a.dim() == 2 or not a.is_contiguous():  # channels are innermost, and summed one by one
-        lanes = _num_lanes(a.shape[-1] if a.dim() > 2 else 1, n, 512)
-        a, b = (t.movedim(1, -1).reshape(-1, lanes * channels) for t in (a, b))
-        mean, layout, across = mean.repeat(lanes), (lanes, channels), 0
-    else:  # channels are outermost, and summed by whole vectors
-        lanes = _num_lanes(a.shape[2], n, 4096)
-        a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
-        mean, layout, across = mean.repeat_interleave(lanes), (channels, lanes), 1
-    # With training=False the kernel takes the statistics it is given, and the mask ends it at the
-    # sums for γ and β. Variance 1 and ε 0 leave b - mean as it is.
-    ones = torch.ones_like(mean)
-    _, products, sums = torch.ops.aten.native_batch_norm_backward(
-        a, b, ones, mean, ones, None, None, False, 0.0, (False, True, True)
-    )
-    return tuple(t.view(layout).sum(across, dtype=torch.float64) for t in (sums, products))
-
-
-def _num_lanes(size: int, length: int, longest: int) -> int:
-    """The least divisor of ``size`` that cuts ``length`` values into lanes of ``longest``."""
-    return next((g for g in range(1, size) if size % g == 0 and length <= g * longest), size)
-
-
-def _affine(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
-    """weight · (x - mean) / √(var + eps) + bias: one read, one write."""
+    mean_dy, mean_dy_xhat = means
+    nothing = x.new_empty(0)
     if x.numel() == 0:
-        return torch.empty_like(x)
-    if x.is_cuda:
-        return torch.batch_norm_elemt(x, weight, bias, mean, torch.rsqrt(var + eps), eps)
-    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return torch.empty_like(x), torch.empty_like(x) if needs_residual else nothing
+    if use_triton(x):
+        dx, dresidual = kernels.input_gradient(
+            dy, x, mean, invstd, scale, bias, mean_dy, mean_dy_xhat, relu, y, needs_residual
+        )
+        return dx, nothing if dresidual is None else dresidual
+    return aten.input_gradient(dy, x, mean, invstd, scale, mean_dy, mean_dy_xhat), nothing
+
+
+@torch.library.register_fake("megdet_d2::input_gradient")
+def _(dy, x, mean, invstd, scale, bias, means, relu, y, needs_residual):
+    return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
+
+
+# --- running statistics -------------------------------------------------------------------------
+
+
+def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
+    """Moves the running statistics towards those of B, if B has them: see cross_gpu_batch_norm."""
+    n = count.item()
+    if n == 1:
+        raise ValueError(
+            "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
+            "and the whole mini-batch holds one. Use a larger batch or BN size."
+        )
+    if running_mean is None:
+        return
+    # Unbiased, and as they are to be kept: a module in half precision cannot hold every variance.
+    new = torch.stack((mean, var * (n / max(n - 1, 1)))).to(running_mean.dtype)
+    if n > 1 and new.abs().max().item() < torch.inf:
+        tracked += 1
+        factor = 1 / tracked.item() if momentum is None else momentum
+        running_mean.lerp_(new[0], factor)
+        running_var.lerp_(new[1], factor)
+    elif n > 0:
+        skipped += 1
+
+
+def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
+    """The same by `where` for `if`: the host never waits to learn |B|, nor objects to one value."""
+    if running_mean is None:
+        return
+    n = count.squeeze(0)
+    new = torch.stack((mean, var * (n / (n - 1).clamp(min=1)))).to(running_mean.dtype)
+    keep = (n > 1) & (new.abs().max() < torch.inf)
+    tracked += keep
+    skipped += (n > 0) ^ keep
+    factor = momentum
+    if factor is None:
+        factor = (1 / tracked.clamp(min=1)).to(running_mean.dtype)
+    for running, value in ((running_mean, new[0]), (running_var, new[1])):
+        running.copy_(torch.where(keep, running.lerp(value, factor), running))
+
+
+# --- what one process contributes ----------------------------------------------------------------
+
+
+def _arithmetic(x: Tensor):
+    return kernels if use_triton(x) else aten
+
+
+def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """|B_i| (1,), Σ x and Σ x² (C,) over B_i, float64."""
+    if x.numel() == 0:
+        return tuple(x.new_zeros(size, dtype=torch.float64) for size in (1, *2 * [x.shape[1]]))
+    if valid is None:
+        sums, squares = _arithmetic(x).power_sums(x)
+        return sums.new_full((1,), x.numel() // x.shape[1]), sums, squares
+    # Plain passes, which never ask the device how many values there are.
+    n = valid.sum(dtype=torch.float64).view(1)
+    dims = [d for d in range(x.dim()) if d != 1]
+    sums = torch.where(valid, x, 0).sum(dims, dtype=torch.float64)
+    pivot = (sums / n.clamp(min=1)).to(aten.statistics_dtype(x))
+    centred = torch.where(valid, x - aten.per_channel(pivot, x), 0)
+    pivot = pivot.double()
+    squares = centred.square_().sum(dims, dtype=torch.float64)
+    return n, sums, squares + pivot * (2 * sums - n * pivot)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -360,10 +371,3 @@ def _dense(x: Tensor) -> Tensor:
     ):
         return x
     return x.contiguous()
-
-
-def _like_layout(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in x's dtype and layout, which the primitives expect of it."""
-    if dy.stride() == x.stride() and dy.dtype == x.dtype:
-        return dy
-    return torch.empty_like(x).copy_(dy)

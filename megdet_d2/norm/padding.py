@@ -1,0 +1,78 @@
+"""Statistics without the padded border: images of a batch are of several sizes, padded to one.
+
+Stock batch norms count the border's values like any others, though they say nothing of the images,
+and the more of them the more the sizes differ. A ``ValidRegion`` tells CGBN layers where the images
+are; the border is normalised with their statistics and has no part in them, on any process.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# The parts of a Detectron2 model that see feature maps of whole images. Box and mask heads see
+# regions, which have no padding.
+_WHOLE_IMAGES = ("backbone", "proposal_generator", "head")
+
+
+class ValidRegion:
+    """Where the images of the current batch are in the padded tensor; shared by a model's layers.
+
+    Attributes:
+        sizes: (height, width) of each image, pixels; empty until there is a batch.
+        padded: (height, width) of the tensor that holds them.
+    """
+
+    def __init__(self):
+        self.sizes: list[tuple[int, int]] = []
+        self.padded: tuple[int, int] = (0, 0)
+
+    def set(self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> None:
+        """Describes the next batch. Kept until the next call: a recomputation needs it again."""
+        self.sizes, self.padded = [tuple(size) for size in sizes], tuple(padded)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Bool (N, 1, h, w), true on the images; x (N, C, h, w) is a feature map of the batch.
+
+        Of a feature map with stride s the first ⌈H / s⌉ rows belong to an image of H rows. None
+        where nothing is padded, or x is not of this batch: then all of x counts.
+        """
+        if len(self.sizes) != len(x) or x.dim() != 4 or set(self.sizes) == {self.padded}:
+            return None
+        inside = torch.zeros(len(x), 1, *x.shape[2:], dtype=torch.bool)
+        for image, size in zip(inside, self.sizes, strict=True):
+            rows, columns = (
+                -(-extent * cells // whole)
+                for extent, cells, whole in zip(size, x.shape[2:], self.padded, strict=True)
+            )
+            image[:, :rows, :columns] = True
+        return inside.to(x.device, non_blocking=True)
+
+
+def ignore_padding(model: nn.Module) -> nn.Module:
+    """Takes the padded border out of the statistics of a Detectron2 model's CGBN layers.
+
+    Args:
+        model: takes Detectron2's list of dicts, whose "image" is (C, H, W), and has a ``backbone``
+            that takes the padded batch. Changed in place.
+
+    Returns:
+        the model. Its layers in box and mask heads stay as they are.
+    """
+    region = ValidRegion()
+    for part in _WHOLE_IMAGES:
+        for layer in getattr(model, part, nn.Module()).modules():
+            if hasattr(layer, "valid_region"):
+                layer.valid_region = region
+    model.register_forward_pre_hook(functools.partial(_note_sizes, region))
+    model.backbone.register_forward_pre_hook(functools.partial(_note_padding, region))
+    return model
+
+
+def _note_sizes(region: ValidRegion, model: nn.Module, args: tuple) -> None:
+    region.sizes = [tuple(image["image"].shape[-2:]) for image in args[0]]
+
+
+def _note_padding(region: ValidRegion, backbone: nn.Module, args: tuple) -> None:
+    region.padded = tuple(args[0].shape[-2:])
