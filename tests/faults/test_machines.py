@@ -126,9 +126,9 @@ def coco(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("mixed"))
 
 
-def machine(rank, port, output, coco, *overrides, num_machines=2, **env):
+def machine(rank, port, output, coco, *overrides, script=TRAIN_NET, **env):
     return start(
-        TRAIN_NET, "--config-file", TINY, "--num-gpus", 1, "--num-machines", num_machines,
+        script, "--config-file", TINY, "--num-gpus", 1, "--num-machines", 2,
         "--machine-rank", rank, "--dist-url", f"tcp://127.0.0.1:{port}",
         "DATASETS.COCO", repr(coco), "DATASETS.TRAIN", "('mixed',)", "DATASETS.TEST", "()",
         "MODEL.ROI_HEADS.NUM_CLASSES", 1, "TEST.EVAL_PERIOD", 0, "MEGDET.TIMEOUT", 60,
@@ -147,8 +147,9 @@ def test_two_machines_of_different_config_and_code(coco, tmp_path):
     port = free_port()
     first = machine(0, port, tmp_path / "out", coco)
     second = machine(
-        1, port, tmp_path / "out", coco, "MEGDET.REFERENCE_LR", 0.04, PYTHONPATH=str(copy)
-    )
+        1, port, tmp_path / "out", coco, "MEGDET.REFERENCE_LR", 0.04,
+        script=copy / "train_net.py", PYTHONPATH=str(copy),
+    )  # fmt: skip
     for process in (first, second):
         status, out = finish(process)
         assert status != 0
