@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,23 +18,27 @@ def environment() -> dict[str, str]:
 
 def start(*command, **env) -> subprocess.Popen:
     """In a session of its own, so that all it leaves behind can be found."""
-    return subprocess.Popen(
+    log = tempfile.TemporaryFile("w+")  # a pipe would fill up while a test waits for another
+    process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
-        env={**environment(), **env}, cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**environment(), **env}, cwd=ROOT, start_new_session=True,
+        stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    process.log = log
+    return process
 
 
 def finish(process, within=240) -> tuple[int, str]:
-    """Its status and all it wrote; all that writes there has to end within so many seconds."""
-    out, _ = process.communicate(timeout=within)
-    return process.returncode, out
+    """Its status, within so many seconds, and all that it and its children wrote."""
+    status = process.wait(within)
+    process.log.seek(0)
+    return status, process.log.read()
 
 
 def wait_for(path, process, within=240) -> None:
     deadline = time.monotonic() + within
     while not Path(path).exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, finish(process, 1)[1]
         time.sleep(0.05)
 
 
