@@ -137,16 +137,17 @@ def test_a_rank_of_torchrun_is_killed(coco, tmp_path):
 
 
 def test_a_disk_that_fills_up(coco, tmp_path):
-    """On a file system of its own where one can be mounted; else covered by test_checkpoint.py."""
+    """By the second checkpoint, on a file system of its own; else covered by test_checkpoint.py."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=3m none {folder} 2>/dev/null"):
-        pytest.skip("cannot mount a file system of three megabytes")
+    if os.system(f"mount -t tmpfs -o size=6m none {folder} 2>/dev/null"):
+        pytest.skip("cannot mount a file system of six megabytes")
     try:
         process = fault("slow_steps", folder, coco)
         status, out = finish(process)
         assert status != 0
         assert re.search(r"could not write .*Make room in OUTPUT_DIR", out), out[-6000:]
+        assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
         all_gone(process.pid, TIMEOUT + GRACE)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
