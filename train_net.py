@@ -16,13 +16,19 @@ import megdet_d2
 from megdet_d2.engine import Trainer, launch, prepare_config
 
 
-def setup(args) -> CfgNode:
-    """The config of the command line, resolved, checked, logged and written to OUTPUT_DIR."""
+def read_config(args) -> CfgNode:
+    """The config of the command line, as it stands."""
     cfg = get_cfg()
     megdet_d2.add_megdet_config(cfg)
     if args.config_file:
         cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    return cfg
+
+
+def setup(args) -> CfgNode:
+    """The config of the command line, resolved, checked, logged and written to OUTPUT_DIR."""
+    cfg = read_config(args)
     schedule = prepare_config(cfg, args.eval_only, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
@@ -50,4 +56,4 @@ def main(args):
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
-    launch(main, args)
+    launch(main, args, timeout=read_config(args).MEGDET.TIMEOUT)

@@ -55,6 +55,17 @@ def add_megdet_config(cfg: CN) -> None:
     # Micro-batches an update. SOLVER.IMS_PER_BATCH stays the images of an update; a process takes
     # IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts those.
     cfg.MEGDET.ACCUMULATION_STEPS = 1
+    # When a loss or a gradient is not finite: "stop" all processes, with an error that names it; or
+    # go back to the last good checkpoint and on with "half_lr", or with a "longer_warmup", twice as
+    # long and at least twice as long as training had come; at most MAX_ROLLBACKS times in a run.
+    cfg.MEGDET.ON_DIVERGENCE = "stop"
+    cfg.MEGDET.MAX_ROLLBACKS = 2
+    # Seconds that a process waits for others, or for its loader, before it ends with an error. Has
+    # to be more than an evaluation takes on rank 0 after the others have finished theirs.
+    cfg.MEGDET.TIMEOUT = 600
+    # Train on another image in place of one that cannot be read or whose annotations are invalid;
+    # logged, and counted as skipped_images. False: an error that names it.
+    cfg.MEGDET.SKIP_BAD_IMAGES = False
     # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
     # Not for setting by hand.
     cfg.MEGDET.RESOLVED = CN()

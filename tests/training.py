@@ -52,8 +52,11 @@ def config(output, coco, *overrides):
     return cfg
 
 
-def train(rank, output, coco, overrides=(), resume=False):
-    """Trains to the end; what this process has seen and made, comparable bit by bit."""
+def train(rank, output, coco, overrides=(), resume=False, fault=None):
+    """Trains to the end; what this process has seen and made, comparable bit by bit.
+
+    ``fault(trainer)``, if given, breaks something before training starts.
+    """
     from detectron2.utils.env import seed_all_rng
 
     from megdet_d2.engine import Trainer, prepare_config
@@ -66,6 +69,8 @@ def train(rank, output, coco, overrides=(), resume=False):
     trainer.resume_or_load(resume=resume)
     images = []
     trainer.model.register_forward_pre_hook(lambda _, inputs: images.append(_look(inputs[0])))
+    if fault:
+        fault(trainer)
     trainer.train()
     histories = trainer.storage.histories()
     model = trainer.checkpointer.model

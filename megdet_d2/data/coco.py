@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLE = '[["my_train", "train.json", "images/train"], ["my_val", "val.json", "images/val"]]'
 _NUMBER, _STRING, _ID = (int, float), (str,), (int, float, str)
+_NUM_CLASSES_OF = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
 # Names this module has registered, with what they stand for.
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -207,15 +208,17 @@ def _check_images(where: str, root: str, files: list[str]) -> None:
             )
 
 
-def _check_num_classes(cfg: CfgNode, name: str, num_classes: int) -> None:
-    key = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}.get(
-        cfg.MODEL.META_ARCHITECTURE
-    )
-    if key is None or key not in cfg.MODEL:
-        return
-    configured = cfg.MODEL[key].NUM_CLASSES
-    if configured != num_classes:
+def num_classes(cfg: CfgNode) -> int | None:
+    """The classes of the detector that ``cfg`` builds; None where it is none of Detectron2's."""
+    key = _NUM_CLASSES_OF.get(cfg.MODEL.META_ARCHITECTURE)
+    return cfg.MODEL[key].NUM_CLASSES if key in cfg.MODEL else None
+
+
+def _check_num_classes(cfg: CfgNode, name: str, expected: int) -> None:
+    configured = num_classes(cfg)
+    if configured not in (None, expected):
+        key = _NUM_CLASSES_OF[cfg.MODEL.META_ARCHITECTURE]
         raise ValueError(
-            f"MODEL.{key}.NUM_CLASSES is {configured}, but {name!r} has {num_classes} categories; "
-            f"set MODEL.{key}.NUM_CLASSES {num_classes}"
+            f"MODEL.{key}.NUM_CLASSES is {configured}, but {name!r} has {expected} categories; "
+            f"set MODEL.{key}.NUM_CLASSES {expected}"
         )

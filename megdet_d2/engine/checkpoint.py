@@ -107,6 +107,14 @@ class Checkpointer(DetectionCheckpointer):
         self._load_processes(rest.pop("processes", {}))
         return rest
 
+    def step_back(self) -> None:
+        """Makes the newest good checkpoint before the last one the last; for rank 0 to call."""
+        last = self.get_checkpoint_file()
+        others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+        if last in others:
+            older = (path for path in others[others.index(last) + 1 :] if not find_fault(path))
+            self.tag_last_checkpoint(os.path.basename(next(older, last)))
+
     def _load_processes(self, processes: dict[str, Any]) -> None:
         world, rank = comm.get_world_size(), comm.get_rank()
         size = processes_per_group(self.model)

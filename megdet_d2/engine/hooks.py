@@ -1,9 +1,19 @@
 """What happens around the training step, on every process."""
 
-from detectron2.engine import HookBase
+import logging
+
+import torch
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.utils import comm
+from torch import nn
 
 from megdet_d2.norm.collective import raise_if_out_of_step
 from megdet_d2.norm.registry import cgbn_layers, images_per_group
+
+logger = logging.getLogger(__name__)
+
+# Steps between two looks at counters: as seldom as Detectron2's writers write.
+PERIOD = 20
 
 
 class StopOutOfStep(HookBase):
@@ -20,7 +30,8 @@ class StopOutOfStep(HookBase):
 class BatchScalars(HookBase):
     """Writes images seen, the mini-batch and the BN size, in images, beside the other metrics.
 
-    Without a CGBN layer the BN size is 0, as the paper's Table 3 has it.
+    Without a CGBN layer the BN size is 0, as the paper's Table 3 has it. Mini-batches whose
+    statistics a CGBN layer did not take, since they were not finite, are counted and logged.
     """
 
     def __init__(self, effective_batch_size: int, images_per_gpu: int):
@@ -29,17 +40,72 @@ class BatchScalars(HookBase):
 
     def before_train(self):
         self._bn_size = images_per_group(self.trainer.model, self._images_per_gpu)
-        counters = [layer.num_batches_skipped for layer in cgbn_layers(self.trainer.model)]
-        self._skipped = [counter for counter in counters if counter is not None]
+        layers = cgbn_layers(self.trainer.model)
+        self._layers = [layer for layer in layers if layer.num_batches_skipped is not None]
+        self._skipped = self._count()
+
+    def _count(self) -> list[int]:
+        # Waits for the GPU, once.
+        counters = [layer.num_batches_skipped for layer in self._layers]
+        return torch.stack(counters).tolist() if counters else []
 
     def after_step(self):
-        # Reading the counters waits for the GPU: once, and as seldom as the writers write.
-        if (self.trainer.iter + 1) % 20 == 0 or self.trainer.iter + 1 >= self.trainer.max_iter:
-            skipped = int(sum(self._skipped))
-            self.trainer.storage.put_scalar("cgbn_skipped_batches", skipped, smoothing_hint=False)
+        if is_due(self.trainer):
+            before, self._skipped = self._skipped, self._count()
+            self._warn(before)
+            self.trainer.storage.put_scalar(
+                "cgbn_skipped_batches", sum(self._skipped), smoothing_hint=False
+            )
         self.trainer.storage.put_scalars(
             images_seen=self.trainer.images_seen,
             effective_batch_size=self._effective_batch_size,
             bn_size=self._bn_size,
             smoothing_hint=False,
         )
+
+    def _warn(self, before: list[int]) -> None:
+        grown = [
+            f"{layer.name} {now - then}"
+            for layer, then, now in zip(self._layers, before, self._skipped, strict=True)
+            if now > then
+        ]
+        if grown:
+            more = f" and {len(grown) - 5} layers more" if len(grown) > 5 else ""
+            logger.warning(
+                f"CGBN: until iteration {self.trainer.iter} statistics of mini-batches were not "
+                f"finite, and not taken: {', '.join(grown[:5])}{more}"
+            )
+
+
+class CountSkippedImages(HookBase):
+    """Logs the images that ``MEGDET.SKIP_BAD_IMAGES`` skipped, and counts them over all processes.
+
+    The metric ``skipped_images`` is the number since training began or was resumed.
+
+    Args:
+        model: as it is called in training; its inputs say what was skipped for them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._count = 0
+        self._handle = model.register_forward_pre_hook(self._note)
+
+    def _note(self, model, inputs):
+        for image in inputs[0] if model.training else ():
+            for reason in image.get("skipped", ()):
+                self._count += 1
+                logger.warning(f"MEGDET.SKIP_BAD_IMAGES: skipped {reason}")
+
+    def after_step(self):
+        if is_due(self.trainer):
+            count = sum(comm.all_gather(self._count))
+            self.trainer.storage.put_scalar("skipped_images", count, smoothing_hint=False)
+
+    def after_train(self):
+        self._handle.remove()
+
+
+def is_due(trainer: TrainerBase) -> bool:
+    """Whether after this step counters are looked at: every ``PERIOD`` steps, and in the last."""
+    done = trainer.iter + 1
+    return done % PERIOD == 0 or done >= trainer.max_iter

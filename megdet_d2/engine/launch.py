@@ -1,23 +1,31 @@
 """From one command line to all processes: Detectron2's launcher, or torchrun's environment."""
 
 import argparse
+import contextlib
+import faulthandler
 import functools
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
-from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from .machines import meet
 from .preempt import REQUEUE, forwarded_signals
 
+logger = logging.getLogger(__name__)
 
-def launch(main: Callable, args: argparse.Namespace):
+
+def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
     """Runs ``main(args)`` in every process of the training.
 
     Under torchrun (``LOCAL_RANK`` is set) this process is one of them and joins the others by the
@@ -26,14 +34,20 @@ def launch(main: Callable, args: argparse.Namespace):
     that share the cores.
 
     SIGTERM and SIGINT are passed on to all of them; a training that they stop exits with the status
-    ``preempt.REQUEUE``.
+    ``preempt.REQUEUE``. When one of them dies the others are ended, and when this process does they
+    save, stop, and in any case end.
+
+    Args:
+        timeout: seconds to wait for other machines and processes: ``MEGDET.TIMEOUT``.
 
     Raises:
-        ValueError: more processes than GPUs; flags that contradict torchrun's.
+        ValueError: more processes than GPUs; flags that contradict torchrun's; machines of
+            different numbers of processes under torchrun.
+        RendezvousError: see ``machines.meet``.
         SystemExit: stopped by a signal.
     """
     if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
-        return _join(main, args)
+        return _join(main, args, timeout)
     gpus = torch.cuda.device_count()
     if gpus and args.num_gpus > gpus:
         raise ValueError(
@@ -50,17 +64,26 @@ def launch(main: Callable, args: argparse.Namespace):
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
         args=(args,),
+        timeout=timedelta(seconds=timeout),
     )
     if args.num_gpus * args.num_machines == 1:
-        return start(main)  # in this process
+        with leaving_within(timeout):
+            return start(main)  # in this process
+    meet(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
     with forwarded_signals() as received:
         try:
-            return start(functools.partial(_run, main))
+            return start(functools.partial(_run, main, os.getpid(), timeout))
         except (ProcessExitedException, ProcessRaisedException) as error:
             if getattr(error, "exit_code", None) == REQUEUE:
                 sys.exit(REQUEUE)
             if received:  # before training began: they ended as any process does
                 sys.exit(128 + received[0])
+            if getattr(error, "signal_name", None):
+                rank = args.machine_rank * args.num_gpus + error.error_index
+                logger.error(
+                    f"Rank {rank} was ended by {error.signal_name}, by somebody else or for want "
+                    "of memory, and the other processes with it; go on with --resume"
+                )
             raise
 
 
@@ -71,14 +94,61 @@ def restarts() -> tuple[int, int]:
     return done, most
 
 
-def _run(main: Callable, args: argparse.Namespace):
+def limit_waiting(seconds: float) -> None:
+    """Sets how long collectives wait for other processes, in all process groups there are.
+
+    Detectron2's launcher gives it to the group of all processes only.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.set_timeout(timedelta(seconds=seconds), group)
+
+
+def end_with(parent: int, timeout: float) -> None:
+    """Ends this process when its parent has gone, so that no orphan keeps a GPU.
+
+    First by SIGTERM, upon which a training saves and stops; after ``timeout`` seconds at once.
+
+    Args:
+        parent: the process id of the parent.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        logger.error(f"The launcher, process {parent}, has gone: stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(timeout)
+        logger.error(f"Still here {timeout:g} s after the launcher (MEGDET.TIMEOUT): ending")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
+
+
+def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace):
+    end_with(launcher, timeout)
+    with leaving_within(timeout):
+        try:
+            return main(args)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
+
+
+@contextlib.contextmanager
+def leaving_within(timeout: float) -> Iterator[None]:
+    """Ends a process that an error has come out of, should it not be gone in so many seconds.
+
+    Python waits for the workers of its loaders, and a launcher for Python.
+    """
     try:
-        return main(args)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
+        yield
+    except BaseException:
+        faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
+        raise
 
 
-def _join(main: Callable, args: argparse.Namespace):
+def _join(main: Callable, args: argparse.Namespace, timeout: float):
+    end_with(os.getppid(), timeout)
     local_rank, local_size = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if args.num_gpus not in (1, local_size) or args.num_machines != 1:
         raise ValueError(
@@ -94,18 +164,33 @@ def _join(main: Callable, args: argparse.Namespace):
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     dist.init_process_group(
         "nccl" if gpus else "gloo",
         # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
         store=dist.PrefixStore(f"restart_{restarts()[0]}", store),
         rank=rank,
         world_size=world_size,
-        timeout=DEFAULT_TIMEOUT,
+        timeout=limit,
     )
-    try:
-        comm.create_local_process_group(local_size)
-        comm.synchronize()
-        return main(args)
-    finally:
-        dist.destroy_process_group()
+    _check_local_sizes(local_size)
+    comm.create_local_process_group(local_size)
+    comm.synchronize()
+    with leaving_within(timeout):
+        result = main(args)
+    # Not after an error: it would wait for processes that are elsewhere.
+    dist.destroy_process_group()
+    return result
+
+
+def _check_local_sizes(local_size: int) -> None:
+    sizes = comm.all_gather((int(os.environ.get("GROUP_RANK", 0)), local_size))
+    machines = dict(sorted(sizes))
+    if len(set(machines.values())) > 1:
+        listed = ", ".join(f"machine {machine}: {size}" for machine, size in machines.items())
+        raise ValueError(
+            f"torchrun has started different numbers of processes on the machines ({listed}), and "
+            "BN groups and Detectron2 count on equal ones: give all the same --nproc-per-node, or "
+            "leave the odd machine out"
+        )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -83,6 +84,8 @@ def shield_loader_worker() -> None:
     its parent may end it, as it does when it exits itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # On Linux it goes with its parent, even stopped; elsewhere torch's own watchdog looks.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     if not hasattr(signal, "sigwaitinfo"):
         return  # on macOS nobody can tell who sent a signal
     parent = os.getppid()

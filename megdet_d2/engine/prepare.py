@@ -20,6 +20,10 @@ from megdet_d2.schedule.build import (
     scale_config,
 )
 
+from .agreement import check_agreement
+from .guard import ON_DIVERGENCE
+from .launch import limit_waiting
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,8 +39,17 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
         ``scale_config``'s table, for the log once there is one.
 
     Raises:
-        ValueError, FileNotFoundError: naming the key, its value and the fix.
+        ValueError, FileNotFoundError: naming the key, its value and the fix; processes that differ
+            in config or code.
     """
+    _check_faults(cfg)
+    limit_waiting(cfg.MEGDET.TIMEOUT)
+    schedule = _prepare(cfg, eval_only, opts)
+    check_agreement(cfg, eval_only=eval_only)
+    return schedule
+
+
+def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     _check_device(cfg, eval_only)
     _check_weights(cfg.MODEL.WEIGHTS)
     if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
@@ -58,6 +71,18 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
         # For its error alone: the groups are made when there is a model.
         group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
     return schedule
+
+
+def _check_faults(cfg: CfgNode) -> None:
+    keys = cfg.MEGDET
+    if keys.ON_DIVERGENCE not in ON_DIVERGENCE:
+        raise ValueError(
+            f"MEGDET.ON_DIVERGENCE is {keys.ON_DIVERGENCE!r}; use one of {', '.join(ON_DIVERGENCE)}"
+        )
+    if keys.MAX_ROLLBACKS < 0:
+        raise ValueError(f"MEGDET.MAX_ROLLBACKS is {keys.MAX_ROLLBACKS}; give 0 or more")
+    if keys.TIMEOUT < 1:
+        raise ValueError(f"MEGDET.TIMEOUT is {keys.TIMEOUT}; give seconds, from 1 (default: 600)")
 
 
 def _check_device(cfg: CfgNode, eval_only: bool) -> None:

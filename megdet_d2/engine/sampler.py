@@ -21,6 +21,9 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from megdet_d2.data.coco import num_classes
+from megdet_d2.data.mapping import BadImageError, CheckedMapper
+
 from .preempt import shield_loader_worker
 
 logger = logging.getLogger(__name__)
@@ -123,30 +126,42 @@ class SeededDataset(Dataset):
     """``MapDataset`` by ``Sample``: each image is mapped with random numbers of its own seed.
 
     So its augmentation is the same in whatever process and order it is loaded. Where the mapper
-    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too.
+    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too; so it is
+    with ``skip_bad`` where it raises ``BadImageError``, and the image that is taken instead carries
+    the reasons under the key "skipped", for the training process to count.
     """
 
-    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict | None]):
+    def __init__(
+        self, dataset: Dataset, mapper: Callable[[dict], dict | None], skip_bad: bool = False
+    ):
         self._dataset = dataset
         self._mapper = PicklableWrapper(mapper)  # so that a lambda reaches the workers too
+        self._skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, sample: Sample) -> dict:
         with seeded(sample.seed):
-            index = sample.index
+            index, skipped = sample.index, []
             for _ in range(100):
-                data = self._mapper(self._dataset[index])
+                try:
+                    data = self._mapper(self._dataset[index])
+                except BadImageError as error:
+                    if not self._skip_bad:
+                        raise
+                    skipped.append(str(error))
+                    data = None
                 if data is not None:
-                    return data
+                    return data | {"skipped": skipped} if skipped else data
                 index = random.randrange(len(self._dataset))
-        raise RuntimeError("the mapper refused 100 images in a row, by returning None")
+        last = f"the last: {skipped[-1]}" if skipped else "by returning None"
+        raise RuntimeError(f"the mapper refused 100 images in a row, {last}")
 
 
 def build_stream_loader(
     images_per_gpu: int, seed: int, *, dataset, sampler, mapper, num_workers: int,
-    aspect_ratio_grouping: bool, total_batch_size: int,
+    aspect_ratio_grouping: bool, total_batch_size: int, skip_bad: bool = False, timeout: float = 0,
 ) -> DataLoader:  # fmt: skip
     """Detectron2's training loader over a ``StreamSampler``.
 
@@ -155,6 +170,8 @@ def build_stream_loader(
         seed: of the stream; equal in all processes.
         dataset, ...: what Detectron2 makes of a config for ``build_detection_train_loader``;
             ``total_batch_size`` is not used.
+        skip_bad: see ``SeededDataset``.
+        timeout: seconds to wait for a worker; 0 for ever.
     """
     buckets = None
     if aspect_ratio_grouping:
@@ -168,12 +185,13 @@ def build_stream_loader(
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     return d2_build.build_detection_train_loader(
-        SeededDataset(dataset, mapper),
+        SeededDataset(dataset, mapper, skip_bad),
         mapper=None,
         sampler=StreamSampler(sampler, images_per_gpu, seed, len(dataset), buckets),
         total_batch_size=images_per_gpu * comm.get_world_size(),
         aspect_ratio_grouping=False,  # done in the sampler, whose place can be saved
         num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
         seed=seed,  # or each new loader would draw from the process's random numbers
     )
 
@@ -181,16 +199,25 @@ def build_stream_loader(
 def build_train_loader(cfg, images_per_gpu: int) -> DataLoader:
     """The training loader of a config: data set, mapper and sampler are Detectron2's choice.
 
-    ``SEED`` seeds the stream; negative, it is a random one that all processes share. Every process
-    has to call it.
+    ``SEED`` seeds the stream; negative, it is a random one that all processes share. A bad image is
+    a ``BadImageError``, or with ``MEGDET.SKIP_BAD_IMAGES`` another one is taken. Every process has
+    to call it.
     """
     chosen = d2_build._train_loader_from_config(cfg)
+    chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
     if isinstance(chosen["dataset"], IterableDataset):
         return d2_build.build_detection_train_loader(
             **{**chosen, "total_batch_size": images_per_gpu * comm.get_world_size()}
         )
     shared = comm.shared_random_seed()
-    return build_stream_loader(images_per_gpu, cfg.SEED if cfg.SEED >= 0 else int(shared), **chosen)
+    seed = cfg.SEED if cfg.SEED >= 0 else int(shared)
+    return build_stream_loader(
+        images_per_gpu,
+        seed,
+        skip_bad=cfg.MEGDET.SKIP_BAD_IMAGES,
+        timeout=cfg.MEGDET.TIMEOUT,
+        **chosen,
+    )
 
 
 def find_stream(loader: Any) -> StreamSampler | None:

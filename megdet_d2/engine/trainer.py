@@ -1,16 +1,18 @@
 """Detectron2's trainer with MegDet's norm groups and schedule."""
 
 import contextlib
+import faulthandler
 import functools
 import logging
 import os
+import sys
 import weakref
 from typing import Any
 
 import detectron2.engine.defaults as d2_defaults
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -23,6 +25,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megdet_d2.data.mapping import CheckedMapper
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.norm.batch_norm import set_accumulation_steps
@@ -34,11 +37,13 @@ from megdet_d2.norm.registry import (
     set_bn_size,
 )
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_micro_batch
+from megdet_d2.schedule.scaling import NEAR_ZERO
 
 from .accumulation import accumulate
 from .checkpoint import Checkpointer, GatherStatistics, forget_last_checkpoint
-from .hooks import BatchScalars, StopOutOfStep
-from .launch import restarts
+from .guard import DivergenceError, DivergenceGuard, Relief
+from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
+from .launch import limit_waiting, restarts
 from .preempt import StopOnSignal
 from .progress import (
     Layout,
@@ -53,6 +58,8 @@ from .statistics import averaged_statistics
 
 logger = logging.getLogger(__name__)
 
+_STDERR = sys.__stderr__  # whatever stands in for it, in a notebook say, has no file descriptor
+
 
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` that knows the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
@@ -66,6 +73,7 @@ class Trainer(DefaultTrainer):
     Attributes:
         layout: processes, micro-batches and images that make up a mini-batch.
         images_seen: images that all updates so far have taken.
+        relief: what roll-backs after a divergence have done to the schedule.
 
     Raises:
         ValueError: a BN size that no whole number of processes gives.
@@ -75,6 +83,8 @@ class Trainer(DefaultTrainer):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self.images_seen = 0
+        self.relief = Relief()
+        self._rolled_back_to = ""
         self._saved_iter = -1  # the last iteration in the checkpoint, as counted then
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         with _ddp_without_device_ids(cfg):
@@ -93,6 +103,10 @@ class Trainer(DefaultTrainer):
             layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
         self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
         set_accumulation_steps(self.model, self.layout.accumulation_steps)
+        self._configured_lrs = list(self.scheduler.base_lrs)
+        self._guard = DivergenceGuard(self.model)
+        self._trainer.register_hooks([self._guard])
+        limit_waiting(cfg.MEGDET.TIMEOUT)
         logger.info(describe_norms(self.model, images_per_gpu))
 
     @functools.cached_property
@@ -101,12 +115,71 @@ class Trainer(DefaultTrainer):
         processes, steps = comm.get_world_size(), self.cfg.MEGDET.ACCUMULATION_STEPS
         return Layout(processes, steps, images_per_micro_batch(self.cfg, processes))
 
+    def train(self):
+        """Detectron2's; where it diverges, what ``MEGDET.ON_DIVERGENCE`` says.
+
+        Raises:
+            DivergenceError: in every process, and no roll-back is allowed, or left.
+        """
+        while True:
+            try:
+                return super().train()
+            except DivergenceError as error:
+                self._roll_back(error)
+
+    def _roll_back(self, error: DivergenceError) -> None:
+        keys, done = self.cfg.MEGDET, self.relief.rollbacks
+        if keys.ON_DIVERGENCE == "stop":
+            raise error
+        if done >= keys.MAX_ROLLBACKS:
+            raise DivergenceError(
+                f"{error}. MEGDET.MAX_ROLLBACKS, {keys.MAX_ROLLBACKS}, are used up"
+            ) from error
+        warmup_images = self.cfg.SOLVER.WARMUP_ITERS * self.layout.batch_size
+        self.relief = self.relief.next(keys.ON_DIVERGENCE, warmup_images, self.images_seen)
+        loader, diverged = self.data_loader, self.iter
+        self._hooks = []  # the old ones' writers are closed
+        self.register_hooks(self.build_hooks())
+        last = self.checkpointer.get_checkpoint_file()
+        if comm.is_main_process() and last == self._rolled_back_to:
+            # Twice from here: perhaps it was saved when training had begun to diverge.
+            if os.path.basename(last) != "model_start.pth":  # older ones are of another run
+                self.checkpointer.step_back()
+        comm.synchronize()
+        self.resume_or_load(resume=True)
+        self._rolled_back_to = self.checkpointer.get_checkpoint_file()
+        self._trainer.reset_data_loader(lambda: loader)
+        if comm.is_main_process():
+            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+            cut_metrics(metrics, self._saved_iter, self.images_seen)
+        logger.warning(
+            f"MEGDET.ON_DIVERGENCE {keys.ON_DIVERGENCE}: roll-back {done + 1} of "
+            f"{keys.MAX_ROLLBACKS}, from iteration {diverged} to {self.start_iter}. The learning "
+            f"rate is now {self.relief.lr_factor:g} x the config's; the warm-up takes at least "
+            f"{self.relief.warmup_images} images. Reason: {error}"
+        )
+
     def run_step(self) -> None:
-        """One update, with random numbers that follow from the seed, the images and the process."""
+        """One update, with random numbers that follow from the seed, the images and the process.
+
+        One that takes longer than twice ``MEGDET.TIMEOUT`` ends the process, with all its stacks.
+
+        Raises:
+            DivergenceError: a loss or a gradient is not finite, in any process.
+        """
         stream = find_stream(self.data_loader)
         if stream:
             seed_all_rng(step_seed(stream.seed, self.images_seen, comm.get_rank()))
-        super().run_step()
+        # The last resort, for what no other limit covers: a loader's worker that was stopped, say.
+        faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
+        try:
+            super().run_step()
+        except DivergenceError:
+            raise
+        except FloatingPointError as error:  # of a forward, such as the RPN's
+            self._guard.join(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self.images_seen += self.layout.batch_size
 
     def before_train(self) -> None:
@@ -114,6 +187,17 @@ class Trainer(DefaultTrainer):
         super().before_train()
         restore_scalars(self.storage, self._scalars)
         self._scalars = {}
+        if self.start_iter == 0 and self.cfg.MEGDET.ON_DIVERGENCE != "stop":
+            self.iter = -1  # what a checkpoint has done: nothing
+            self.checkpointer.gather()
+            self.checkpointer.save("model_start", iteration=self.iter)
+            self.iter = 0
+
+    def after_train(self) -> None:
+        """Hooks; without an evaluation where the last step failed, in perhaps one process alone."""
+        if self.iter < self.max_iter:
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
+        super().after_train()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's, from the newest good checkpoint, at the image where it stopped.
@@ -144,12 +228,12 @@ class Trainer(DefaultTrainer):
             "layout": vars(self.layout),
             "stream": stream.place(self.images_seen) if stream else None,
             "scalars": recent_scalars(storage, self.iter) if storage else {},
+            "relief": vars(self.relief),
         }
         return super().state_dict() | {"megdet": progress}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Detectron2's, then the place in the data, and the schedule of this mini-batch."""
-        configured = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
         self._saved_iter, done = self.iter, self.iter + 1
         saved = state_dict.get("megdet")
@@ -169,7 +253,10 @@ class Trainer(DefaultTrainer):
             self._scalars = saved["scalars"]
 
         was = self.scheduler.base_lrs[0]
-        if self.cfg.MEGDET.POLICY:
+        saved_relief = Relief(**saved.get("relief", {}))
+        self.relief = max(self.relief, saved_relief, key=lambda relief: relief.rollbacks)
+        configured = self._ease_schedule()
+        if self.cfg.MEGDET.POLICY or self.relief.rollbacks:
             if not same_batch:
                 done = updates_done(self.images_seen, self.layout.batch_size)
             self._go_on_with_lr(configured, done)
@@ -185,6 +272,18 @@ class Trainer(DefaultTrainer):
         )  # fmt: skip
         if changes:
             logger.info("What --resume changes:\n%s", changes)
+
+    def _ease_schedule(self) -> list[float]:
+        """Lengthens the warm-up as ``relief`` has it; the config's base LRs, as eased."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        most = (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)[0] - 1
+        warmup = min(updates_done(self.relief.warmup_images, self.layout.batch_size), most)
+        if warmup > cfg.SOLVER.WARMUP_ITERS:
+            for node in (cfg.SOLVER, cfg.MEGDET.RESOLVED):
+                node.WARMUP_ITERS, node.WARMUP_FACTOR = warmup, NEAR_ZERO
+            self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
+        return [lr * self.relief.lr_factor for lr in self._configured_lrs]
 
     def _go_to(self, place: dict[str, Any] | None) -> None:
         stream = find_stream(self.data_loader)
@@ -231,6 +330,12 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, images_per_micro_batch(cfg, comm.get_world_size()))
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's; an image that cannot be read is a ``BadImageError``, and never skipped."""
+        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
         """Detectron2's, with the mean of the BN groups' running statistics."""
         with averaged_statistics(model):
@@ -270,6 +375,8 @@ class Trainer(DefaultTrainer):
             GatherStatistics(self.checkpointer, *periods),
             StopOnSignal(self.checkpointer),
         ]
+        if cfg.MEGDET.SKIP_BAD_IMAGES:
+            ours.insert(1, CountSkippedImages(self.model))
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
         return ret[:first] + ours + ret[first:]

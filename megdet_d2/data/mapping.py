@@ -1,0 +1,68 @@
+"""Images that cannot be read and annotations that make no sense: an error that names the image."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class BadImageError(ValueError):
+    """An image that cannot be trained on; the message names its file and what is wrong."""
+
+
+class CheckedMapper:
+    """A mapper of Detectron2 whose every failure is a ``BadImageError``.
+
+    Boxes, and what it returns, are checked too: a box or pixel that is not finite, or a class that
+    the model has not, would be dropped in silence, or surface as a loss of NaN, or on a GPU as an
+    assertion that ends the process.
+
+    Args:
+        mapper: takes an entry of the data set, returns a model's input, or None for another image.
+        num_classes: the model's; None not to check classes.
+
+    Raises:
+        BadImageError: the image cannot be read or mapped, or what comes of it is invalid.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict | None], num_classes: int | None = None):
+        self._mapper = mapper
+        self._num_classes = num_classes
+
+    def __call__(self, entry: dict) -> dict | None:
+        name = entry.get("file_name") or f"image {entry.get('image_id', '?')}"
+        for annotation in entry.get("annotations", ()):
+            box = annotation.get("bbox", ())
+            if not all(map(math.isfinite, box)):  # Detectron2 would take it for an empty one
+                raise BadImageError(f"{name}: the box {box} is not finite")
+        try:
+            mapped = self._mapper(entry)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL alone raises OSError, ValueError, SyntaxError and more
+            raise BadImageError(f"{name}: {type(error).__name__}: {error}") from error
+        fault = find_fault(mapped, self._num_classes) if mapped is not None else ""
+        if fault:
+            raise BadImageError(f"{name}: {fault}")
+        return mapped
+
+
+def find_fault(mapped: dict[str, Any], num_classes: int | None) -> str:
+    """What is wrong with a model's input, or ""."""
+    image, instances = mapped.get("image"), mapped.get("instances")
+    if torch.is_tensor(image) and image.is_floating_point() and not image.isfinite().all():
+        return "a pixel is not finite"
+    if instances is None:
+        return ""
+    if instances.has("gt_boxes"):
+        boxes = instances.gt_boxes.tensor
+        wrong = boxes[~boxes.isfinite().all(dim=1)]
+        if len(wrong):
+            return f"the box {wrong[0].tolist()} is not finite"
+    if instances.has("gt_classes") and num_classes is not None:
+        classes = instances.gt_classes
+        wrong = classes[(classes < 0) | (classes >= num_classes)]
+        if len(wrong):
+            return f"the class {int(wrong[0])} is none of the model's, 0 to {num_classes - 1}"
+    return ""
