@@ -389,13 +389,13 @@ def test_flags_that_contradict_torchrun(monkeypatch):
 def test_the_ddp_patch_lasts_as_long_as_the_constructor():
     import detectron2.engine.defaults as defaults
 
-    from megdet_d2.engine.trainer import _ddp_without_device_ids
+    from megdet_d2.engine.ddp import ddp_without_device_ids
 
     stock = defaults.create_ddp_model
-    with pytest.raises(RuntimeError), _ddp_without_device_ids(tiny_config()):
+    with pytest.raises(RuntimeError), ddp_without_device_ids(tiny_config()):
         assert defaults.create_ddp_model.keywords == {"device_ids": None}
         raise RuntimeError
     assert defaults.create_ddp_model is stock
     gpu = tiny_config("MODEL.DEVICE", "cuda")
-    with _ddp_without_device_ids(gpu):
+    with ddp_without_device_ids(gpu):
         assert defaults.create_ddp_model is stock
