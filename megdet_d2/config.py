@@ -64,3 +64,11 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
     cfg.DATASETS.DIGITS.NUM_VAL = 200
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
+
+    # --- Ablations: read by `megdet ablate` alone, without effect on a training -------------------
+    # What a row is to be run on and compared with: GPUs over all machines; the paper's mmAP, or
+    # "failed", and its hours.
+    cfg.ABLATION = CN()
+    cfg.ABLATION.GPUS = 1
+    cfg.ABLATION.PAPER_AP = None
+    cfg.ABLATION.PAPER_HOURS = None
