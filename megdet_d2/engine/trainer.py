@@ -19,6 +19,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.analysis.runs import images_per_epoch
+from megdet_d2.analysis.samples import SampleRecorder
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.norm.padding import ignore_padding
 from megdet_d2.norm.registry import (
@@ -126,6 +128,7 @@ class Trainer(DefaultTrainer):
             BatchScalars(
                 cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
             ),
+            SampleRecorder(cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH, images_per_epoch(cfg)),
         ]
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
