@@ -7,11 +7,12 @@ megdet report output/demo
 import argparse
 import sys
 
-from megdet_d2.analysis import ablate, report
+from megdet_d2.analysis import ablate, report, variance
 
 COMMANDS = {
     "ablate": (ablate, "train every row of an ablation over seeds, and tabulate"),
     "report": (report, "curves, tables and detections of one or more runs, as PNG and HTML"),
+    "variance": (variance, "the gradient's variance against the mini-batch (Equations 2 to 4)"),
 }
 
 

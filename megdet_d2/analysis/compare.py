@@ -49,6 +49,7 @@ def plot_accuracy(runs: Sequence[Run], path: Path) -> Path:
     over_hours.set_xlabel("hours of training, without evaluations")
     for axes in (over_epochs, over_hours):
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=6)
         tidy(axes)
     over_hours.legend(frameon=False)
     figure.savefig(path)
