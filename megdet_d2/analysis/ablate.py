@@ -149,7 +149,7 @@ def run_all(
             bar.total -= row.images - (bar.n - before)  # a failed row is shorter than planned
             show(row.cfg.SOLVER.MAX_ITER if result.status == "done" else iterations_done(folder))
             if result.status != "done":
-                bar.write(f"{row.name}, seed {seed}: {result.status}: {result.reason}")
+                bar.write(f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr)
             collate(rows, list(results.values()), output, _title(rows))
     return list(results.values())
 

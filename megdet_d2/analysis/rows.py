@@ -142,7 +142,10 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
 
 
 def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
-    content = yaml.safe_load(source.read_text())
+    try:
+        content = yaml.safe_load(source.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from error
     if not isinstance(content, dict) or set(content) != {"CONFIG", "ROWS"}:
         raise ValueError(
             f"{source} is not a list of rows: it has to have CONFIG, the path of a config, and "
