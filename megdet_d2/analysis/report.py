@@ -21,6 +21,7 @@ from .figures import make_figure, tidy
 from .page import write_page
 from .runs import Run, existing, read_config, read_metrics
 
+TAKES_OVERRIDES = False
 SCORE_THRESHOLD = 0.5
 _EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
 
@@ -134,9 +135,6 @@ def summarize(run: str | Path) -> str:
     return "\n".join(lines)
 
 
-TAKES_OVERRIDES = False
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
@@ -165,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
         sections.append((f"{label}: learning rate, losses, AP", plot_curves(each.path)))
         try:
             picture = draw_detections(each.path, args.images)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             missing.append(str(error))
             sections.append((f"{label}: detections", str(error)))
         else:
@@ -176,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         print(summarize(each.path))
     print(f"Page:     {page}")
     if missing:
-        raise FileNotFoundError("; ".join(missing))
+        raise ValueError("; ".join(missing))
 
 
 def main() -> None:
