@@ -45,6 +45,12 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.WARMUP_START = "reference"
     # Images an epoch counts; 0 is the training set after Detectron2's filtering.
     cfg.MEGDET.EPOCH_IMAGES = 0
+    # Read by `megdet ablate` alone, without effect on a training: what a row is to be run on and
+    # compared with. GPUs over all machines; the paper's mmAP, or "failed", and its hours.
+    cfg.MEGDET.ABLATION = CN()
+    cfg.MEGDET.ABLATION.GPUS = 1
+    cfg.MEGDET.ABLATION.PAPER_AP = None
+    cfg.MEGDET.ABLATION.PAPER_HOURS = None
     # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
     # Not for setting by hand.
     cfg.MEGDET.RESOLVED = CN()
@@ -64,11 +70,3 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
     cfg.DATASETS.DIGITS.NUM_VAL = 200
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
-
-    # --- Ablations: read by `megdet ablate` alone, without effect on a training -------------------
-    # What a row is to be run on and compared with: GPUs over all machines; the paper's mmAP, or
-    # "failed", and its hours.
-    cfg.ABLATION = CN()
-    cfg.ABLATION.GPUS = 1
-    cfg.ABLATION.PAPER_AP = None
-    cfg.ABLATION.PAPER_HOURS = None

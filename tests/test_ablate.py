@@ -55,8 +55,11 @@ def listed(tmp_path):
         f"CONFIG: {config}\n"
         "ROWS:\n"
         "  linear: {}\n"
-        "  half: {MEGDET.LR_FACTOR: 0.5, ABLATION.PAPER_AP: 36.0, ABLATION.PAPER_HOURS: null}\n"
-        "  none: {MEGDET.SCALING_RULE: none, ABLATION.PAPER_AP: null}\n"
+        "  half:\n"
+        "    MEGDET.LR_FACTOR: 0.5\n"
+        "    MEGDET.ABLATION.PAPER_AP: 36.0\n"
+        "    MEGDET.ABLATION.PAPER_HOURS: null\n"
+        "  none: {MEGDET.SCALING_RULE: none, MEGDET.ABLATION.PAPER_AP: null}\n"
     )
     return path
 
@@ -88,7 +91,7 @@ def test_overrides_of_the_command_line_come_last(listed):
         ("CONFIG: @\nROWS: {a: {}\n", "is not YAML"),
         ("CONFIG: @\nROWS: {a: {MEGDET.NO: 1}}\n", "row a of .*MEGDET.NO"),
         ("CONFIG: @\nROWS: {a: {MODEL.CGBN.BN_SIZE: 3}}\n", "row a of .*BN_SIZE is 3"),
-        ("CONFIG: @\nROWS: {a: {ABLATION.GPUS: 3}}\n", "row a of .* share evenly"),
+        ("CONFIG: @\nROWS: {a: {MEGDET.ABLATION.GPUS: 3}}\n", "row a of .* share evenly"),
         ("CONFIG: @\nROWS: {}\n", "has no row"),
     ],
 )
@@ -154,7 +157,7 @@ def test_more_cores_are_more_processes_a_group():
 def test_a_size_that_cannot_be_halved_is_refused(tmp_path):
     (tmp_path / "odd.yaml").write_text(
         f'_BASE_: "{ROOT / TABLE3 / "06_b16_bn16.yaml"}"\n'
-        "SOLVER: {IMS_PER_BATCH: 9}\nMODEL: {CGBN: {BN_SIZE: 9}}\nABLATION: {GPUS: 1}\n"
+        "SOLVER: {IMS_PER_BATCH: 9}\nMODEL: {CGBN: {BN_SIZE: 9}}\nMEGDET: {ABLATION: {GPUS: 1}}\n"
     )
     with pytest.raises(ValueError, match="row odd of .*IMS_PER_BATCH is 9, and --reduced"):
         read_rows(tmp_path, cores=2)
@@ -211,7 +214,7 @@ def test_failure_reason(text, reason):
 
 # Stands in for a training in the tests of the loop: what it leaves is as Detectron2 writes it.
 SCRIPT = """
-import json, os, sys
+import json, os, shutil, sys
 args = sys.argv[1:]
 value = lambda key: args[args.index(key) + 1]
 folder = value("OUTPUT_DIR")
@@ -219,16 +222,9 @@ with open("{log}", "a") as log:
     log.write(folder + "\\n")
 if "half" in folder:
     sys.exit("FloatingPointError: Loss became infinite or NaN")
-sys.path.insert(0, "{root}")
-from detectron2.config import get_cfg
-import megdet_d2
-cfg = get_cfg()
-megdet_d2.add_megdet_config(cfg)
-cfg.merge_from_file(value("--config-file"))
-megdet_d2.scale_config(cfg, world_size=1)
 os.makedirs(folder, exist_ok=True)
-open(folder + "/config.yaml", "w").write(cfg.dump())
-end = cfg.SOLVER.MAX_ITER
+shutil.copy("{config}", folder + "/config.yaml")
+end = 5070
 rows = [{{"iteration": end - 1, "total_loss": 1.0, "lr": 0.1, "time": 0.5}}]
 if "linear" in folder or "{finish}":
     ap = 30.0 + float(value("SEED"))
@@ -238,10 +234,10 @@ with open(folder + "/metrics.json", "w") as file:
 """
 
 
-def write_script(tmp_path, finish="yes"):
-    script = tmp_path / "train.py"
-    log = tmp_path / "log"
-    script.write_text(SCRIPT.format(log=log, root=ROOT, finish=finish))
+def write_script(listed, tmp_path, finish="yes"):
+    script, log, config = (tmp_path / name for name in ("train.py", "log", "config.yaml"))
+    config.write_text(read_rows(listed)[0].cfg.dump())
+    script.write_text(SCRIPT.format(log=log, config=config, finish=finish))
     log.touch()
     return str(script), log
 
@@ -252,7 +248,7 @@ def read_csv(path):
 
 
 def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path, capsys):
-    script, log = write_script(tmp_path)
+    script, log = write_script(listed, tmp_path)
     output = tmp_path / "out"
     command = ["ablate", str(listed), "--script", script, "--output", str(output)]
     main([*command, "--seeds", "1,2"])
@@ -275,17 +271,17 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
 
     # Nothing is repeated: not what is complete, and not what failed; but what is unfinished is.
     (output / "none/seed1/metrics.json").unlink()
-    main([*command, "--seeds", "1,2,3"])
+    main([*command, "--seeds", "1,2"])
     more = log.read_text().splitlines()[len(trained) :]
     names = [f"{Path(p).parent.name}/{Path(p).name}" for p in more]
-    assert names == ["none/seed1", "linear/seed3", "half/seed3", "none/seed3"]
+    assert names == ["none/seed1"]
     main([*command, "--retry"])
     assert log.read_text().splitlines()[-1].endswith("half/seed1")
     assert len(log.read_text().splitlines()) == len(trained) + len(more) + 1
 
 
 def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):
-    script, _ = write_script(tmp_path, finish="")
+    script, _ = write_script(listed, tmp_path, finish="")
     output = tmp_path / "out"
     main(["ablate", str(listed), "--script", script, "--output", str(output)])
     runs = {row["row"]: row for row in read_csv(output / "runs.csv")}
@@ -324,7 +320,7 @@ def test_mean_deviation_and_failure_rate(listed, tmp_path):
     assert "| 31.5 ± 2.1 |" in table and "| 1/3 " in table and "linear, seed 3: why" in table
 
 
-def test_stopping_the_command_stops_its_training(listed, tmp_path):
+def test_a_scheduler_that_stops_the_command_stops_its_training(listed, tmp_path):
     script = tmp_path / "sleep.py"
     script.write_text(
         f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
@@ -340,7 +336,7 @@ def test_stopping_the_command_stops_its_training(listed, tmp_path):
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     child = int(pid_file.read_text())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)

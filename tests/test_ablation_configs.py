@@ -100,7 +100,11 @@ def test_every_row_is_here_and_no_other():
 def test_row_is_the_papers(name, fake_world):
     batch, bn_size, gpus, factor, ap, hours = ROWS[name]
     cfg = load(f"ablations/{name}")
-    assert (cfg.ABLATION.GPUS, cfg.ABLATION.PAPER_AP, cfg.ABLATION.PAPER_HOURS) == (gpus, ap, hours)
+    assert (
+        cfg.MEGDET.ABLATION.GPUS,
+        cfg.MEGDET.ABLATION.PAPER_AP,
+        cfg.MEGDET.ABLATION.PAPER_HOURS,
+    ) == (gpus, ap, hours)
     fake_world(gpus)
     megdet_d2.scale_config(cfg)
     policy = LONG if name.endswith("_long") else NORMAL | SMALL
@@ -123,7 +127,7 @@ def test_row_is_the_papers(name, fake_world):
 def test_variation_is_what_its_name_says(name, fake_world):
     gpus, bn_size, lr, warmup_start, layers = OTHERS[name]
     cfg = load(f"ablations/{name}")
-    assert cfg.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == 2 * gpus
+    assert cfg.MEGDET.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == 2 * gpus
     fake_world(gpus)
     megdet_d2.scale_config(cfg)
     assert cfg.SOLVER.BASE_LR == pytest.approx(lr)

@@ -60,8 +60,8 @@ def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
     per_machine = min(row.processes, gpus_per_machine)
     if row.processes % per_machine:
         raise ValueError(
-            f"row {row.name} is of {row.processes} processes (ABLATION.GPUS), no whole number of "
-            f"machines of {gpus_per_machine}: change --gpus-per-machine"
+            f"row {row.name} is of {row.processes} processes (MEGDET.ABLATION.GPUS), no whole "
+            f"number of machines of {gpus_per_machine}: change --gpus-per-machine"
         )
     return row.processes // per_machine, per_machine
 
@@ -136,7 +136,10 @@ def run_all(
         if results[row.name, seed].status == "unfinished":
             pending.append((row, seed, folder))
     total = sum(row.images for row, _, _ in pending)
-    with tqdm(total=total, unit=" images", smoothing=0.05, dynamic_ncols=True) as bar:
+    with (
+        _sigterm_exits(),
+        tqdm(total=total, unit=" images", smoothing=0.05, dynamic_ncols=True) as bar,
+    ):
         for number, (row, seed, folder) in enumerate(pending, start=1):
             bar.set_description(f"{number}/{len(pending)} {row.name}, seed {seed}")
             before = bar.n
@@ -146,12 +149,22 @@ def run_all(
 
             train(row, seed, folder, script, on_cpu, show)
             result = results[row.name, seed] = read_result(row, seed, folder)
-            bar.total -= row.images - (bar.n - before)  # a failed row is shorter than planned
             show(row.cfg.SOLVER.MAX_ITER if result.status == "done" else iterations_done(folder))
+            bar.total -= row.images - (bar.n - before)  # a failed row is shorter than planned
             if result.status != "done":
                 bar.write(f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr)
             collate(rows, list(results.values()), output, _title(rows))
     return list(results.values())
+
+
+@contextlib.contextmanager
+def _sigterm_exits():
+    """A scheduler's SIGTERM ends the training under way too, as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _title(rows: list[Row]) -> str:

@@ -126,17 +126,16 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
     most = min(row.processes // groups, cores // groups)
     per_group = max((n for n in range(1, most + 1) if bn_size % n == 0), default=1)
 
-    base = _load(row.name, REDUCED_BASE, overrides).cfg
-    epoch = -(-base.MEGDET.EPOCH_IMAGES // batch_size)
+    epoch = -(-_merge(REDUCED_BASE, overrides).MEGDET.EPOCH_IMAGES // batch_size)
     carried = {key: _get(row.cfg, key) for key in CARRIED}
     sizes = {
         "SOLVER.IMS_PER_BATCH": batch_size,
         "MODEL.CGBN.BN_SIZE": bn_size if row.bn_size else -1,
         "TEST.EVAL_PERIOD": REDUCED_EVAL_EPOCHS * epoch,
         "SOLVER.CHECKPOINT_PERIOD": row.images,  # none but the last: minutes are soon repeated
-        "ABLATION.GPUS": groups * per_group,
-        "ABLATION.PAPER_AP": row.paper_ap,
-        "ABLATION.PAPER_HOURS": row.paper_hours,
+        "MEGDET.ABLATION.GPUS": groups * per_group,
+        "MEGDET.ABLATION.PAPER_AP": row.paper_ap,
+        "MEGDET.ABLATION.PAPER_HOURS": row.paper_hours,
     }
     return _load(row.name, REDUCED_BASE, (*_to_opts(carried | sizes), *overrides))
 
@@ -161,14 +160,19 @@ def _to_opts(keys: dict) -> tuple[str, ...]:
     return tuple(str(word) for pair in keys.items() for word in pair)
 
 
-def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
+def _merge(config_file: Path, opts: Sequence[str]) -> CfgNode:
     cfg = get_cfg()
     add_megdet_config(cfg)
     if not config_file.is_file():
         raise ValueError(f"there is no config {config_file}; run this in a checkout of megdet_d2")
     cfg.merge_from_file(str(config_file))
     cfg.merge_from_list(list(opts))
-    processes = cfg.ABLATION.GPUS
+    return cfg
+
+
+def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
+    cfg = _merge(config_file, opts)
+    processes = cfg.MEGDET.ABLATION.GPUS
     if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
         register_datasets(cfg)  # an epoch is to be counted in it
     scale_config(cfg, world_size=processes)
@@ -177,7 +181,7 @@ def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
         if cfg.MODEL.CGBN.CROSS_MACHINE:
             machine = processes
         ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, machine)
-    paper = cfg.ABLATION
+    paper = cfg.MEGDET.ABLATION
     return Row(
         name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS
     )  # fmt: skip
