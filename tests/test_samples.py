@@ -77,15 +77,16 @@ def make_batch(images, generator):
     return [image() for _ in range(images)]
 
 
-def train(rank, output, iterations, images_per_epoch, period, state=None, start=0):
+def train(rank, output, iterations, images_per_epoch, period, state=None, start=0, saves=0):
     """Trains rank + 1 images a step, so that a mean over processes is no mean over images."""
+    torch.manual_seed(rank)
     norms = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD")]
     model = build_model(tiny_config(*(word for key in norms for word in (key, "BN"))))
     generator = torch.Generator().manual_seed(rank)
     batches = [make_batch(rank + 1, generator) for _ in range(iterations)][start:]
     trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1e-4))
     images = sum(len(batch) for batch in batches[:1])
-    recorder = SampleRecorder(output, 3, images_per_epoch, period)
+    recorder = SampleRecorder(output, 3, images_per_epoch, saves, period)
     if state:
         recorder.load_state_dict(state)
     spy = Spy(images)
@@ -123,7 +124,7 @@ def test_counts_are_detectron2s_over_all_processes(pool2, tmp_path):
     }
     # By period and at the ends of epochs and of training, not every step.
     assert reductions == [2, 3, 5, 7, 8, 9]
-    # The scalars are of the images since the reduction before: the last step.
+    # The scalars are of the images since those before: the last step.
     positives, negatives = (sum(counts[9]["rpn"][i] for counts, *_ in replies) for i in range(2))
     assert latest["samples/rpn_ratio"] == pytest.approx(100 * positives / negatives)
 
@@ -132,12 +133,18 @@ def test_one_process_resumed_within_an_epoch(tmp_path):
     _, _, _, state = train(0, str(tmp_path), 6, 12.0, 2)  # an epoch of 4 steps, and 2 of the next
     # As in a checkpoint after step 6 of more: training has not ended, and the epoch goes on.
     open_epoch = [[2.0, 3.0, 4.0, 0.5, 2.0], [2.0, 1.0, 4.0, 0.5, 2.0]]
-    state = {"epoch": open_epoch, "lines": state["lines"][:1]}
+    state = {"epoch": open_epoch, "since": open_epoch, "lines": state["lines"][:1]}
     first = read_samples(tmp_path)[0]
     train(0, str(tmp_path), 8, 12.0, 2, state, start=6)
     lines = read_samples(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2] and lines[0] == first
     assert lines[1]["images"] == 4 and lines[1]["rpn_positives"] > 3
+
+
+def test_checkpoints_hold_all_until_them_and_change_no_scalar(tmp_path):
+    _, plain, _, _ = train(0, str(tmp_path), 6, None, 6)
+    _, saved, reductions, _ = train(0, str(tmp_path), 6, None, 6, saves=2)
+    assert saved == pytest.approx(plain) and reductions == [1, 3, 5]
 
 
 def test_without_epochs_there_are_scalars_alone(tmp_path):

@@ -64,14 +64,15 @@ class SampleRecorder(HookBase):
 
     Every ``period`` iterations, the scalars samples/{rpn,rcnn}_{ratio,mean_ratio} of the images
     since then; after every epoch, a line of samples.csv in ``output_dir``. The sums stay on the
-    device and are reduced over the processes then only: ten numbers. The epoch so far is saved in
-    checkpoints, up to its last reduction. A detector of one stage has nothing to record.
+    device and are reduced over the processes then only, and before a periodic checkpoint, which
+    holds them: ten numbers. A detector of one stage has nothing to record.
 
     Args:
         output_dir: where the main process writes samples.csv.
         batch_size: images of an iteration, over all processes.
         images_per_epoch: None where the config knows no epochs; there is no file then.
-        period: iterations between two reductions, as Detectron2's writers have it.
+        checkpoint_period: iterations between two checkpoints; 0 for none.
+        period: iterations between two scalars, as Detectron2's writers have it.
     """
 
     def __init__(
@@ -79,14 +80,17 @@ class SampleRecorder(HookBase):
         output_dir: str,
         batch_size: int,
         images_per_epoch: float | None = None,
+        checkpoint_period: int = 0,
         period: int = 20,
     ):
         self._path = os.path.join(output_dir, FILE)
         self._batch_size = batch_size
         self._images_per_epoch = images_per_epoch
         self._period = period
+        self._reduce_after = [p for p in (period, checkpoint_period) if p > 0]
         self._pending: dict[str, Tensor] = {}
         self._epoch: list[list[float]] = _nothing()
+        self._since: list[list[float]] = _nothing()  # the last scalars
         self._lines: list[list[float]] = []
         self._restore: list[Callable[[], None]] = []
 
@@ -122,9 +126,13 @@ class SampleRecorder(HookBase):
         done = self.trainer.iter + 1
         is_last = done >= self.trainer.max_iter
         ends_epoch = self._epochs(done) != self._epochs(done - 1)
-        if self._restore and (done % self._period == 0 or is_last or ends_epoch):
+        if not self._restore:
+            return
+        if is_last or ends_epoch or any(done % period == 0 for period in self._reduce_after):
             self._reduce()
-        if ends_epoch or (is_last and self._epoch[0][0]):
+        if is_last or done % self._period == 0:
+            self._write_scalars()
+        if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
             self._write_epoch(self._epochs(done - 1) + 1)
 
     def after_train(self):
@@ -145,11 +153,13 @@ class SampleRecorder(HookBase):
         sums = torch.stack([self._pending.pop(stage, none).to(device) for stage in STAGES])
         if comm.get_world_size() > 1:
             dist.all_reduce(sums)
-        values = sums.tolist()
-        for stage, total, part in zip(STAGES, self._epoch, values, strict=True):
-            total[:] = [a + b for a, b in zip(total, part, strict=True)]
-            if part[0]:
-                of_sums, of_ratios = ratios(part)
+        self._epoch = (torch.tensor(self._epoch, dtype=sums.dtype) + sums.cpu()).tolist()
+        self._since = (torch.tensor(self._since, dtype=sums.dtype) + sums.cpu()).tolist()
+
+    def _write_scalars(self) -> None:
+        for stage, sums in zip(STAGES, self._since, strict=True):
+            if sums[0]:
+                of_sums, of_ratios = ratios(sums)
                 self.trainer.storage.put_scalars(
                     **{
                         f"samples/{stage}_ratio": of_sums,
@@ -157,6 +167,7 @@ class SampleRecorder(HookBase):
                     },
                     smoothing_hint=False,
                 )
+        self._since = _nothing()
 
     def _write_epoch(self, epoch: int) -> None:
         line: list[float] = [epoch, max(sums[0] for sums in self._epoch)]
@@ -170,11 +181,11 @@ class SampleRecorder(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch so far, and the lines of those before it: a resumed run writes them again."""
-        return {"epoch": self._epoch, "lines": self._lines}
+        return {"epoch": self._epoch, "since": self._since, "lines": self._lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The other way."""
-        self._epoch, self._lines = state["epoch"], state["lines"]
+        self._epoch, self._since, self._lines = state["epoch"], state["since"], state["lines"]
 
 
 def read_samples(run: str | Path) -> list[dict[str, float]]:

@@ -128,7 +128,12 @@ class Trainer(DefaultTrainer):
             BatchScalars(
                 cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
             ),
-            SampleRecorder(cfg.OUTPUT_DIR, cfg.SOLVER.IMS_PER_BATCH, images_per_epoch(cfg)),
+            SampleRecorder(
+                cfg.OUTPUT_DIR,
+                cfg.SOLVER.IMS_PER_BATCH,
+                images_per_epoch(cfg),
+                cfg.SOLVER.CHECKPOINT_PERIOD,
+            ),
         ]
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
