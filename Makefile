@@ -4,8 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
+TODAY := $(shell date +%F)
 
-.PHONY: setup demo test test-slow test-gpu lint
+.PHONY: setup demo test test-slow test-gpu bench-gpu lint
 
 setup: $(VENV)/.ready
 
@@ -45,6 +46,16 @@ test-slow: setup
 # On a machine with a GPU.
 test-gpu: setup
 	MEGDET_TEST_GPU=1 $(PY) -m pytest tests/test_cuda.py
+
+# On a machine with a GPU: correct first, then timed beside the peers, into docs/results/.
+bench-gpu: test-gpu
+	for dtype in float32 bfloat16 float16; do \
+		$(PY) -W ignore benchmarks/norm.py --fake-group --height 800 --width 1344 --repeats 20 --dtype $$dtype \
+			--output docs/results/norm_gpu_$${dtype}_$(TODAY).json || exit 1; \
+	done
+	$(PY) -W ignore benchmarks/exactness.py --output docs/results/exactness_gpu_$(TODAY).json
+	$(PY) -W ignore benchmarks/train_step.py --processes 1 --height 800 --width 1344 \
+		--output docs/results/train_step_gpu_$(TODAY).json
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

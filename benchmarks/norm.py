@@ -44,8 +44,20 @@ WIDE = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
 BASES = {
     "CGBN, no group": "BatchNorm2d, no group",
     "BatchNorm2d, no group": "BatchNorm2d, no group",
+    "CGBN with ReLU": "CGBN, then ReLU",
+    "CGBN, then ReLU": "CGBN, then ReLU",
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+class WithReLU(CrossGPUBatchNorm):
+    def forward(self, x):
+        return super().forward(x, relu=True)
+
+
+class ThenReLU(CrossGPUBatchNorm):
+    def forward(self, x):
+        return super().forward(x).relu_()
 
 
 def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
@@ -60,6 +72,8 @@ def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
     }
     if device.type == "cuda":
         layers["SyncBatchNorm"] = nn.SyncBatchNorm(channels)
+        layers["CGBN, then ReLU"] = ThenReLU(channels)
+        layers["CGBN with ReLU"] = WithReLU(channels)
     return {name: layer.to(device) for name, layer in layers.items()}
 
 

@@ -23,6 +23,13 @@ def add_megdet_config(cfg: CN) -> None:
     # Leave the border that pads a batch's images to one size out of the statistics.
     cfg.MODEL.CGBN.IGNORE_PADDING = False
 
+    # --- Sublinear memory (§4): less memory for a second forward during backward -----------------
+    cfg.MODEL.SUBLINEAR = CN()
+    cfg.MODEL.SUBLINEAR.ENABLED = False
+    # Parts of the model that are computed twice: "stem", "res2" to "res5", "fpn", "rpn" (and
+    # RetinaNet's head), "roi_heads". docs/memory.md has what they save and cost.
+    cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
+
     # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
     # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.
@@ -45,6 +52,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.WARMUP_START = "reference"
     # Images an epoch counts; 0 is the training set after Detectron2's filtering.
     cfg.MEGDET.EPOCH_IMAGES = 0
+    # Micro-batches an update. SOLVER.IMS_PER_BATCH stays the images of an update; a process takes
+    # IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts those.
+    cfg.MEGDET.ACCUMULATION_STEPS = 1
     # Read by `megdet ablate` alone, without effect on a training: what a row is to be run on and
     # compared with. GPUs over all machines; the paper's mmAP, or "failed", and its hours.
     cfg.MEGDET.ABLATION = CN()

@@ -161,6 +161,37 @@ def check_relu_masks_agree(device: str, dtype: torch.dtype) -> None:
     assert y[0, 0, 7].isnan() and int(y.isnan().sum()) == 1
 
 
+def check_layer(device: str, layout: str, relu: bool, addition: bool, padded: bool) -> None:
+    """The layer on these kernels, activations fused, against torch's operators one by one."""
+    from megdet_d2 import CrossGPUBatchNorm
+    from megdet_d2.norm import functional
+    from megdet_d2.norm.padding import ValidRegion
+
+    results = []
+    for triton in (True, False):
+        layer = CrossGPUBatchNorm(5, momentum=0.3).double().to(device)
+        layer.weight.data = torch.linspace(-1, 2, 5, dtype=torch.float64, device=device)
+        if padded:
+            layer.valid_region = ValidRegion()
+            layer.valid_region.set([(6, 4), (5, 7), (3, 3)], (6, 7))
+        case = (3, 5, 6, 7), layout, torch.float64
+        x, residual, dy = (make(case, seed).to(device) for seed in range(3))
+        inputs = [t.requires_grad_() for t in ([x, residual] if addition else [x])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(functional, "use_triton", lambda _, triton=triton: triton)
+            if triton:
+                y = layer(*inputs, relu=relu)
+            else:
+                y = layer(x)
+                y = y + residual if addition else y
+                y = y.relu() if relu else y
+            y.backward(_lay_out(dy, OUTERMOST))
+        gradients = [t.grad for t in (*inputs, *layer.parameters())]
+        results.append([y.detach(), *gradients, *layer.buffers()])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 def check_errors() -> None:
     from megdet_d2.norm import kernels
 

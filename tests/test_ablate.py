@@ -292,6 +292,14 @@ def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):
     assert "failed" in capsys.readouterr().out
 
 
+def test_a_training_that_was_told_to_stop_has_not_failed(listed, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit(75)\n")
+    output = tmp_path / "out"
+    main(["ablate", str(listed), "--script", str(script), "--output", str(output)])
+    assert {row["status"] for row in read_csv(output / "runs.csv")} == {"unfinished"}
+
+
 def test_a_clusters_divergence_is_read_from_the_log(listed, tmp_path):
     row = read_rows(listed)[0]
     assert read_result(row, 1, tmp_path).status == "unfinished"

@@ -120,6 +120,8 @@ def test_row_is_the_papers(name, fake_world):
     assert period == solver.CHECKPOINT_PERIOD
     assert (epochs - 1) * period < max_iter <= epochs * period
     assert cfg.OUTPUT_DIR == f"output/{name}"
+    # "When the BN size >= 32, the sublinear memory is applied."
+    assert cfg.MODEL.SUBLINEAR.ENABLED == (bn_size >= 32)
     check_groups(cfg, gpus, bn_size, BACKBONE + FPN if bn_size else 0)
 
 

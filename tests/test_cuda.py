@@ -4,15 +4,19 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megdet_d2 import CrossGPUBatchNorm
-from megdet_d2.norm import kernels
+from megdet_d2.norm import collective, kernels
 
 from .kernel_cases import (
+    ACTIVATIONS,
     CASES,
     INNERMOST,
     OUTERMOST,
     check_all,
+    check_layer,
     check_moments_are_robust,
     check_relu_masks_agree,
     moments,
@@ -96,6 +100,70 @@ def test_the_host_never_waits(dtype, momentum):
         layer(x).backward(dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def fake_group():
+    """A group of two whose collectives return at once, so that one GPU takes the whole path."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    collective._mismatch.clear()  # nobody answers: every message looks out of step
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", [{}, {"relu": True}, {"relu": True, "residual": True}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
+    layer = CrossGPUBatchNorm(64, process_group=fake_group).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda").to(memory_format=layout).requires_grad_()
+    residual = torch.randn_like(x) if activation.get("residual") else None
+    relu = activation.get("relu", False)
+    layer(x, residual, relu).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, residual, relu).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_out_of_step_is_noticed_on_the_device(fake_group):
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    layer(torch.randn(2, 8, 4, 4, device="cuda"))
+    with pytest.raises(collective.OutOfStepError):
+        collective.raise_if_out_of_step()
+
+
+@pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+@pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
+@pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_on_the_kernels(layout, relu, addition, padded):
+    check_layer("cuda", layout, relu, addition, padded)
+
+
+def test_a_layer_in_a_cuda_graph():
+    layer = CrossGPUBatchNorm(64).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda", requires_grad=True)
+    twin = copy.deepcopy(layer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(layer(x).square().sum(), x)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.load_state_dict(twin.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    with torch.no_grad():
+        x.normal_(mean=3)
+    graph.replay()
+    expected = twin(x)
+    (dx_expected,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, dx_expected)
+    torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
 def test_autocast():

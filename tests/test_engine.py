@@ -18,8 +18,8 @@ from torch import nn
 
 import megdet_d2
 from megdet_d2.engine import prepare_config
-from megdet_d2.engine.hooks import average_statistics
 from megdet_d2.engine.launch import launch
+from megdet_d2.engine.statistics import average_statistics, own_statistics
 from megdet_d2.norm.registry import cgbn_layers
 
 HERE = Path(__file__).parent
@@ -135,9 +135,8 @@ torch.save([*features.values(), box], out)
 def test_a_checkpoint_loads_where_the_plugin_is_unknown(trained, tmp_path, norm):
     # a config without the plugin's keys
     cfg = tiny_config()
-    for node, key in ((cfg, "MEGDET"), (cfg.MODEL, "CGBN"), (cfg.DATASETS, "COCO")):
-        del node[key]
-    del cfg.DATASETS["DIGITS"]
+    del cfg["MEGDET"], cfg.MODEL["CGBN"], cfg.MODEL["SUBLINEAR"]
+    del cfg.DATASETS["COCO"], cfg.DATASETS["DIGITS"]
     (tmp_path / "plain.yaml").write_text(cfg.dump())
     weights, out = str(trained / "model_final.pth"), str(tmp_path / "out.pt")
     run("-c", PLAIN, weights, norm, str(tmp_path / "plain.yaml"), out)
@@ -236,53 +235,49 @@ def test_running_statistics_are_averaged_over_all_ranks(pool4):
 
 
 def train_in_groups_of_one(rank, output):
-    """Trains four iterations; returns the statistics before and after each averaging."""
-    from megdet_d2.engine import Trainer, hooks
+    """Trains four iterations; returns this process's statistics at each checkpoint."""
+    from megdet_d2.engine import Trainer
+    from megdet_d2.engine.checkpoint import Checkpointer
 
     cfg = tiny_config(
         "MODEL.CGBN.BN_SIZE", 4, "OUTPUT_DIR", output, "SOLVER.CHECKPOINT_PERIOD", 2,
         "MEGDET.EPOCHS", 0.5, "MEGDET.DECAY_EPOCHS", (), "MEGDET.DECAY_FACTORS", (),
-        "MEGDET.WARMUP_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", (),
+        "MEGDET.WARMUP_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 4,
     )  # fmt: skip
     prepare_config(cfg)
-    seen, stock = [], average_statistics
+    own, stock = [], Checkpointer.gather
 
-    def record(model):
-        before = [layer.running_var.clone() for layer in cgbn_layers(model)]
-        stock(model)
-        seen.append((before, [layer.running_var.clone() for layer in cgbn_layers(model)]))
+    def gather(self):
+        stock(self)
+        own.append(own_statistics(self.model))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hooks, "average_statistics", record)
+        patch.setattr(Checkpointer, "gather", gather)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=False)
         trainer.train()
-    assert [layer.group_size() for layer in cgbn_layers(trainer.model)].count(1) == len(seen[0][0])
-    return seen
+    layers = cgbn_layers(trainer.model)
+    assert all(layer.group_size() == 1 for layer in layers)
+    # neither the checkpoint nor the evaluation after it has touched them
+    kept = own_statistics(trainer.checkpointer.model)
+    assert all(kept[name].equal(own[-1][name]) for name in kept)
+    return own
 
 
 def test_checkpoints_hold_the_mean_of_the_groups_statistics(pool2, tmp_path):
     first, second = pool2.run(train_in_groups_of_one, str(tmp_path), timeout=200)
     assert len(first) == len(second) == 2  # iterations 2 and 4
-    checkpoints = ["model_0000001.pth", "model_final.pth"]
-    for name, (before0, after0), (before1, after1) in zip(checkpoints, first, second, strict=True):
-        state = torch.load(tmp_path / name, weights_only=False)["model"]
-        saved = [v for k, v in state.items() if k.endswith("running_var")]
-        assert len(saved) == len(after0)
-        for i, variance in enumerate(saved):
-            assert not torch.equal(before0[i], before1[i])
-            torch.testing.assert_close(variance, (before0[i] + before1[i]) / 2)
-            assert torch.equal(after0[i], after1[i]) and torch.equal(after0[i], variance)
-
-
-def test_resuming_at_another_learning_rate_is_refused(trained):
-    from megdet_d2.engine import Trainer
-
-    cfg = tiny_config("OUTPUT_DIR", str(trained), "MEGDET.LR_FACTOR", 0.5)
-    prepare_config(cfg)
-    trainer = Trainer(cfg)
-    with pytest.raises(ValueError, match="learning rate of 0.01, and this config comes to 0.005"):
-        trainer.resume_or_load(resume=True)
+    for name, own0, own1 in zip(
+        ["model_0000001.pth", "model_final.pth"], first, second, strict=True
+    ):
+        state = torch.load(tmp_path / name)
+        variances = {k: v for k, v in state["model"].items() if k.endswith("running_var")}
+        assert variances
+        for key, variance in variances.items():
+            assert not own0[key].equal(own1[key])
+            torch.testing.assert_close(variance, (own0[key] + own1[key]) / 2)
+            for own, saved in zip((own0, own1), state["processes"]["statistics"], strict=True):
+                assert own[key].equal(saved[key])
 
 
 def test_a_config_without_the_plugins_keys_is_named():

@@ -15,8 +15,11 @@ import torch
 from .kernel_cases import (
     ACTIVATIONS,
     CASES,
+    INNERMOST,
+    OUTERMOST,
     check_all,
     check_errors,
+    check_layer,
     check_moments_are_robust,
     check_relu_masks_agree,
     make,
@@ -61,6 +64,13 @@ def test_moments_hold_far_from_zero(interpreter, innermost):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_backward_masks_where_the_forward_did(interpreter, dtype):
     interpreter(check_relu_masks_agree, "cpu", dtype)
+
+
+@pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
+@pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_on_the_kernels(interpreter, layout, relu, addition, padded):
+    interpreter(check_layer, "cpu", layout, relu, addition, padded)
 
 
 def test_errors(interpreter):

@@ -414,6 +414,29 @@ def test_a_layer_of_a_group_that_is_no_more_is_plain_batch_norm():
     torch.testing.assert_close(layer(x), nn.BatchNorm2d(3)(x))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("count", "var"), [(8, 2.0), (2, 0.0), (0, 0.0), (8, float("nan")), (8, float("inf")), (8, 1e6)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_device_updates_statistics_as_the_host_does(count, var, momentum, dtype):
+    # On CPU tensors, so that what a GPU will do is checked where there is none.
+    results = []
+    for update in (functional._update_on_host, functional._update_on_device):
+        buffers = [torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)]
+        buffers += [torch.tensor(4), torch.tensor(1)]
+        mean = torch.tensor([1.0, -3.0, 0.0]).double()
+        variance = torch.tensor([var, 1.0, 1.0]).double()
+        update(*buffers, momentum, mean, variance, torch.tensor([float(count)]).double())
+        results.append(buffers)
+    host, device = results
+    for a, b in zip(host, device, strict=True):
+        torch.testing.assert_close(a, b)
+    kept = count > 1 and var < torch.finfo(dtype).max
+    assert (host[2], host[3]) == (4 + kept, 1 + (count > 0 and not kept))
+    assert torch.equal(host[1], torch.full((3,), 2.0, dtype=dtype)) == (not kept)
+
+
 def test_fused_activations_compile():
     layer = CrossGPUBatchNorm(4)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

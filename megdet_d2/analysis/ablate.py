@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megdet_d2.engine.preempt import REQUEUE
+
 from .collate import FAILURE, Result, collate, read_result
 from .rows import GPUS_PER_MACHINE, Row, read_rows
 
@@ -100,7 +102,8 @@ def train(
                 process.wait()
         console.seek(begin)
         text = console.read()
-    if process.returncode:
+    # Told to stop, it has saved and is to be resumed: no failure.
+    if process.returncode not in (0, REQUEUE):
         failure = {"exit_code": process.returncode, "reason": failure_reason(text)}
         if process.returncode < 0:
             failure["reason"] = f"killed by signal {-process.returncode}"

@@ -107,7 +107,7 @@ def plot(fits: dict[str, Fit], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("images N")
         tidy(axes)
-    variance.legend(frameon=False, fontsize=8, title="slope")
+    figure.legend(frameon=False, fontsize=8, title="slope", loc="outside right upper")
     update.set_ylim(bottom=0)
     figure.savefig(path)
 
@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
     pairs = measure(cfg, args.sizes, args.pairs, bn_size)
-    fits = {module: fit(of_module) for module, of_module in pairs.items()}
+    modules = [WHOLE, *(module for module in pairs if module != WHOLE)]
+    fits = {module: fit(pairs[module]) for module in modules}
     with open(output / "variance.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("module", "images", "half_squared_difference", "dot_product"))

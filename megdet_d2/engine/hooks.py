@@ -1,55 +1,9 @@
 """What happens around the training step, on every process."""
 
-import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.utils import comm
-from torch import nn
 
 from megdet_d2.norm.collective import raise_if_out_of_step
 from megdet_d2.norm.registry import cgbn_layers, images_per_group
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module) -> None:
-    """Makes the running statistics of every CGBN layer the mean over all processes, in place.
-
-    Within a group they are equal already; groups differ, since each saw images of its own, and
-    Detectron2 saves and evaluates with rank 0's. One all-reduce, which every process has to join.
-    """
-    if comm.get_world_size() == 1:
-        return
-    statistics = [
-        statistic
-        for layer in cgbn_layers(model)
-        if layer.running_mean is not None
-        for statistic in (layer.running_mean, layer.running_var)
-    ]
-    if not statistics:
-        return
-    flat = torch.cat([statistic.double() for statistic in statistics])
-    dist.all_reduce(flat)
-    flat /= comm.get_world_size()
-    parts = flat.split([statistic.numel() for statistic in statistics])
-    for statistic, mean in zip(statistics, parts, strict=True):
-        statistic.copy_(mean)
-
-
-class AverageStatistics(HookBase):
-    """Averages the running statistics over the groups before each checkpoint and evaluation.
-
-    Stands before the checkpointer and the evaluation hook, in every process. Training is not
-    disturbed: running statistics play no part in a training step.
-    """
-
-    def __init__(self, model: nn.Module, checkpoint_period: int, eval_period: int):
-        self._model = model
-        self._periods = [period for period in (checkpoint_period, eval_period) if period > 0]
-
-    def after_step(self):
-        done = self.trainer.iter + 1
-        if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
-            average_statistics(self._model)
 
 
 class StopOutOfStep(HookBase):
@@ -64,7 +18,7 @@ class StopOutOfStep(HookBase):
 
 
 class BatchScalars(HookBase):
-    """Writes the mini-batch and the BN size, in images, beside the other metrics.
+    """Writes images seen, the mini-batch and the BN size, in images, beside the other metrics.
 
     Without a CGBN layer the BN size is 0, as the paper's Table 3 has it.
     """
@@ -84,6 +38,7 @@ class BatchScalars(HookBase):
             skipped = int(sum(self._skipped))
             self.trainer.storage.put_scalar("cgbn_skipped_batches", skipped, smoothing_hint=False)
         self.trainer.storage.put_scalars(
+            images_seen=self.trainer.images_seen,
             effective_batch_size=self._effective_batch_size,
             bn_size=self._bn_size,
             smoothing_hint=False,

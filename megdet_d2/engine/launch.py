@@ -1,7 +1,10 @@
 """From one command line to all processes: Detectron2's launcher, or torchrun's environment."""
 
 import argparse
+import functools
 import os
+import signal
+import sys
 from collections.abc import Callable
 
 import torch
@@ -9,6 +12,9 @@ import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from .preempt import REQUEUE, forwarded_signals
 
 
 def launch(main: Callable, args: argparse.Namespace):
@@ -19,8 +25,12 @@ def launch(main: Callable, args: argparse.Namespace):
     ``--num-gpus`` processes on each of ``--num-machines``. Without a GPU they are gloo processes
     that share the cores.
 
+    SIGTERM and SIGINT are passed on to all of them; a training that they stop exits with the status
+    ``preempt.REQUEUE``.
+
     Raises:
         ValueError: more processes than GPUs; flags that contradict torchrun's.
+        SystemExit: stopped by a signal.
     """
     if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         return _join(main, args)
@@ -33,14 +43,39 @@ def launch(main: Callable, args: argparse.Namespace):
     if not gpus and args.num_gpus > 1:
         # The children's libraries read it as they load: N processes of N threads would crawl.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.num_gpus)))
-    return d2_launch(
-        main,
-        args.num_gpus,
+    start = functools.partial(
+        d2_launch,
+        num_gpus_per_machine=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
         args=(args,),
     )
+    if args.num_gpus * args.num_machines == 1:
+        return start(main)  # in this process
+    with forwarded_signals() as received:
+        try:
+            return start(functools.partial(_run, main))
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            if getattr(error, "exit_code", None) == REQUEUE:
+                sys.exit(REQUEUE)
+            if received:  # before training began: they ended as any process does
+                sys.exit(128 + received[0])
+            raise
+
+
+def restarts() -> tuple[int, int]:
+    """How often torchrun has restarted the processes, and how often it may; (0, 0) without it."""
+    names = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+    done, most = (int(os.environ.get(name, 0)) for name in names)
+    return done, most
+
+
+def _run(main: Callable, args: argparse.Namespace):
+    try:
+        return main(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
 
 
 def _join(main: Callable, args: argparse.Namespace):
@@ -59,7 +94,15 @@ def _join(main: Callable, args: argparse.Namespace):
         )
     if gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=DEFAULT_TIMEOUT)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
+        store=dist.PrefixStore(f"restart_{restarts()[0]}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
     try:
         comm.create_local_process_group(local_size)
         comm.synchronize()

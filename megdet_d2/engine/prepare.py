@@ -11,9 +11,14 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from megdet_d2.data import register_datasets
+from megdet_d2.memory import check_stages
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.registry import group_ranks
-from megdet_d2.schedule.build import refuse_solver_overrides, scale_config
+from megdet_d2.schedule.build import (
+    images_per_micro_batch,
+    refuse_solver_overrides,
+    scale_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
             f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
             f"use one of {', '.join(ALGORITHMS)}"
         )
+    check_stages(cfg.MODEL.SUBLINEAR.STAGES)
     if eval_only:
         register_datasets(cfg, ("TEST",))
         return ""
@@ -48,7 +54,7 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
     if _uses_cgbn(cfg):
         world_size = comm.get_world_size()
         scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
-        images_per_gpu = scaled.SOLVER.IMS_PER_BATCH // world_size
+        images_per_gpu = images_per_micro_batch(scaled, world_size)
         # For its error alone: the groups are made when there is a model.
         group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
     return schedule

@@ -57,13 +57,7 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     policy = policy_from_config(cfg) if cfg.MEGDET.POLICY else None
     if policy is None and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return ""  # Detectron2 scales the batch to the workers later
-    if batch_size < 1 or batch_size % world_size:
-        below = batch_size // world_size * world_size
-        works = [b for b in (below, below + world_size) if b > 0]
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share "
-            f"evenly; nearest that work: {' and '.join(map(str, works))}"
-        )
+    images_per_micro_batch(cfg, world_size)  # for its errors
     if policy is None:
         return ""
     _refuse_overrides(cfg)
@@ -90,6 +84,29 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
         cfg.MEGDET.RESOLVED[key] = tuple(list(after)) if isinstance(after, tuple) else after
         rows.append((f"SOLVER.{key}", before, after, why[key]))
     return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
+
+
+def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
+    """Images that a process takes at once: IMS_PER_BATCH / (processes x ACCUMULATION_STEPS).
+
+    ``SOLVER.IMS_PER_BATCH`` is the mini-batch of an update, over all processes and micro-batches.
+
+    Raises:
+        ValueError: they cannot share it evenly; the message lists the nearest that work.
+    """
+    batch_size, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.MEGDET.ACCUMULATION_STEPS
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"MEGDET.ACCUMULATION_STEPS is {steps!r}; give a whole number from 1")
+    parts = world_size * steps
+    if batch_size < 1 or batch_size % parts:
+        below = batch_size // parts * parts
+        works = [b for b in (below, below + parts) if b > 0]
+        each = f" in {steps} micro-batches each (MEGDET.ACCUMULATION_STEPS)" if steps > 1 else ""
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}, which {world_size} processes cannot share "
+            f"evenly{each}; nearest that work: {' and '.join(map(str, works))}"
+        )
+    return batch_size // parts
 
 
 def build_lr_scheduler(

@@ -1,0 +1,310 @@
+"""Sublinear memory against the plain model: same bits, fewer bytes, no collective twice."""
+
+import collections
+import contextlib
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.config import get_cfg
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import megdet_d2
+from megdet_d2.engine import prepare_config
+from megdet_d2.memory import STAGES, checkpoint_modules, checkpoint_stages, kept_bytes
+from megdet_d2.modeling.fused_resnet import fuse_activations
+from megdet_d2.norm.registry import separate_retinanet_levels
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
+DEFAULT = ("res2", "res3", "res4", "res5", "fpn")
+NORMS = [
+    "MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"
+]  # fmt: skip
+
+
+def config(*overrides, file=TINY):
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    cfg.merge_from_file(file)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def with_norm(norm):
+    return [item for key in NORMS for item in (key, norm)]
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    model = separate_retinanet_levels(build_model(cfg)).train()
+    if cfg.MODEL.CGBN.FUSE_ACTIVATION:
+        assert fuse_activations(model) > 0
+    return model
+
+
+def images(rank, height=64, width=64, number=2):
+    generator = torch.Generator().manual_seed(rank)
+    batch = []
+    for _ in range(number):
+        corners = torch.rand(4, 2, generator=generator) * torch.tensor([width, height]) / 2
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + 24], dim=1))
+        instances.gt_classes = torch.arange(4)
+        instances.gt_masks = BitMasks(torch.rand(4, height, width, generator=generator) > 0.5)
+        image = torch.randint(0, 255, (3, height, width), generator=generator)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+@contextlib.contextmanager
+def counted_all_reduces():
+    """The real collective, with a count of its calls."""
+    real, count = dist.all_reduce, collections.Counter()
+
+    def all_reduce(*args, **kwargs):
+        count["calls"] += 1
+        return real(*args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        yield count
+    finally:
+        dist.all_reduce = real
+
+
+def train_step(model, batch):
+    """Everything that a step leaves behind, as tensors by name."""
+    torch.manual_seed(1)  # of the proposals that are sampled
+    with EventStorage(), counted_all_reduces() as count:
+        losses = model(batch)
+        sum(losses.values()).backward()
+    left = {f"loss {name}": value.detach() for name, value in losses.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            left[f"gradient {name}"] = parameter.grad
+    left |= {f"buffer {name}": value for name, value in model.named_buffers()}
+    left["all-reduces"] = torch.tensor(count["calls"])
+    return left
+
+
+def differing(got, expected):
+    """Names of what is not equal to the last bit."""
+    assert got.keys() == expected.keys()
+    return [name for name in got if not torch.equal(got[name], expected[name])]
+
+
+def compare_detectors(rank, overrides, stages, ddp=False):
+    cfg = config(*overrides)
+    plain = build(cfg)
+    ours = checkpoint_stages(copy.deepcopy(plain), stages)
+    calls = count_calls(ours.backbone.bottom_up.res4)
+    if ddp:
+        options = {"broadcast_buffers": False, "device_ids": None}
+        plain, ours = (create_ddp_model(model, **options) for model in (plain, ours))
+    expected, got = train_step(plain, images(rank)), train_step(ours, images(rank))
+    assert set(calls.values()) == {2}, calls  # or nothing was computed again
+    assert any(name.startswith("gradient") for name in got)
+    return differing(got, expected), int(got["all-reduces"])
+
+
+def count_calls(modules):
+    """A count, by index, that goes on as the modules are called."""
+    calls = collections.Counter()
+    for i, module in enumerate(modules):
+        module.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))
+    return calls
+
+
+@pytest.mark.parametrize("ddp", [False, True], ids=["bare", "DDP"])
+@pytest.mark.parametrize("stages", [DEFAULT, STAGES], ids=["default", "all"])
+def test_cgbn_equals_the_plain_run_to_the_last_bit(pool2, stages, ddp):
+    for unequal, collectives in pool2.run(compare_detectors, ["MODEL.MASK_ON", True], stages, ddp):
+        assert not unequal
+        assert collectives >= 2 * 59  # CGBN layers, each way: the pool was in use
+
+
+def test_fused_blocks_equal_the_plain_run_to_the_last_bit(pool2):
+    overrides = ["MODEL.CGBN.FUSE_ACTIVATION", True]
+    for unequal, collectives in pool2.run(compare_detectors, overrides, DEFAULT):
+        assert not unequal and collectives >= 2 * 59
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", ""])
+def test_other_norms_equal_the_plain_run(norm):
+    overrides = [
+        *with_norm(norm),
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        32,
+        "MODEL.FPN.OUT_CHANNELS",
+        32,
+    ]
+    overrides += ["MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.CONV_DIM", 32]
+    assert compare_detectors(0, overrides, STAGES) == ([], 0)
+
+
+def test_a_synchronized_norm_of_others_equals_the_plain_run(pool2):
+    for unequal, _ in pool2.run(compare_detectors, with_norm("naiveSyncBN"), STAGES):
+        assert not unequal  # it gathers twice, in step on all ranks
+
+
+def test_frozen_stages_and_basic_blocks():
+    basic = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    for overrides in (["MODEL.BACKBONE.FREEZE_AT", 3], basic):
+        assert compare_detectors(0, overrides, STAGES) == ([], 0)
+
+
+RETINANET = str(CONFIGS / "Base-MegDet-RetinaNet-R50-FPN.yaml")
+
+
+def test_retinanet_with_statistics_by_level():
+    cfg = config(
+        "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32,
+        "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RETINANET.NORM", "CGBN", file=RETINANET,
+    )  # fmt: skip
+    plain = build(cfg)
+    ours = checkpoint_stages(copy.deepcopy(plain), (*DEFAULT, "rpn"))
+    batch = images(0, 128, 128)
+    train_step(copy.deepcopy(plain), batch)  # Detectron2's loss is a script, and rounds anew once
+    for _ in range(2):  # a level's turn must be right the second time too
+        assert not differing(train_step(ours, batch), train_step(plain, batch))
+
+
+class Tower(nn.Module):
+    """A backbone that is nobody's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+            for _ in range(4)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return {"loss": x.square().mean()}
+
+
+def test_plain_batch_norm_is_updated_once():
+    x = torch.randn(2, 3, 8, 8)
+    torch.manual_seed(0)
+    plain = Tower()
+    ours, naive = copy.deepcopy(plain), copy.deepcopy(plain)
+    checkpoint_modules(ours.layers)
+    assert not differing(train_step(ours, x), train_step(plain, x))
+    assert ours.layers[0][1].num_batches_tracked == 1
+
+    # What users meet elsewhere, and what the line above would find.
+    y = checkpoint(naive.layers[0], x, use_reentrant=False)
+    y.sum().backward()
+    assert naive.layers[0][1].num_batches_tracked == 2
+
+
+def test_state_dict_copies_and_pickles():
+    plain = Tower()
+    ours = copy.deepcopy(plain)
+    checkpoint_modules(ours.layers)
+    checkpoint_modules(ours.layers)  # a second time is harmless
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(2, 3, 8, 8)
+    expected = train_step(plain, x)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours):
+        calls = count_calls(layer[0] for layer in other.layers)
+        assert not differing(train_step(other, x), expected)
+        assert calls == dict.fromkeys(range(4), 2)  # the copy's own layers, each computed twice
+
+
+def test_compiled_model_equals_the_plain_one():
+    plain = megdet_d2.convert_cgbn(Tower())
+    ours = copy.deepcopy(plain)
+    checkpoint_modules(ours.layers)
+    x = torch.randn(2, 3, 8, 8)
+    expected = train_step(plain, x)
+    losses = torch.compile(ours, backend="aot_eager")(x)
+    losses["loss"].backward()
+    assert torch.equal(losses["loss"], expected["loss loss"])
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, expected[f"gradient {name}"])
+    for name, value in ours.named_buffers():
+        assert torch.equal(value, expected[f"buffer {name}"])
+
+
+def test_evaluation_and_no_grad_run_as_ever():
+    plain = Tower()
+    ours = copy.deepcopy(plain)
+    checkpoint_modules(ours.layers)
+    x = torch.randn(2, 3, 8, 8)
+    for mode, gradients in ((True, False), (False, True), (False, False)):
+        for model in (plain, ours):
+            model.train(mode)
+        with torch.set_grad_enabled(gradients), kept_bytes(ours) as ours_kept:
+            got = ours(x)["loss"]
+        with torch.set_grad_enabled(gradients), kept_bytes(plain) as plain_kept:
+            expected = plain(x)["loss"]
+        assert torch.equal(got, expected) and ours_kept() == plain_kept()
+
+
+def kept(model, batch):
+    torch.manual_seed(1)
+    with EventStorage(), kept_bytes(model) as count:
+        model(batch)
+    return count()
+
+
+def test_count_is_right_where_it_can_be_known():
+    layer = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Sigmoid(), nn.Sigmoid())
+    x = torch.randn(2, 3, 8, 8)
+    with kept_bytes(layer) as count:
+        layer(x)
+    assert count() == 4 * (x.numel() + 2 * 2 * 5 * 8 * 8)  # the weight is nobody's activation
+
+
+def test_keeping_everything_scores_all_bytes():
+    plain = build(config())
+    ours = copy.deepcopy(plain)
+    checkpoint_modules(ours.backbone.bottom_up.res2, keep=lambda op, *args: True)
+    checkpoint_modules(ours.backbone.output_convs, keep=lambda op, *args: True)
+    assert kept(ours, images(0)) >= kept(plain, images(0))
+
+
+def test_r50_fpn_keeps_at_most_35_percent():
+    # The paper's detector at a small size, with as few regions as there is less image.
+    cfg = config(
+        "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 12,
+        file=str(CONFIGS / "Base-MegDet-R50-FPN.yaml"),
+    )  # fmt: skip
+    model, batch = build(cfg), images(0, 128, 192, number=1)
+    plain = kept(model, batch)
+    default = kept(checkpoint_stages(model, DEFAULT), batch)
+    everything = kept(checkpoint_stages(model, STAGES), batch)
+    assert everything <= 0.35 * plain
+    assert everything < default < 0.5 * plain
+
+
+def test_unknown_stage_is_refused():
+    with pytest.raises(ValueError, match=r"MODEL.SUBLINEAR.STAGES has 'res6'; use some of stem,"):
+        prepare_config(config("MODEL.SUBLINEAR.STAGES", ("res2", "res6")))
+
+
+def test_stage_that_the_model_lacks_is_refused():
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.res2 = nn.Sequential()
+    with pytest.raises(ValueError, match=r"has 'fpn', and the model has no such stage.*: res2"):
+        checkpoint_stages(model, ("res2", "fpn"))
+
+
+def test_trainer_builds_it_from_config():
+    cfg = config("MODEL.SUBLINEAR.ENABLED", True)
+    stock = kept(megdet_d2.Trainer.build_model(config()), images(0))
+    assert kept(megdet_d2.Trainer.build_model(cfg), images(0)) < stock
