@@ -144,7 +144,7 @@ class SampleRecorder(HookBase):
         """Whole epochs in so many iterations."""
         if self._images_per_epoch is None:
             return 0
-        # Images and not their float quotient: 11 x 727.99… of 728 is an epoch too few.
+        # Rounded, since images_per_epoch may be a quotient: 10.999999999 epochs are 11.
         return int(round(done * self._batch_size / self._images_per_epoch, 9))
 
     def _reduce(self) -> None:
