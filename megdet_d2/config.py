@@ -66,6 +66,12 @@ def add_megdet_config(cfg: CN) -> None:
     # Train on another image in place of one that cannot be read or whose annotations are invalid;
     # logged, and counted as skipped_images. False: an error that names it.
     cfg.MEGDET.SKIP_BAD_IMAGES = False
+    # Read by `megdet ablate` alone, without effect on a training: what a row is to be run on and
+    # compared with. GPUs over all machines; the paper's mmAP, or "failed", and its hours.
+    cfg.MEGDET.ABLATION = CN()
+    cfg.MEGDET.ABLATION.GPUS = 1
+    cfg.MEGDET.ABLATION.PAPER_AP = None
+    cfg.MEGDET.ABLATION.PAPER_HOURS = None
     # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
     # Not for setting by hand.
     cfg.MEGDET.RESOLVED = CN()

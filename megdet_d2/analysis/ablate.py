@@ -1,0 +1,242 @@
+"""``megdet ablate``: trains every row of an ablation over seeds, one after another, and tabulates.
+
+A training that is complete is not repeated, one that was stopped goes on, and one that failed is a
+result. On a cluster the launch lines are printed, or handed to the scheduler, and the same command
+with ``--collate`` makes the table of what has come back.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megdet_d2.engine.preempt import REQUEUE
+
+from .collate import FAILURE, Result, collate, read_result
+from .rows import GPUS_PER_MACHINE, Row, read_rows
+
+TAKES_OVERRIDES = True
+POLL_SECONDS = 1.0
+# Where Detectron2, or this plugin, says that training has diverged.
+_DIVERGED = re.compile(r"^(?:\w+\.)*((?:FloatingPoint|Divergence)Error: .+)$", re.MULTILINE)
+
+
+def folder_of(output: Path, row: Row, seed: int) -> Path:
+    """OUTPUT_DIR of a row's training with this seed."""
+    return output / row.name / f"seed{seed}"
+
+
+def train_arguments(row: Row, seed: int, folder: Path) -> list[str]:
+    """What train_net.py is told; without the number of processes, which is the launcher's."""
+    return [
+        "--config-file", str(row.config_file), "--resume", *row.opts,
+        "SEED", str(seed), "OUTPUT_DIR", str(folder),
+    ]  # fmt: skip
+
+
+def launch_line(row: Row, seed: int, folder: Path, script: str, gpus_per_machine: int) -> str:
+    """One shell line that starts a row on a cluster, on every machine of it.
+
+    ``$HOST0`` is the first machine's name; with one machine there is no need of it.
+    """
+    machines, per_machine = _machines(row, gpus_per_machine)
+    if machines == 1:
+        where = "--standalone"
+    else:
+        where = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint $HOST0:29500"
+    words = shlex.join([script, *train_arguments(row, seed, folder)])
+    return f"torchrun {where} --nproc-per-node {per_machine} {words}"
+
+
+def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
+    per_machine = min(row.processes, gpus_per_machine)
+    if row.processes % per_machine:
+        raise ValueError(
+            f"row {row.name} is of {row.processes} processes (MEGDET.ABLATION.GPUS), no whole "
+            f"number of machines of {gpus_per_machine}: change --gpus-per-machine"
+        )
+    return row.processes // per_machine, per_machine
+
+
+def train(
+    row: Row, seed: int, folder: Path, script: str, on_cpu: bool, progress: Callable[[int], None]
+) -> None:
+    """Trains a row here, on processes of this machine, to its end or its failure.
+
+    What it prints goes to console.txt, and why it failed to failure.json, in ``folder``.
+
+    Args:
+        on_cpu: hide the GPUs.
+        progress: called every second or so with the iterations that are done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-W", "ignore", script,
+        "--num-gpus", str(row.processes), "--dist-url", "auto",
+        *train_arguments(row, seed, folder),
+    ]  # fmt: skip
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if on_cpu else None
+    with open(folder / "console.txt", "a+") as console:
+        begin = console.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while process.poll() is None:
+                progress(iterations_done(folder))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+        finally:
+            if process.poll() is None:  # we are being stopped: its processes are not to go on alone
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        console.seek(begin)
+        text = console.read()
+    # Told to stop, it has saved and is to be resumed: no failure.
+    if process.returncode not in (0, REQUEUE):
+        failure = {"exit_code": process.returncode, "reason": failure_reason(text)}
+        if process.returncode < 0:
+            failure["reason"] = f"killed by signal {-process.returncode}"
+        (folder / FAILURE).write_text(json.dumps(failure) + "\n")
+
+
+def failure_reason(text: str) -> str:
+    """Why a training ended, from what it printed: its divergence, or its last line."""
+    diverged = _DIVERGED.search(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    return diverged[1] if diverged else (lines[-1].strip() if lines else "it printed nothing")
+
+
+def iterations_done(folder: Path) -> int:
+    """Iterations until the last line of metrics.json; 0 where there is none."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return 0
+    found = re.findall(rb'"iteration": (\d+)', path.read_bytes()[-20_000:])
+    return int(found[-1]) + 1 if found else 0
+
+
+def run_all(
+    rows: list[Row], seeds: list[int], output: Path, script: str, on_cpu: bool, retry: bool
+) -> list[Result]:
+    """Trains what is not complete, the first seed of every row first; the table after each."""
+    pending, results = [], {}
+    for seed, row in itertools.product(seeds, rows):
+        folder = folder_of(output, row, seed)
+        if retry:
+            (folder / FAILURE).unlink(missing_ok=True)
+        results[row.name, seed] = read_result(row, seed, folder)
+        if results[row.name, seed].status == "unfinished":
+            pending.append((row, seed, folder))
+    total = sum(row.images for row, _, _ in pending)
+    with (
+        _sigterm_exits(),
+        tqdm(total=total, unit=" images", smoothing=0.05, dynamic_ncols=True) as bar,
+    ):
+        for number, (row, seed, folder) in enumerate(pending, start=1):
+            bar.set_description(f"{number}/{len(pending)} {row.name}, seed {seed}")
+            before = bar.n
+
+            def show(iterations: int, row=row, before=before, bar=bar) -> None:
+                bar.update(before + min(iterations * row.batch_size, row.images) - bar.n)
+
+            train(row, seed, folder, script, on_cpu, show)
+            result = results[row.name, seed] = read_result(row, seed, folder)
+            show(row.cfg.SOLVER.MAX_ITER if result.status == "done" else iterations_done(folder))
+            bar.total -= row.images - (bar.n - before)  # a failed row is shorter than planned
+            if result.status != "done":
+                bar.write(f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr)
+            collate(rows, list(results.values()), output, _title(rows))
+    return list(results.values())
+
+
+@contextlib.contextmanager
+def _sigterm_exits():
+    """A scheduler's SIGTERM ends the training under way too, as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _title(rows: list[Row]) -> str:
+    return f"`{shlex.join(['megdet', *sys.argv[1:]])}`, {len(rows)} rows"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of configs, or a YAML list of rows")
+    add("--seeds", type=_integers, default=[1], metavar="1,2,3", help="one training a row each")
+    add("--output", type=Path, help="default: output/ablations/SOURCE's name")
+    add("--reduced", action="store_true", help="the rows' ratios on the demo's model, on CPU")
+    cores = os.cpu_count() or 1
+    add("--cores", type=int, default=cores, help=f"for --reduced (default {cores})")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
+    how.add_argument(
+        "--submit",
+        metavar="COMMAND",
+        help="run this for each training instead, with {line}, {machines}, {gpus} (of a machine) "
+        'and {name} filled in: "sbatch --nodes {machines} --gpus-per-node {gpus} -J {name} '
+        '--wrap {line}"',
+    )
+    how.add_argument("--collate", action="store_true", help="only make the table again")
+    add("--gpus-per-machine", type=int, default=GPUS_PER_MACHINE, help="default 8")
+    add("--script", default="train_net.py", help="what to train with (default train_net.py)")
+    add("--retry", action="store_true", help="train again what has failed")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    rows = read_rows(args.source, args.opts, args.cores if args.reduced else 0)
+    stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
+    output = args.output or Path("output/ablations") / stem
+    if args.print or args.submit:
+        for seed, row in itertools.product(args.seeds, rows):
+            folder = folder_of(output, row, seed)
+            line = launch_line(row, seed, folder, args.script, args.gpus_per_machine)
+            if args.print:
+                print(line)
+            elif read_result(row, seed, folder).status != "done":
+                _submit(args.submit, line, row, seed, args.gpus_per_machine)
+        return
+    if args.collate:
+        results = [
+            read_result(row, seed, folder_of(output, row, seed))
+            for seed, row in itertools.product(args.seeds, rows)
+        ]
+    elif not Path(args.script).is_file():
+        raise FileNotFoundError(
+            f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
+        )
+    else:
+        results = run_all(rows, args.seeds, output, args.script, args.reduced, args.retry)
+    print(collate(rows, results, output, _title(rows)))
+    print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+
+
+def _submit(template: str, line: str, row: Row, seed: int, gpus_per_machine: int) -> None:
+    machines, per_machine = _machines(row, gpus_per_machine)
+    command = template.format(
+        line=shlex.quote(line),
+        machines=machines,
+        gpus=per_machine,
+        name=shlex.quote(f"{row.name}-seed{seed}"),
+    )
+    subprocess.run(command, shell=True, check=True)

@@ -1,0 +1,178 @@
+"""What became of an ablation's trainings, beside the paper's figures: Markdown, CSV and a plot."""
+
+import csv
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from .figures import make_figure, tidy
+from .rows import Row
+from .runs import Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training. ``status`` is "done", "failed" or "unfinished"; AP in percent, or None."""
+
+    row: str
+    seed: int
+    status: str
+    reason: str = ""
+    ap: float | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    hours: float | None = None
+    images_per_second: float | None = None
+
+
+# In OUTPUT_DIR, from whoever started a training that failed: its exit code and the reason.
+FAILURE = "failure.json"
+MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
+
+
+def read_result(row: Row, seed: int, folder: Path) -> Result:
+    """What ``folder`` says of a row's training; it may be running, on another machine too."""
+    failure = folder / FAILURE
+    if failure.is_file():
+        return Result(row.name, seed, "failed", json.loads(failure.read_text())["reason"])
+    log = folder / "log.txt"
+    try:
+        run = Run.read(folder)
+    except (FileNotFoundError, ValueError):
+        run = None
+    if run is not None and run.final() is not None:
+        aps = {name.lower(): run.final(name) for name in ("AP", "AP50", "AP75")}
+        if math.isnan(aps["ap"]):  # Detectron2's word for a detector that detects nothing
+            return Result(row.name, seed, "failed", "no detection on the test set")
+        rates = {"hours": run.hours(), "images_per_second": run.images_per_second()}
+        return Result(row.name, seed, "done", **aps, **rates)
+    # A launcher of a cluster leaves no failure.json; a training that diverges says so in its log.
+    found = log.is_file() and re.findall(r"(?:FloatingPoint|Divergence)Error: .+", log.read_text())
+    if found:
+        return Result(row.name, seed, "failed", found[-1])
+    return Result(row.name, seed, "unfinished", "not at its end")
+
+
+def summarize(rows: list[Row], results: list[Result]) -> list[dict]:
+    """A dict a row: mean and sample deviation over the seeds that came to an end, and failures."""
+    summary = []
+    for row in rows:
+        own = [result for result in results if result.row == row.name]
+        done = [result for result in own if result.status == "done"]
+        failed = sum(result.status == "failed" for result in own)
+        line = {
+            "row": row.name,
+            "batch": row.batch_size,
+            "bn_size": row.bn_size,
+            "processes": row.processes,
+            "lr": row.cfg.SOLVER.BASE_LR,
+            "iterations": row.cfg.SOLVER.MAX_ITER,
+            "seeds": len(done) + failed,
+            "failed": failed,
+            "failure_rate": failed / (len(done) + failed) if own and done or failed else None,
+        }
+        for measure in MEASURES:
+            values = [v for v in (getattr(result, measure) for result in done) if v is not None]
+            line[measure] = statistics.fmean(values) if values else None
+            line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
+        summary.append(line)
+    return summary
+
+
+def collate(rows: list[Row], results: list[Result], output: Path, title: str) -> str:
+    """Writes results.md, results.csv, results.png and runs.csv to ``output``; returns the table."""
+    output.mkdir(parents=True, exist_ok=True)
+    summary = summarize(rows, results)
+    table = to_markdown(summary, results)
+    head = (
+        f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds; hours "
+        "are of training, without evaluations. The paper's figures are of COCO on its GPUs.\n\n"
+    )
+    (output / "results.md").write_text(head + table + "\n")
+    _write_csv(output / "results.csv", list(summary[0]), summary)
+    _write_csv(output / "runs.csv", [f.name for f in fields(Result)], map(asdict, results))
+    plot(summary, output / "results.png")
+    return table
+
+
+def to_markdown(summary: list[dict], results: list[Result]) -> str:
+    """The table as a reader wants it, and below it why trainings failed."""
+    lines = [
+        {
+            "row": line["row"],
+            "batch": line["batch"],
+            "BN size": line["bn_size"],
+            "processes": line["processes"],
+            "LR": f"{line['lr']:.6g}",
+            "AP": _cell(line, "ap", 1),
+            "AP50": _cell(line, "ap50", 1),
+            "AP75": _cell(line, "ap75", 1),
+            "hours": _cell(line, "hours", 2),
+            "images/s": _cell(line, "images_per_second", 1),
+            "failed": f"{line['failed']}/{line['seeds']}" if line["seeds"] else "",
+            "paper AP": "" if line["paper_ap"] is None else str(line["paper_ap"]),
+            "paper hours": "" if line["paper_hours"] is None else str(line["paper_hours"]),
+        }
+        for line in summary
+    ]
+    text = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
+    notes = [
+        f"* {result.row}, seed {result.seed}: {result.reason}"
+        for result in results
+        if result.status == "failed"
+    ]
+    return "\n".join([text, *(["", "Failed:", "", *notes] if notes else [])])
+
+
+def plot(summary: list[dict], path: Path) -> None:
+    """Measured AP with its deviation, and in a panel of its own the paper's where it has any."""
+    has_paper = any(line["paper_ap"] is not None for line in summary)
+    figure = make_figure(9 if has_paper else 7, 1.2 + 0.3 * len(summary))
+    panels = figure.subplots(1, 2 if has_paper else 1, sharey=True, squeeze=False)[0]
+    y = range(len(summary))
+    for axes, key, title in zip(panels, ("ap", "paper_ap"), ("here", "the paper"), strict=False):
+        for i, line in enumerate(summary):
+            value = line[key]
+            failed = value == "failed" or (key == "ap" and value is None and line["failed"])
+            if isinstance(value, (int, float)):
+                deviation = line["ap_std"] or 0 if key == "ap" else 0
+                axes.errorbar(value, i, xerr=deviation, fmt="o", color="C0", capsize=3)
+            elif failed:
+                axes.text(0.02, i, "failed", transform=axes.get_yaxis_transform(), va="center")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("box AP (%)")
+        tidy(axes)
+    panels[0].set_yticks(y, [line["row"] for line in summary])
+    panels[0].set_ylim(len(summary) - 0.5, -0.5)
+    figure.savefig(path)
+
+
+def _cell(line: dict, measure: str, digits: int) -> str:
+    mean, deviation = line[measure], line[f"{measure}_std"]
+    if mean is None:
+        return "failed" if line["failed"] and measure == "ap" else ""
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+
+
+def _write_csv(path: Path, columns: list[str], lines) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _hardware() -> str:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return (
+        f"Tabulated on {', '.join(gpus) or 'no GPU'}, {os.cpu_count()} cores "
+        f"({platform.machine()}), torch {torch.__version__}"
+    )

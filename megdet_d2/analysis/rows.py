@@ -1,0 +1,204 @@
+"""The rows of an ablation: a folder of configs, or a list of overrides of one, read and checked.
+
+And the same rows for a laptop: ``reduce_row`` keeps their ratios on a small model and the embedded
+data set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from megdet_d2.config import add_megdet_config
+from megdet_d2.data import register_datasets
+from megdet_d2.norm.groups import ranks_per_group
+from megdet_d2.schedule.build import scale_config
+
+GPUS_PER_MACHINE = 8
+REDUCED_BASE = Path("configs/ablations/Base-reduced.yaml")
+# Images of a mini-batch and of a BN size become so many times fewer. 2 is the most that Table 3's
+# smallest row, BN size 2, can bear.
+IMAGE_DIVISOR = 2
+# Epochs of a reduced row between two evaluations.
+REDUCED_EVAL_EPOCHS = 3
+_NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
+# What a reduced row takes over as it is: all that the rows of configs/ablations differ in, besides
+# images and GPUs.
+CARRIED = (
+    *_NORMS,
+    "MODEL.CGBN.ALGORITHM",
+    *(
+        f"MEGDET.{key}"
+        for key in ("POLICY", "EPOCHS", "DECAY_EPOCHS", "DECAY_FACTORS", "SCALING_RULE")
+        + ("LR_FACTOR", "WARMUP_EPOCHS", "WARMUP_START")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training of an ablation, but for its seed.
+
+    Attributes:
+        name: of its folder, and in the table.
+        config_file: what to train.
+        opts: overrides, KEY VALUE ..., as on train_net.py's command line.
+        cfg: what both come to, the schedule resolved for ``processes``.
+        processes: over all machines.
+        paper_ap: the paper's mmAP in percent, or "failed".
+        paper_hours: the paper's.
+    """
+
+    name: str
+    config_file: Path
+    opts: tuple[str, ...]
+    cfg: CfgNode
+    processes: int
+    paper_ap: float | str | None = None
+    paper_hours: float | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.cfg.SOLVER.IMS_PER_BATCH
+
+    @property
+    def bn_size(self) -> int:
+        """Images that a group normalises over; 0 without CGBN, as in the paper's Table 3."""
+        return _bn_size(self.cfg, self.processes) if _uses_cgbn(self.cfg) else 0
+
+    @property
+    def images(self) -> int:
+        """Of the whole training."""
+        return self.cfg.SOLVER.MAX_ITER * self.batch_size
+
+
+def read_rows(source: str | Path, overrides: Sequence[str] = (), cores: int = 0) -> list[Row]:
+    """The rows that ``source`` names, in order, each checked before any is trained.
+
+    Args:
+        source: a folder of configs, one a row, by name; or a YAML file with ``CONFIG``, a path
+            beside it, and ``ROWS``, for each name the keys to override and their values.
+        overrides: KEY VALUE ..., for every row, after the row's own.
+        cores: 0 for the rows as they are; else reduced ones, on so many processes where groups
+            allow.
+
+    Raises:
+        FileNotFoundError, ValueError: no row, or one that cannot be trained, by its name.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = [p for p in sorted(source.glob("*.yaml")) if not p.name.startswith("Base-")]
+        listed = {path.stem: (path, ()) for path in files}
+    elif source.is_file():
+        listed = _read_list(source)
+    else:
+        raise FileNotFoundError(f"{source} is neither a folder of configs nor a YAML list of rows")
+    if not listed:
+        raise ValueError(f"{source} has no row: a row is a .yaml that does not begin with Base-")
+    rows = []
+    for name, (config_file, opts) in listed.items():
+        try:
+            row = _load(name, config_file, (*opts, *(() if cores else overrides)))
+            rows.append(reduce_row(row, cores, overrides) if cores else row)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:  # the first three: yacs'
+            raise ValueError(f"row {name} of {source}: {error}") from error
+    return rows
+
+
+def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
+    """A row's ratios on ``REDUCED_BASE``: what it says of norms, rule and policy, fewer images.
+
+    Mini-batch and BN size are divided by ``IMAGE_DIVISOR``, so that the number of groups and k, the
+    mini-batch over the reference, are the paper's. GPUs become processes: as many a group as
+    ``cores`` have room for and the row has, and never fewer than one.
+
+    Raises:
+        ValueError: a mini-batch or BN size that cannot be divided.
+    """
+    bn_size = row.bn_size or row.batch_size  # without CGBN there is nothing to keep whole
+    for key, value in (("SOLVER.IMS_PER_BATCH", row.batch_size), ("MODEL.CGBN.BN_SIZE", bn_size)):
+        if value % IMAGE_DIVISOR:
+            raise ValueError(f"{key} is {value}, and --reduced divides it by {IMAGE_DIVISOR}")
+    groups = row.batch_size // bn_size
+    batch_size, bn_size = row.batch_size // IMAGE_DIVISOR, bn_size // IMAGE_DIVISOR
+    most = min(row.processes // groups, cores // groups)
+    per_group = max((n for n in range(1, most + 1) if bn_size % n == 0), default=1)
+
+    epoch = -(-_merge(REDUCED_BASE, overrides).MEGDET.EPOCH_IMAGES // batch_size)
+    carried = {key: _get(row.cfg, key) for key in CARRIED}
+    sizes = {
+        "SOLVER.IMS_PER_BATCH": batch_size,
+        "MODEL.CGBN.BN_SIZE": bn_size if row.bn_size else -1,
+        "TEST.EVAL_PERIOD": REDUCED_EVAL_EPOCHS * epoch,
+        "SOLVER.CHECKPOINT_PERIOD": row.images,  # none but the last: minutes are soon repeated
+        "MEGDET.ABLATION.GPUS": groups * per_group,
+        "MEGDET.ABLATION.PAPER_AP": row.paper_ap,
+        "MEGDET.ABLATION.PAPER_HOURS": row.paper_hours,
+    }
+    return _load(row.name, REDUCED_BASE, (*_to_opts(carried | sizes), *overrides))
+
+
+def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
+    try:
+        content = yaml.safe_load(source.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from error
+    if not isinstance(content, dict) or set(content) != {"CONFIG", "ROWS"}:
+        raise ValueError(
+            f"{source} is not a list of rows: it has to have CONFIG, the path of a config, and "
+            "ROWS, for each row's name the keys to override: {MEGDET.SCALING_RULE: sqrt}"
+        )
+    config_file = source.parent / content["CONFIG"]
+    return {
+        str(name): (config_file, _to_opts(keys or {})) for name, keys in content["ROWS"].items()
+    }
+
+
+def _to_opts(keys: dict) -> tuple[str, ...]:
+    return tuple(str(word) for pair in keys.items() for word in pair)
+
+
+def _merge(config_file: Path, opts: Sequence[str]) -> CfgNode:
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    if not config_file.is_file():
+        raise ValueError(f"there is no config {config_file}; run this in a checkout of megdet_d2")
+    cfg.merge_from_file(str(config_file))
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
+    cfg = _merge(config_file, opts)
+    processes = cfg.MEGDET.ABLATION.GPUS
+    if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
+        register_datasets(cfg)  # an epoch is to be counted in it
+    scale_config(cfg, world_size=processes)
+    if _uses_cgbn(cfg):
+        images, machine = cfg.SOLVER.IMS_PER_BATCH // processes, min(processes, GPUS_PER_MACHINE)
+        if cfg.MODEL.CGBN.CROSS_MACHINE:
+            machine = processes
+        ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, machine)
+    paper = cfg.MEGDET.ABLATION
+    return Row(
+        name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS
+    )  # fmt: skip
+
+
+def _uses_cgbn(cfg: CfgNode) -> bool:
+    return any(_get(cfg, key) == "CGBN" for key in _NORMS)
+
+
+def _bn_size(cfg: CfgNode, processes: int) -> int:
+    if cfg.MODEL.CGBN.BN_SIZE != -1:
+        return cfg.MODEL.CGBN.BN_SIZE
+    group = processes if cfg.MODEL.CGBN.CROSS_MACHINE else min(processes, GPUS_PER_MACHINE)
+    return cfg.SOLVER.IMS_PER_BATCH // processes * group
+
+
+def _get(cfg: CfgNode, key: str):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg

@@ -1,0 +1,149 @@
+"""What a training has left in its OUTPUT_DIR, as numbers: config, metrics, epochs, hours."""
+
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+
+from megdet_d2.config import add_megdet_config
+from megdet_d2.schedule.build import policy_from_config
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "train first: train_net.py --config-file ... OUTPUT_DIR {run}"
+
+
+def existing(run: str | Path, name: str, advice: str) -> Path:
+    """RUN/name; a ``FileNotFoundError`` with the ``advice`` where there is none."""
+    path = Path(run) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; {advice.format(run=run)}")
+    return path
+
+
+def read_config(run: str | Path) -> CfgNode:
+    """The config that the run dumped, resolved.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    cfg.set_new_allowed(True)  # another plugin's keys are no obstacle to looking
+    cfg.merge_from_file(str(existing(run, "config.yaml", TRAIN)))
+    return cfg
+
+
+def read_metrics(run: str | Path) -> tuple[list[dict], list[dict]]:
+    """The training and the evaluation rows of a run's metrics.json, each by rising iteration.
+
+    A resumed or repeated training appends to the file: its rows replace earlier ones from the
+    iteration where it starts.
+
+    Raises:
+        FileNotFoundError: no metrics.json. ValueError: neither losses nor AP in it.
+    """
+    path = existing(run, "metrics.json", TRAIN)
+    train_rows: list[dict] = []
+    eval_rows: list[dict] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)  # NaN is no JSON; Python reads what Python wrote
+        except ValueError:  # a training was killed as it wrote
+            logger.warning(f"{path}: line {number} is not json and is left out")
+            continue
+        # One row is both where an evaluation falls on an iteration that is logged.
+        is_eval = any(key.endswith("bbox/AP") for key in row)
+        for rows, belongs in ((train_rows, "total_loss" in row), (eval_rows, is_eval)):
+            while belongs and rows and rows[-1]["iteration"] >= row["iteration"]:
+                rows.pop()
+            rows += [row] * belongs
+    if not train_rows and not eval_rows:
+        raise ValueError(f"{path} has neither losses nor AP; {TRAIN.format(run=run)}")
+    return train_rows, eval_rows
+
+
+def images_per_epoch(cfg: CfgNode) -> float | None:
+    """Images of an epoch as a resolved config has it; None where it knows no epochs."""
+    if cfg.MEGDET.EPOCH_IMAGES:
+        return cfg.MEGDET.EPOCH_IMAGES
+    if not cfg.MEGDET.POLICY:
+        return None
+    return cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / policy_from_config(cfg).epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's config and metrics; iterations count those that are done, from 1."""
+
+    path: Path
+    cfg: CfgNode
+    train_rows: list[dict]
+    eval_rows: list[dict]
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Run":
+        """Raises what ``read_config`` and ``read_metrics`` do."""
+        return cls(Path(path), read_config(path), *read_metrics(path))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) iterations and (n,) values of a training metric, where it was written."""
+        rows = [row for row in self.train_rows if key in row]
+        return np.array([row["iteration"] + 1 for row in rows]), np.array([r[key] for r in rows])
+
+    def evaluations(self, metric: str = "AP") -> tuple[np.ndarray, np.ndarray]:
+        """(n,) iterations and (n,) box AP, or another of COCO's, in percent, of the first test set.
+
+        With several test sets a metric's key begins with the set's name.
+        """
+        names = ("bbox", *(f"{name}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
+        pairs = [
+            # The last evaluation is written after the last iteration, under the number behind it.
+            (min(row["iteration"] + 1, self.cfg.SOLVER.MAX_ITER), row[f"{name}/{metric}"])
+            for row in self.eval_rows
+            for name in names
+            if f"{name}/{metric}" in row
+        ]
+        iterations, values = zip(*pairs, strict=True) if pairs else ((), ())
+        return np.array(iterations), np.array(values)
+
+    def final(self, metric: str = "AP") -> float | None:
+        """The last evaluation's; None where training has not come to its end."""
+        iterations, values = self.evaluations(metric)
+        done = len(iterations) and iterations[-1] >= self.cfg.SOLVER.MAX_ITER
+        return float(values[-1]) if done else None
+
+    def epochs(self, iterations: np.ndarray) -> np.ndarray | None:
+        """Epochs that so many iterations are; None where the config knows none."""
+        images = images_per_epoch(self.cfg)
+        return iterations * self.cfg.SOLVER.IMS_PER_BATCH / images if images else None
+
+    @functools.cached_property
+    def _clock(self) -> tuple[np.ndarray, np.ndarray]:
+        # Detectron2 writes the seconds of an iteration, evaluations and checkpoints left out. Added
+        # up they are the time of a run that was stopped and resumed, too.
+        done, seconds = self.series("time")
+        steps = np.diff(done, prepend=0)
+        return np.append(0, done), np.append(0, np.cumsum(seconds * steps))
+
+    def hours(self, iterations: np.ndarray | None = None) -> np.ndarray | float:
+        """Hours of training until each of ``iterations``, or all; without evaluations."""
+        done, seconds = self._clock
+        if iterations is not None:
+            return np.interp(iterations, done, seconds) / 3600
+        return float(seconds[-1]) / 3600
+
+    def images_per_second(self) -> float | None:
+        """Mean throughput of all processes together; None before it was measured."""
+        done, seconds = self._clock
+        if not seconds[-1] > 0:
+            return None
+        return float(done[-1] * self.cfg.SOLVER.IMS_PER_BATCH / seconds[-1])

@@ -1,0 +1,213 @@
+"""Table 1: the ratio of positive and negative samples, over all processes, epoch by epoch.
+
+The paper's "ratio" may be Σ positives / Σ negatives, or the mean over images of positives /
+negatives; of the anchors that train the RPN, or of the proposals that train the R-CNN. All four
+are recorded, in percent.
+"""
+
+import csv
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+# epoch: {mini-batch: the paper's ratio in percent}
+PAPER = {1: {16: 5.58, 256: 9.82}, 6: {16: 11.77, 256: 16.11}, 12: {16: 16.59, 256: 16.91}}
+STAGES = ("rpn", "rcnn")
+FILE = "samples.csv"
+COLUMNS = ("epoch", "images") + tuple(
+    f"{stage}_{column}"
+    for stage in STAGES
+    for column in ("positives", "negatives", "ratio", "mean_ratio")
+)
+# Of one stage: images, Σ positives, Σ negatives, Σ positives / negatives, and the images in that.
+_SUMS = 5
+
+
+def count_samples(labels: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sums of one stage over images.
+
+    Args:
+        labels: for each image the masks of its positive and of its negative samples, bool, of any
+            equal shape.
+
+    Returns:
+        (5,) float64 on the masks' device: images, Σ positives, Σ negatives, Σ ratio, images in the
+        last: one without a negative sample has no ratio.
+    """
+    positives = torch.stack([positive.sum() for positive, _ in labels]).double()
+    negatives = torch.stack([negative.sum() for _, negative in labels]).double()
+    has_ratio = negatives > 0
+    ratios = torch.where(has_ratio, positives / negatives, 0.0)
+    images = torch.full_like(positives[0], len(labels))
+    return torch.stack([images, positives.sum(), negatives.sum(), ratios.sum(), has_ratio.sum()])
+
+
+def ratios(sums: Sequence[float]) -> tuple[float, float]:
+    """Ratio of sums and mean of ratios, in percent, of one stage's five sums; NaN without any."""
+    _, positives, negatives, total, images = (float(value) for value in sums)
+    return (
+        100 * positives / negatives if negatives else float("nan"),
+        100 * total / images if images else float("nan"),
+    )
+
+
+class SampleRecorder(HookBase):
+    """Records Table 1 while a two-stage detector trains, in every process.
+
+    Every ``period`` iterations, the scalars samples/{rpn,rcnn}_{ratio,mean_ratio} of the images
+    since then; after every epoch, a line of samples.csv in ``output_dir``. The sums stay on the
+    device and are reduced over the processes then only, and before a periodic checkpoint, which
+    holds them: ten numbers. A detector of one stage has nothing to record.
+
+    Args:
+        output_dir: where the main process writes samples.csv.
+        batch_size: images of an iteration, over all processes.
+        images_per_epoch: None where the config knows no epochs; there is no file then.
+        checkpoint_period: iterations between two checkpoints; 0 for none.
+        period: iterations between two scalars, as Detectron2's writers have it.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        batch_size: int,
+        images_per_epoch: float | None = None,
+        checkpoint_period: int = 0,
+        period: int = 20,
+    ):
+        self._path = os.path.join(output_dir, FILE)
+        self._batch_size = batch_size
+        self._images_per_epoch = images_per_epoch
+        self._period = period
+        self._reduce_after = [p for p in (period, checkpoint_period) if p > 0]
+        self._pending: dict[str, Tensor] = {}
+        self._epoch: list[list[float]] = _nothing()
+        self._since: list[list[float]] = _nothing()  # the last scalars
+        self._lines: list[list[float]] = []
+        self._restore: list[Callable[[], None]] = []
+
+    def before_train(self):
+        model = self.trainer.model
+        model = getattr(model, "module", model)  # out of DDP
+        generator, heads = (getattr(model, n, None) for n in ("proposal_generator", "roi_heads"))
+        # The labels of one image are seen by these methods alone, whose results Detectron2 logs as
+        # a mean over the process's images. They are replaced on these two objects, until the end.
+        if hasattr(generator, "label_and_sample_anchors"):
+            self._observe("rpn", generator, "label_and_sample_anchors", _anchor_labels)
+        if hasattr(heads, "label_and_sample_proposals"):
+            classes = heads.num_classes
+            read = functools.partial(_proposal_labels, num_classes=classes)
+            self._observe("rcnn", heads, "label_and_sample_proposals", read)
+
+    def _observe(self, stage: str, module: nn.Module, name: str, read: Callable) -> None:
+        method = getattr(module, name)
+
+        @functools.wraps(method)
+        def observed(*args, **kwargs):
+            result = method(*args, **kwargs)
+            labels = read(result)
+            if labels:
+                sums = count_samples(labels)
+                self._pending[stage] = self._pending.get(stage, 0) + sums
+            return result
+
+        setattr(module, name, observed)
+        self._restore.append(functools.partial(delattr, module, name))
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        is_last = done >= self.trainer.max_iter
+        ends_epoch = self._epochs(done) != self._epochs(done - 1)
+        if not self._restore:
+            return
+        if is_last or ends_epoch or any(done % period == 0 for period in self._reduce_after):
+            self._reduce()
+        if is_last or done % self._period == 0:
+            self._write_scalars()
+        if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
+            self._write_epoch(self._epochs(done - 1) + 1)
+
+    def after_train(self):
+        for restore in self._restore:
+            restore()
+        self._restore.clear()
+
+    def _epochs(self, done: int) -> int:
+        """Whole epochs in so many iterations."""
+        if self._images_per_epoch is None:
+            return 0
+        # Rounded, since images_per_epoch may be a quotient: 10.999999999 epochs are 11.
+        return int(round(done * self._batch_size / self._images_per_epoch, 9))
+
+    def _reduce(self) -> None:
+        device = next(self.trainer.model.parameters()).device
+        none = torch.zeros(_SUMS, dtype=torch.float64, device=device)
+        sums = torch.stack([self._pending.pop(stage, none).to(device) for stage in STAGES])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(sums)
+        self._epoch = (torch.tensor(self._epoch, dtype=sums.dtype) + sums.cpu()).tolist()
+        self._since = (torch.tensor(self._since, dtype=sums.dtype) + sums.cpu()).tolist()
+
+    def _write_scalars(self) -> None:
+        for stage, sums in zip(STAGES, self._since, strict=True):
+            if sums[0]:
+                of_sums, of_ratios = ratios(sums)
+                self.trainer.storage.put_scalars(
+                    **{
+                        f"samples/{stage}_ratio": of_sums,
+                        f"samples/{stage}_mean_ratio": of_ratios,
+                    },
+                    smoothing_hint=False,
+                )
+        self._since = _nothing()
+
+    def _write_epoch(self, epoch: int) -> None:
+        line: list[float] = [epoch, max(sums[0] for sums in self._epoch)]
+        for sums in self._epoch:
+            line += [sums[1], sums[2], *ratios(sums)]
+        self._epoch = _nothing()
+        self._lines.append(line)
+        if self._images_per_epoch is not None and comm.is_main_process():
+            with open(self._path, "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *self._lines])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch so far, and the lines of those before it: a resumed run writes them again."""
+        return {"epoch": self._epoch, "since": self._since, "lines": self._lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The other way."""
+        self._epoch, self._since, self._lines = state["epoch"], state["since"], state["lines"]
+
+
+def read_samples(run: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's samples.csv by ``COLUMNS``; none where there is no such file."""
+    path = Path(run) / FILE
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _nothing() -> list[list[float]]:
+    return [[0.0] * _SUMS for _ in STAGES]
+
+
+def _anchor_labels(result) -> list[tuple[Tensor, Tensor]]:
+    # -1 is an anchor that trains nothing.
+    return [(labels == 1, labels == 0) for labels in result[0]]
+
+
+def _proposal_labels(result, num_classes: int) -> list[tuple[Tensor, Tensor]]:
+    # The class behind the last is background; -1 is of a crowd's region, and trains nothing.
+    return [
+        ((c >= 0) & (c < num_classes), c == num_classes) for c in (p.gt_classes for p in result)
+    ]

@@ -1,0 +1,46 @@
+"""The ``megdet`` command: ablations, reports and measurements around train_net.py.
+
+megdet ablate configs/ablations/table3 --reduced
+megdet report output/demo
+"""
+
+import argparse
+import sys
+
+from megdet_d2.analysis import ablate, report, variance
+
+COMMANDS = {
+    "ablate": (ablate, "train every row of an ablation over seeds, and tabulate"),
+    "report": (report, "curves, tables and detections of one or more runs, as PNG and HTML"),
+    "variance": (variance, "the gradient's variance against the mini-batch (Equations 2 to 4)"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; a mistake of the user's is one line, without a traceback."""
+    parser = argparse.ArgumentParser(prog="megdet", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=module.__doc__.splitlines()[0])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, opts=None, command=command)
+        if module.TAKES_OVERRIDES:
+            command.usage = (
+                command.format_usage().removeprefix("usage: ").rstrip() + " [KEY VALUE ...]"
+            )
+            command.set_defaults(opts=[])
+    # The overrides are what is left over. As a positional argument of its own argparse would take
+    # every flag behind SOURCE for one of them.
+    args, rest = parser.parse_known_args(argv)
+    keys = rest[0::2]
+    if rest and (args.opts is None or len(rest) % 2 or any(key.startswith("-") for key in keys)):
+        args.command.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.opts = rest
+    try:
+        args.run(args)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""megdet ablate: rows and their reduction, the loop over trainings, the table of what came back."""
+
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
+
+from megdet_d2.analysis import ablate, rows
+from megdet_d2.analysis.collate import Result, collate, read_result, summarize
+from megdet_d2.analysis.rows import CARRIED, read_rows
+from megdet_d2.cli import main
+
+ROOT = Path(__file__).parent.parent
+TABLE3 = "configs/ablations/table3"
+# docs/experiments.md's mapping, on 2 cores: mini-batch, BN size, processes.
+REDUCED = {
+    "01_b16_base": (8, 0, 2),
+    "02_b2_bn2": (1, 1, 1),
+    "03_b4_bn4": (2, 2, 2),
+    "04_b8_bn8": (4, 4, 2),
+    "05_b16_bn2": (8, 1, 8),
+    "06_b16_bn16": (8, 8, 2),
+    "07_b32_bn32": (16, 16, 2),
+    "08_b64_bn64": (32, 32, 2),
+    "09_b64_bn32": (32, 16, 2),
+    "10_b64_bn16": (32, 8, 4),
+    "11_b128_bn32": (64, 16, 4),
+    "12_b128_bn16": (64, 8, 8),
+    "13_b256_bn32": (128, 16, 8),
+    "14_b256_bn16": (128, 8, 16),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A YAML list of three rows of one config."""
+    path = tmp_path / "rules.yaml"
+    config = os.path.relpath(ROOT / TABLE3 / "14_b256_bn16.yaml", tmp_path)
+    path.write_text(
+        f"CONFIG: {config}\n"
+        "ROWS:\n"
+        "  linear: {}\n"
+        "  half:\n"
+        "    MEGDET.LR_FACTOR: 0.5\n"
+        "    MEGDET.ABLATION.PAPER_AP: 36.0\n"
+        "    MEGDET.ABLATION.PAPER_HOURS: null\n"
+        "  none: {MEGDET.SCALING_RULE: none, MEGDET.ABLATION.PAPER_AP: null}\n"
+    )
+    return path
+
+
+def test_a_folder_is_its_configs_in_order():
+    names = [row.name for row in read_rows(TABLE3)]
+    assert names == sorted(names) and len(names) == 20 and not any("Base" in n for n in names)
+
+
+def test_a_list_overrides_one_config(listed):
+    linear, half, none = read_rows(listed)
+    assert linear.cfg.SOLVER.BASE_LR == pytest.approx(0.32) and linear.paper_ap == 37.1
+    assert half.cfg.SOLVER.BASE_LR == pytest.approx(0.16) and half.paper_ap == 36.0
+    assert none.cfg.SOLVER.BASE_LR == pytest.approx(0.02) and none.paper_ap is None
+    assert (linear.batch_size, linear.bn_size, linear.processes) == (256, 16, 128)
+    assert half.opts[:2] == ("MEGDET.LR_FACTOR", "0.5")
+
+
+def test_overrides_of_the_command_line_come_last(listed):
+    for row in read_rows(listed, ["MEGDET.LR_FACTOR", "2.0"]):
+        assert row.cfg.MEGDET.LR_FACTOR == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("- 1\n", "not a list of rows"),
+        ("CONFIG: nothing.yaml\nROWS: {a: {}}\n", "row a of .* there is no config"),
+        ("CONFIG: @\nROWS: {a: {}\n", "is not YAML"),
+        ("CONFIG: @\nROWS: {a: {MEGDET.NO: 1}}\n", "row a of .*MEGDET.NO"),
+        ("CONFIG: @\nROWS: {a: {MODEL.CGBN.BN_SIZE: 3}}\n", "row a of .*BN_SIZE is 3"),
+        ("CONFIG: @\nROWS: {a: {MEGDET.ABLATION.GPUS: 3}}\n", "row a of .* share evenly"),
+        ("CONFIG: @\nROWS: {}\n", "has no row"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_refused_by_name(tmp_path, text, match):
+    path = tmp_path / "rows.yaml"
+    path.write_text(text.replace("@", str(ROOT / TABLE3 / "06_b16_bn16.yaml")))
+    with pytest.raises(ValueError, match=match):
+        read_rows(path)
+
+
+def test_an_empty_or_missing_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no row"):
+        read_rows(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        read_rows(tmp_path / "nowhere")
+
+
+def test_reduced_rows_keep_the_papers_ratios():
+    full, reduced = read_rows(TABLE3), read_rows(TABLE3, cores=2)
+    long = {"15": "06", "16": "07", "17": "09", "18": "11", "19": "13", "20": "14"}
+    expected = REDUCED | {
+        row.name: next(v for k, v in REDUCED.items() if k.startswith(long[row.name[:2]]))
+        for row in full[14:]
+    }
+    for a, b in zip(full, reduced, strict=True):
+        assert (b.batch_size, b.bn_size, b.processes) == expected[b.name]
+        if a.bn_size:
+            assert b.batch_size / b.bn_size == a.batch_size / a.bn_size  # groups
+        k = [r.batch_size / r.cfg.MEGDET.REFERENCE_BATCH_SIZE for r in (a, b)]
+        assert k[0] == k[1]
+        assert b.cfg.SOLVER.WARMUP_FACTOR == a.cfg.SOLVER.WARMUP_FACTOR
+        lr = [r.cfg.SOLVER.BASE_LR / r.cfg.MEGDET.REFERENCE_LR for r in (a, b)]
+        assert lr[0] == pytest.approx(lr[1])
+        # The same decays at the same parts of training, but for whole iterations.
+        at = [[s / r.cfg.SOLVER.MAX_ITER for s in r.cfg.SOLVER.STEPS] for r in (a, b)]
+        assert at[0] == pytest.approx(at[1], abs=0.02)
+        assert b.images <= 8008 + 5096 * b.name.endswith("long")
+        assert (b.paper_ap, b.paper_hours) == (a.paper_ap, a.paper_hours)
+        assert b.cfg.DATASETS.TRAIN == ("megdet_digits_train",)
+
+
+@pytest.mark.parametrize("folder", ["table2", "warmup", "scaling", "algorithm", "placement"])
+def test_reduced_rows_carry_all_that_the_rows_differ_in(folder):
+    full = read_rows(f"configs/ablations/{folder}")
+    for a, b in zip(full, read_rows(f"configs/ablations/{folder}", cores=4), strict=True):
+        for key in CARRIED:
+            assert rows._get(b.cfg, key) == rows._get(a.cfg, key), key
+    distinct = {
+        (row.batch_size, *(str(rows._get(row.cfg, key)) for key in CARRIED))
+        for row in read_rows(f"configs/ablations/{folder}", cores=4)
+    }
+    assert len(distinct) == len(full)
+
+
+def test_more_cores_are_more_processes_a_group():
+    def processes(cores):
+        return [row.processes for row in read_rows(TABLE3, cores=cores)[:10]]
+
+    assert processes(1) == [1, 1, 1, 1, 8, 1, 1, 1, 2, 4]
+    assert processes(8) == [8, 1, 2, 4, 8, 8, 8, 8, 8, 8]
+
+
+def test_a_size_that_cannot_be_halved_is_refused(tmp_path):
+    (tmp_path / "odd.yaml").write_text(
+        f'_BASE_: "{ROOT / TABLE3 / "06_b16_bn16.yaml"}"\n'
+        "SOLVER: {IMS_PER_BATCH: 9}\nMODEL: {CGBN: {BN_SIZE: 9}}\nMEGDET: {ABLATION: {GPUS: 1}}\n"
+    )
+    with pytest.raises(ValueError, match="row odd of .*IMS_PER_BATCH is 9, and --reduced"):
+        read_rows(tmp_path, cores=2)
+
+
+def test_launch_lines_are_torchruns(listed, capsys):
+    main(["ablate", str(listed), "--print", "--seeds", "1,2", "--output", "out", "SEED", "7"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    words = shlex.split(lines[1])
+    assert words[0] == "torchrun" and "--rdzv-endpoint" in words
+    assert words[words.index("--nnodes") + 1] == "16"
+    assert words[words.index("--nproc-per-node") + 1] == "8"
+    assert words[words.index("MEGDET.LR_FACTOR") + 1] == "0.5"
+    # Each training has its own seed and folder, whatever the overrides say.
+    tail = [shlex.split(line)[-4:] for line in lines]
+    assert tail[1] == ["SEED", "1", "OUTPUT_DIR", "out/half/seed1"]
+    assert tail[4] == ["SEED", "2", "OUTPUT_DIR", "out/half/seed2"]
+
+
+def test_one_machine_needs_no_rendezvous(capsys):
+    main(["ablate", TABLE3, "--print", "--gpus-per-machine", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("torchrun --standalone --nproc-per-node 2 train_net.py")
+    assert lines[5].startswith("torchrun --nnodes 2 --rdzv-backend c10d")
+
+
+def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
+    log = tmp_path / "submitted"
+    command = f"echo {{machines}} {{gpus}} {{name}} {{line}} >> {log}"
+    main(["ablate", str(listed), "--submit", command, "--output", str(tmp_path / "out")])
+    lines = log.read_text().splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["16", "8", f"{name}-seed1"] for name in ("linear", "half", "none")
+    ]
+    assert all("torchrun --nnodes 16" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "a\nFloatingPointError: Loss became inf\n\nSIGTERM\n",
+            "FloatingPointError: Loss became inf",
+        ),
+        ("x\ny.z.DivergenceError: rank 1\n", "DivergenceError: rank 1"),
+        ("one\nValueError: two\n\n", "ValueError: two"),
+        ("", "it printed nothing"),
+    ],
+)
+def test_failure_reason(text, reason):
+    assert ablate.failure_reason(text) == reason
+
+
+# Stands in for a training in the tests of the loop: what it leaves is as Detectron2 writes it.
+SCRIPT = """
+import json, os, shutil, sys
+args = sys.argv[1:]
+value = lambda key: args[args.index(key) + 1]
+folder = value("OUTPUT_DIR")
+with open("{log}", "a") as log:
+    log.write(folder + "\\n")
+if "half" in folder:
+    sys.exit("FloatingPointError: Loss became infinite or NaN")
+os.makedirs(folder, exist_ok=True)
+shutil.copy("{config}", folder + "/config.yaml")
+end = 5070
+rows = [{{"iteration": end - 1, "total_loss": 1.0, "lr": 0.1, "time": 0.5}}]
+if "linear" in folder or "{finish}":
+    ap = 30.0 + float(value("SEED"))
+    rows.append({{"iteration": end, "bbox/AP": ap, "bbox/AP50": 50.0, "bbox/AP75": 40.0}})
+with open(folder + "/metrics.json", "w") as file:
+    file.writelines(json.dumps(row) + "\\n" for row in rows)
+"""
+
+
+def write_script(listed, tmp_path, finish="yes"):
+    script, log, config = (tmp_path / name for name in ("train.py", "log", "config.yaml"))
+    config.write_text(read_rows(listed)[0].cfg.dump())
+    script.write_text(SCRIPT.format(log=log, config=config, finish=finish))
+    log.touch()
+    return str(script), log
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path, capsys):
+    script, log = write_script(listed, tmp_path)
+    output = tmp_path / "out"
+    command = ["ablate", str(listed), "--script", script, "--output", str(output)]
+    main([*command, "--seeds", "1,2"])
+    trained = log.read_text().splitlines()
+    # The first seed of every row first: a table with every row is there as soon as can be.
+    assert trained == [
+        str(output / f"{row}/seed{seed}") for seed in (1, 2) for row in ("linear", "half", "none")
+    ]
+    linear, half, none = read_csv(output / "results.csv")
+    assert float(linear["ap"]) == 31.5 and float(linear["ap_std"]) == pytest.approx(math.sqrt(0.5))
+    assert float(linear["failure_rate"]) == 0 and linear["paper_ap"] == "37.1"
+    assert float(linear["hours"]) == pytest.approx(5070 * 0.5 / 3600)
+    assert float(linear["images_per_second"]) == pytest.approx(256 / 0.5)
+    assert half["ap"] == "" and float(half["failure_rate"]) == 1 and half["paper_ap"] == "36.0"
+    out = capsys.readouterr().out
+    assert "31.5 ± 0.7" in out and "2/2" in out
+    assert "half, seed 2: FloatingPointError: Loss became infinite or NaN" in out
+    assert (output / "results.png").stat().st_size > 5_000
+    assert out.split("\n\n")[0].strip() in (output / "results.md").read_text()
+
+    # Nothing is repeated: not what is complete, and not what failed; but what is unfinished is.
+    (output / "none/seed1/metrics.json").unlink()
+    main([*command, "--seeds", "1,2"])
+    more = log.read_text().splitlines()[len(trained) :]
+    names = [f"{Path(p).parent.name}/{Path(p).name}" for p in more]
+    assert names == ["none/seed1"]
+    main([*command, "--retry"])
+    assert log.read_text().splitlines()[-1].endswith("half/seed1")
+    assert len(log.read_text().splitlines()) == len(trained) + len(more) + 1
+
+
+def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):
+    script, _ = write_script(listed, tmp_path, finish="")
+    output = tmp_path / "out"
+    main(["ablate", str(listed), "--script", script, "--output", str(output)])
+    runs = {row["row"]: row for row in read_csv(output / "runs.csv")}
+    assert (runs["linear"]["status"], runs["none"]["status"]) == ("done", "unfinished")
+    assert runs["none"]["ap"] == ""
+    capsys.readouterr()
+    main(["ablate", str(listed), "--collate", "--output", str(output)])
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_training_that_was_told_to_stop_has_not_failed(listed, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit(75)\n")
+    output = tmp_path / "out"
+    main(["ablate", str(listed), "--script", str(script), "--output", str(output)])
+    assert {row["status"] for row in read_csv(output / "runs.csv")} == {"unfinished"}
+
+
+def test_a_clusters_divergence_is_read_from_the_log(listed, tmp_path):
+    row = read_rows(listed)[0]
+    assert read_result(row, 1, tmp_path).status == "unfinished"
+    (tmp_path / "log.txt").write_text("...\nFloatingPointError: Loss became NaN at iteration=3!\n")
+    result = read_result(row, 1, tmp_path)
+    assert (result.status, result.reason) == (
+        "failed",
+        "FloatingPointError: Loss became NaN at iteration=3!",
+    )
+
+
+def test_mean_deviation_and_failure_rate(listed, tmp_path):
+    ours = read_rows(listed)
+    results = [
+        Result("linear", 1, "done", ap=30.0, hours=2.0),
+        Result("linear", 2, "done", ap=33.0, hours=4.0),
+        Result("linear", 3, "failed", "why"),
+        Result("half", 1, "unfinished"),
+    ]
+    linear, half, none = summarize(ours, results)
+    assert (linear["ap"], linear["ap_std"]) == (31.5, pytest.approx(math.sqrt(4.5)))
+    assert (linear["hours"], linear["failed"]) == (3, 1)
+    assert linear["failure_rate"] == pytest.approx(1 / 3)
+    assert half["ap"] is None and half["failure_rate"] is None and none["seeds"] == 0
+    table = collate(ours, results, tmp_path, "title")
+    assert "| 31.5 ± 2.1 |" in table and "| 1/3 " in table and "linear, seed 3: why" in table
+
+
+def test_a_scheduler_that_stops_the_command_stops_its_training(listed, tmp_path):
+    script = tmp_path / "sleep.py"
+    script.write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "megdet_d2.cli", "ablate", str(listed)]
+        + ["--script", str(script), "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    pid_file = tmp_path / "pid"
+    deadline = time.monotonic() + 120
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child = int(pid_file.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not (tmp_path / "out/linear/seed1/failure.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--no-such-flag"], ["KEY"], ["KEY", "1", "--flag", "2"]])
+def test_what_is_no_override_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main(["ablate", TABLE3, *words])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_report_takes_no_overrides(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "somewhere", "--images", "3", "--KEY", "1"])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reduced_rows_train_for_real(tmp_path):
+    """Two rows, few images: one comes to its end, one diverges; and nothing is done twice."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name, extra in (("fine", ""), ("wild", "MEGDET: {LR_FACTOR: 1.0e+12}\n")):
+        base = ROOT / TABLE3 / "06_b16_bn16.yaml"
+        (folder / f"{name}.yaml").write_text(f'_BASE_: "{base}"\n{extra}')
+    data = tmp_path / "data"
+    (data / "megdet_digits").mkdir(parents=True)
+    output = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-m", "megdet_d2.cli", "ablate", str(folder)]
+    command += ["--reduced", "--cores", "2", "--output", str(output)]
+    command += ["MEGDET.EPOCH_IMAGES", "16", "DATASETS.DIGITS.NUM_TRAIN", "16"]
+    command += ["DATASETS.DIGITS.NUM_VAL", "8", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+
+    def run():
+        env = {**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+        return result.stdout
+
+    out = run()
+    fine, wild = read_csv(output / "runs.csv")
+    assert fine["status"] == "done" and float(fine["ap"]) >= 0, fine
+    assert float(fine["images_per_second"]) > 0
+    assert wild["status"] == "failed" and "FloatingPointError" in wild["reason"], wild
+    summary = read_csv(output / "results.csv")
+    assert [(r["batch"], r["bn_size"], r["processes"]) for r in summary] == [("8", "8", "2")] * 2
+    assert [r["iterations"] for r in summary] == ["22"] * 2 and "wild" in out
+    assert (output / "fine/seed1/samples.csv").is_file()
+    failure = json.loads((output / "wild/seed1/failure.json").read_text())
+    assert failure["exit_code"] != 0
+    before = (output / "fine/seed1/metrics.json").stat().st_mtime_ns
+    run()
+    assert (output / "fine/seed1/metrics.json").stat().st_mtime_ns == before
