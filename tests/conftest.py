@@ -6,8 +6,15 @@ if "MEGDET_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
+import torch
 
 from .gloo_pool import GlooPool
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test's random numbers do not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 def _pool(world_size: int, ranks_per_machine: int | None = None):

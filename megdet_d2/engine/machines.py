@@ -58,8 +58,15 @@ def meet(url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout:
         ) from None
 
     mine = {"--num-machines": num_machines, "--num-gpus": num_gpus}
-    twice = store.add(f"came/{machine_rank}", 1) > 1
-    store.set(f"twice/{machine_rank}" if twice else f"flags/{machine_rank}", json.dumps(mine))
+    try:
+        twice = store.add(f"came/{machine_rank}", 1) > 1
+        store.set(f"twice/{machine_rank}" if twice else f"flags/{machine_rank}", json.dumps(mine))
+    except RuntimeError:
+        raise RendezvousError(
+            f"--dist-url {url}: machine 0 at {address} went as this one came. Perhaps all had met "
+            f"by then, and --machine-rank {machine_rank} is given to two machines; give each its "
+            "own"
+        ) from None
     if leads:
         verdict = _judge(store, num_machines, mine, timeout)
         store.set("verdict", verdict)
