@@ -391,7 +391,7 @@ def test_reduced_rows_train_for_real(tmp_path):
     fine, wild = read_csv(output / "runs.csv")
     assert fine["status"] == "done" and float(fine["ap"]) >= 0, fine
     assert float(fine["images_per_second"]) > 0
-    assert wild["status"] == "failed" and "FloatingPointError" in wild["reason"], wild
+    assert wild["status"] == "failed" and "diverged" in wild["reason"], wild
     summary = read_csv(output / "results.csv")
     assert [(r["batch"], r["bn_size"], r["processes"]) for r in summary] == [("8", "8", "2")] * 2
     assert [r["iterations"] for r in summary] == ["22"] * 2 and "wild" in out
