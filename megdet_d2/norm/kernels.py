@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .aten import statistics_dtype
+
 try:
     import triton
     import triton.language as tl
@@ -99,7 +101,7 @@ def gradient_sums(
     """
     tiling = _tiling(x)
     dy, y = _gradient_inputs(dy, x, scale, bias, relu, y)
-    partials = x.new_empty(2, x.shape[1], tiling.splits, dtype=_arithmetic_dtype(x))
+    partials = x.new_empty(2, x.shape[1], tiling.splits, dtype=statistics_dtype(x))
     with torch.cuda.device_of(x):
         _gradient_sums[(tiling.groups * tiling.splits,)](
             partials, dy, x, y, mean, invstd, scale, bias,
@@ -246,10 +248,6 @@ def _gradient_inputs(dy, x, scale, bias, relu, y) -> tuple[Tensor, Tensor | None
         raise ValueError("kernels: relu=True needs y, or scale and bias to compute its sign from x")
     y = _laid_out_as(x, y, "y") if relu and y is not None else None
     return _laid_out_as(x, dy, "dy"), y
-
-
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- the kernels ---------------------------------------------------------------------------------
