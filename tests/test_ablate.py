@@ -22,22 +22,22 @@ from megdet_d2.cli import main
 
 ROOT = Path(__file__).parent.parent
 TABLE3 = "configs/ablations/table3"
-# docs/experiments.md's mapping, on 2 cores: mini-batch, BN size, processes.
+# docs/experiments.md's mapping, on 2 cores: mini-batch, BN size, processes, micro-batches.
 REDUCED = {
-    "01_b16_base": (8, 0, 2),
-    "02_b2_bn2": (1, 1, 1),
-    "03_b4_bn4": (2, 2, 2),
-    "04_b8_bn8": (4, 4, 2),
-    "05_b16_bn2": (8, 1, 8),
-    "06_b16_bn16": (8, 8, 2),
-    "07_b32_bn32": (16, 16, 2),
-    "08_b64_bn64": (32, 32, 2),
-    "09_b64_bn32": (32, 16, 2),
-    "10_b64_bn16": (32, 8, 4),
-    "11_b128_bn32": (64, 16, 4),
-    "12_b128_bn16": (64, 8, 8),
-    "13_b256_bn32": (128, 16, 8),
-    "14_b256_bn16": (128, 8, 16),
+    "01_b16_base": (8, 0, 2, 1),
+    "02_b2_bn2": (1, 1, 1, 1),
+    "03_b4_bn4": (2, 2, 2, 1),
+    "04_b8_bn8": (4, 4, 2, 1),
+    "05_b16_bn2": (8, 1, 2, 4),
+    "06_b16_bn16": (8, 8, 2, 1),
+    "07_b32_bn32": (16, 16, 2, 1),
+    "08_b64_bn64": (32, 32, 2, 1),
+    "09_b64_bn32": (32, 16, 2, 1),
+    "10_b64_bn16": (32, 8, 2, 2),
+    "11_b128_bn32": (64, 16, 2, 2),
+    "12_b128_bn16": (64, 8, 2, 4),
+    "13_b256_bn32": (128, 16, 2, 4),
+    "14_b256_bn16": (128, 8, 2, 8),
 }
 
 
@@ -117,7 +117,8 @@ def test_reduced_rows_keep_the_papers_ratios():
         for row in full[14:]
     }
     for a, b in zip(full, reduced, strict=True):
-        assert (b.batch_size, b.bn_size, b.processes) == expected[b.name]
+        steps = b.cfg.MEGDET.ACCUMULATION_STEPS
+        assert (b.batch_size, b.bn_size, b.processes, steps) == expected[b.name]
         if a.bn_size:
             assert b.batch_size / b.bn_size == a.batch_size / a.bn_size  # groups
         k = [r.batch_size / r.cfg.MEGDET.REFERENCE_BATCH_SIZE for r in (a, b)]
@@ -128,19 +129,21 @@ def test_reduced_rows_keep_the_papers_ratios():
         # The same decays at the same parts of training, but for whole iterations.
         at = [[s / r.cfg.SOLVER.MAX_ITER for s in r.cfg.SOLVER.STEPS] for r in (a, b)]
         assert at[0] == pytest.approx(at[1], abs=0.02)
-        assert b.images <= 8008 + 5096 * b.name.endswith("long")
+        assert b.images <= 4004 + 2548 * b.name.endswith("long")
         assert (b.paper_ap, b.paper_hours) == (a.paper_ap, a.paper_hours)
         assert b.cfg.DATASETS.TRAIN == ("megdet_digits_train",)
 
 
-@pytest.mark.parametrize("folder", ["table2", "warmup", "scaling", "algorithm", "placement"])
+@pytest.mark.parametrize(
+    "folder", ["table2", "bn_size", "warmup", "scaling", "algorithm", "placement"]
+)
 def test_reduced_rows_carry_all_that_the_rows_differ_in(folder):
     full = read_rows(f"configs/ablations/{folder}")
     for a, b in zip(full, read_rows(f"configs/ablations/{folder}", cores=4), strict=True):
         for key in CARRIED:
             assert rows._get(b.cfg, key) == rows._get(a.cfg, key), key
     distinct = {
-        (row.batch_size, *(str(rows._get(row.cfg, key)) for key in CARRIED))
+        (row.batch_size, row.bn_size, *(str(rows._get(row.cfg, key)) for key in CARRIED))
         for row in read_rows(f"configs/ablations/{folder}", cores=4)
     }
     assert len(distinct) == len(full)
@@ -150,7 +153,7 @@ def test_more_cores_are_more_processes_a_group():
     def processes(cores):
         return [row.processes for row in read_rows(TABLE3, cores=cores)[:10]]
 
-    assert processes(1) == [1, 1, 1, 1, 8, 1, 1, 1, 2, 4]
+    assert processes(1) == [1] * 10
     assert processes(8) == [8, 1, 2, 4, 8, 8, 8, 8, 8, 8]
 
 
@@ -278,6 +281,47 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     main([*command, "--retry"])
     assert log.read_text().splitlines()[-1].endswith("half/seed1")
     assert len(log.read_text().splitlines()) == len(trained) + len(more) + 1
+
+
+def test_several_trainings_at_a_time(tmp_path):
+    """Two that wait for each other: one after another, neither would come to its end."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "args = sys.argv[1:]\n"
+        "folder = args[args.index('OUTPUT_DIR') + 1]\n"
+        f"meet = {str(tmp_path / 'meet')!r}\n"
+        "os.makedirs(meet, exist_ok=True)\n"
+        "open(os.path.join(meet, folder.replace(os.sep, '_')), 'w').close()\n"
+        "end = time.monotonic() + 60\n"
+        "while len(os.listdir(meet)) < 2 and time.monotonic() < end:\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit('met' if len(os.listdir(meet)) == 2 else 'alone')\n"
+    )
+    output = tmp_path / "out"
+    command = ["ablate", "configs/ablations/table2", "--script", str(script), "--reduced"]
+    command += ["--output", str(output), "--rows", "1_*,5_*", "--cores", "2", "--jobs", "2"]
+    main(command)
+    runs = read_csv(output / "runs.csv")
+    assert [(r["row"], r["reason"]) for r in runs] == [
+        ("1_b16_frozen", "met"),
+        ("5_b128_frozen_half_lr", "met"),
+    ]
+    assert [r["processes"] for r in read_csv(output / "results.csv")] == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--rows", "9_*"], "--rows 9_.* fits none of 1_b16_frozen, "),
+        (["--jobs", "2"], "--jobs is 2; .* for --reduced"),
+        (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),
+        (["--jobs", "0", "--reduced"], "--jobs is 0"),
+    ],
+)
+def test_flags_that_cannot_be(words, match):
+    with pytest.raises(SystemExit, match=match):
+        main(["ablate", "configs/ablations/table2", *words])
 
 
 def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):

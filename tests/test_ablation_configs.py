@@ -64,6 +64,17 @@ OTHERS = {
     "warmup/6_b256_frozen_zero": (128, 0, 0.32, 0.001, 0),
     "warmup/7_b256_bn16_reference": (128, 16, 0.32, 0.0625, BACKBONE + FPN),
     "warmup/8_b256_bn16_zero": (128, 16, 0.32, 0.001, BACKBONE + FPN),
+    **{
+        f"bn_size/{n}": (gpus, bn, 0.08, 0.25, BACKBONE + FPN)
+        for n, gpus, bn in (
+            ("1_b64_bn2", 32, 2),
+            ("2_b64_bn4", 32, 4),
+            ("3_b64_bn8", 32, 8),
+            ("4_b64_bn16", 32, 16),
+            ("5_b64_bn32", 16, 32),
+            ("6_b64_bn64", 8, 64),
+        )
+    },
     "scaling/1_b256_linear": (128, 16, 0.32, 0.0625, BACKBONE + FPN),
     "scaling/2_b256_sqrt": (128, 16, 0.08, 0.25, BACKBONE + FPN),
     "scaling/3_b256_none": (128, 16, 0.02, 1.0, BACKBONE + FPN),
@@ -128,13 +139,14 @@ def test_row_is_the_papers(name, fake_world):
 @pytest.mark.parametrize("name", OTHERS)
 def test_variation_is_what_its_name_says(name, fake_world):
     gpus, bn_size, lr, warmup_start, layers = OTHERS[name]
+    batch_size = 64 if name.startswith("bn_size") else 2 * gpus
     cfg = load(f"ablations/{name}")
-    assert cfg.MEGDET.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == 2 * gpus
+    assert cfg.MEGDET.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == batch_size
     fake_world(gpus)
     megdet_d2.scale_config(cfg)
     assert cfg.SOLVER.BASE_LR == pytest.approx(lr)
     assert cfg.SOLVER.WARMUP_FACTOR == pytest.approx(warmup_start)
-    assert cfg.SOLVER.MAX_ITER == NORMAL[2 * gpus][2]
+    assert cfg.SOLVER.MAX_ITER == NORMAL[batch_size][2]
     assert cfg.OUTPUT_DIR == f"output/{name}"
     assert (cfg.MODEL.CGBN.ALGORITHM == "two_pass") == name.endswith("two_pass")
     check_groups(cfg, gpus, bn_size, layers)

@@ -1,4 +1,4 @@
-"""``megdet ablate``: trains every row of an ablation over seeds, one after another, and tabulates.
+"""``megdet ablate``: trains every row of an ablation over seeds, and tabulates.
 
 A training that is complete is not repeated, one that was stopped goes on, and one that failed is a
 result. On a cluster the launch lines are printed, or handed to the scheduler, and the same command
@@ -7,6 +7,7 @@ with ``--collate`` makes the table of what has come back.
 
 import argparse
 import contextlib
+import fnmatch
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from .rows import GPUS_PER_MACHINE, Row, read_rows
 
 TAKES_OVERRIDES = True
 POLL_SECONDS = 1.0
+CONSOLE = "console.txt"
 # Where Detectron2, or this plugin, says that training has diverged.
 _DIVERGED = re.compile(r"^(?:\w+\.)*((?:FloatingPoint|Divergence)Error: .+)$", re.MULTILINE)
 
@@ -68,46 +70,55 @@ def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
     return row.processes // per_machine, per_machine
 
 
-def train(
-    row: Row, seed: int, folder: Path, script: str, on_cpu: bool, progress: Callable[[int], None]
-) -> None:
-    """Trains a row here, on processes of this machine, to its end or its failure.
+class Training:
+    """A row trained here, on processes of this machine, to its end or its failure.
 
     What it prints goes to console.txt, and why it failed to failure.json, in ``folder``.
 
     Args:
         on_cpu: hide the GPUs.
-        progress: called every second or so with the iterations that are done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, "-W", "ignore", script,
-        "--num-gpus", str(row.processes), "--dist-url", "auto",
-        *train_arguments(row, seed, folder),
-    ]  # fmt: skip
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if on_cpu else None
-    with open(folder / "console.txt", "a+") as console:
-        begin = console.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while process.poll() is None:
-                progress(iterations_done(folder))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL_SECONDS)
-        finally:
-            if process.poll() is None:  # we are being stopped: its processes are not to go on alone
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-        console.seek(begin)
-        text = console.read()
-    # Told to stop, it has saved and is to be resumed: no failure.
-    if process.returncode not in (0, REQUEUE):
-        failure = {"exit_code": process.returncode, "reason": failure_reason(text)}
-        if process.returncode < 0:
-            failure["reason"] = f"killed by signal {-process.returncode}"
-        (folder / FAILURE).write_text(json.dumps(failure) + "\n")
+
+    def __init__(self, row: Row, seed: int, folder: Path, script: str, on_cpu: bool):
+        self.row, self.seed, self.folder = row, seed, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable, "-W", "ignore", script,
+            "--num-gpus", str(row.processes), "--dist-url", "auto",
+            *train_arguments(row, seed, folder),
+        ]  # fmt: skip
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if on_cpu else None
+        with open(folder / CONSOLE, "ab") as console:
+            self._begin = console.tell()  # it may hold what an earlier one printed
+            self._process = subprocess.Popen(
+                command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def images_done(self) -> int:
+        """Images that it has trained on."""
+        return min(iterations_done(self.folder) * self.row.batch_size, self.row.images)
+
+    def ended(self) -> bool:
+        """Whether it has; if with an error, that is written down."""
+        code = self._process.poll()
+        # Told to stop, it has saved and is to be resumed: no failure.
+        if code not in (None, 0, REQUEUE):
+            failure = {"exit_code": code, "reason": failure_reason(self._printed())}
+            if code < 0:
+                failure["reason"] = f"killed by signal {-code}"
+            (self.folder / FAILURE).write_text(json.dumps(failure) + "\n")
+        return code is not None
+
+    def stop(self) -> None:
+        """Ends it and its processes; it is to be resumed."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+            self._process.wait()
+
+    def _printed(self) -> str:
+        with open(self.folder / CONSOLE, "rb") as console:
+            console.seek(self._begin)
+            return console.read().decode(errors="replace")
 
 
 def failure_reason(text: str) -> str:
@@ -127,9 +138,19 @@ def iterations_done(folder: Path) -> int:
 
 
 def run_all(
-    rows: list[Row], seeds: list[int], output: Path, script: str, on_cpu: bool, retry: bool
+    rows: list[Row],
+    seeds: list[int],
+    output: Path,
+    script: str,
+    on_cpu: bool,
+    retry: bool,
+    jobs: int = 1,
 ) -> list[Result]:
-    """Trains what is not complete, the first seed of every row first; the table after each."""
+    """Trains what is not complete, the first seed of every row first; the table after each.
+
+    Args:
+        jobs: trainings at a time.
+    """
     pending, results = [], {}
     for seed, row in itertools.product(seeds, rows):
         folder = folder_of(output, row, seed)
@@ -139,25 +160,39 @@ def run_all(
         if results[row.name, seed].status == "unfinished":
             pending.append((row, seed, folder))
     total = sum(row.images for row, _, _ in pending)
+    number, running, images = len(pending), [], 0  # images of the trainings that have ended
     with (
         _sigterm_exits(),
         tqdm(total=total, unit=" images", smoothing=0.05, dynamic_ncols=True) as bar,
     ):
-        for number, (row, seed, folder) in enumerate(pending, start=1):
-            bar.set_description(f"{number}/{len(pending)} {row.name}, seed {seed}")
-            before = bar.n
-
-            def show(iterations: int, row=row, before=before, bar=bar) -> None:
-                bar.update(before + min(iterations * row.batch_size, row.images) - bar.n)
-
-            train(row, seed, folder, script, on_cpu, show)
-            result = results[row.name, seed] = read_result(row, seed, folder)
-            show(row.cfg.SOLVER.MAX_ITER if result.status == "done" else iterations_done(folder))
-            bar.total -= row.images - (bar.n - before)  # a failed row is shorter than planned
-            if result.status != "done":
-                bar.write(f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr)
-            collate(rows, list(results.values()), output, _title(rows))
+        try:
+            while pending or running:
+                while pending and len(running) < jobs:
+                    running.append(Training(*pending.pop(0), script, on_cpu))
+                    bar.set_description(_under_way(running, number - len(pending), number))
+                time.sleep(POLL_SECONDS)
+                for training in [t for t in running if t.ended()]:
+                    running.remove(training)
+                    row, seed = training.row, training.seed
+                    result = read_result(row, seed, training.folder)
+                    results[row.name, seed] = result
+                    done = row.images if result.status == "done" else training.images_done()
+                    images += done
+                    bar.total -= row.images - done  # a failed row is shorter than planned
+                    if result.status != "done":
+                        bar.write(
+                            f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr
+                        )
+                    collate(rows, list(results.values()), output, _title(rows))
+                bar.update(images + sum(t.images_done() for t in running) - bar.n)
+        finally:  # we are being stopped: the trainings are not to go on alone
+            for training in running:
+                training.stop()
     return list(results.values())
+
+
+def _under_way(running: list[Training], number: int, of: int) -> str:
+    return f"{number}/{of} " + ", ".join(f"{t.row.name} seed {t.seed}" for t in running)
 
 
 @contextlib.contextmanager
@@ -183,6 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reduced", action="store_true", help="the rows' ratios on the demo's model, on CPU")
     cores = os.cpu_count() or 1
     add("--cores", type=int, default=cores, help=f"for --reduced (default {cores})")
+    add("--jobs", type=int, default=1, help="for --reduced: trainings at a time, sharing the cores")
+    add("--rows", metavar="PATTERN", help='only the rows that fit: "0[6-9]*,1*"')
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
     how.add_argument(
@@ -204,7 +241,12 @@ def _integers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
-    rows = read_rows(args.source, args.opts, args.cores if args.reduced else 0)
+    if not 1 <= args.jobs <= (args.cores if args.reduced else 1):
+        raise ValueError(
+            f"--jobs is {args.jobs}; trainings at a time are for --reduced, one a core at the most"
+        )
+    rows = read_rows(args.source, args.opts, args.cores // args.jobs if args.reduced else 0)
+    rows = _choose(rows, args.rows)
     stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
     output = args.output or Path("output/ablations") / stem
     if args.print or args.submit:
@@ -226,9 +268,20 @@ def run(args: argparse.Namespace) -> None:
             f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
         )
     else:
-        results = run_all(rows, args.seeds, output, args.script, args.reduced, args.retry)
+        results = run_all(
+            rows, args.seeds, output, args.script, args.reduced, args.retry, args.jobs
+        )
     print(collate(rows, results, output, _title(rows)))
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+
+
+def _choose(rows: list[Row], patterns: str | None) -> list[Row]:
+    if patterns is None:
+        return rows
+    chosen = [r for r in rows if any(fnmatch.fnmatch(r.name, p) for p in patterns.split(","))]
+    if not chosen:
+        raise ValueError(f"--rows {patterns} fits none of {', '.join(r.name for r in rows)}")
+    return chosen
 
 
 def _submit(template: str, line: str, row: Row, seed: int, gpus_per_machine: int) -> None:

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from megdet_d2.config import add_megdet_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
-from megdet_d2.schedule.build import scale_config
+from megdet_d2.schedule.build import images_per_micro_batch, scale_config
 
 GPUS_PER_MACHINE = 8
 REDUCED_BASE = Path("configs/ablations/Base-reduced.yaml")
@@ -111,8 +111,8 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
     """A row's ratios on ``REDUCED_BASE``: what it says of norms, rule and policy, fewer images.
 
     Mini-batch and BN size are divided by ``IMAGE_DIVISOR``, so that the number of groups and k, the
-    mini-batch over the reference, are the paper's. GPUs become processes: as many a group as
-    ``cores`` have room for and the row has, and never fewer than one.
+    mini-batch over the reference, are the paper's. GPUs become processes, one a core at the most.
+    Groups that the cores have no room for come one after another, as micro-batches of an update.
 
     Raises:
         ValueError: a mini-batch or BN size that cannot be divided.
@@ -123,8 +123,8 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
             raise ValueError(f"{key} is {value}, and --reduced divides it by {IMAGE_DIVISOR}")
     groups = row.batch_size // bn_size
     batch_size, bn_size = row.batch_size // IMAGE_DIVISOR, bn_size // IMAGE_DIVISOR
-    most = min(row.processes // groups, cores // groups)
-    per_group = max((n for n in range(1, most + 1) if bn_size % n == 0), default=1)
+    at_once = _largest_divisor(groups, cores)
+    per_group = _largest_divisor(bn_size, min(row.processes // groups, cores // at_once))
 
     epoch = -(-_merge(REDUCED_BASE, overrides).MEGDET.EPOCH_IMAGES // batch_size)
     carried = {key: _get(row.cfg, key) for key in CARRIED}
@@ -133,11 +133,16 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
         "MODEL.CGBN.BN_SIZE": bn_size if row.bn_size else -1,
         "TEST.EVAL_PERIOD": REDUCED_EVAL_EPOCHS * epoch,
         "SOLVER.CHECKPOINT_PERIOD": row.images,  # none but the last: minutes are soon repeated
-        "MEGDET.ABLATION.GPUS": groups * per_group,
+        "MEGDET.ACCUMULATION_STEPS": groups // at_once,
+        "MEGDET.ABLATION.GPUS": at_once * per_group,
         "MEGDET.ABLATION.PAPER_AP": row.paper_ap,
         "MEGDET.ABLATION.PAPER_HOURS": row.paper_hours,
     }
     return _load(row.name, REDUCED_BASE, (*_to_opts(carried | sizes), *overrides))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max((n for n in range(1, most + 1) if number % n == 0), default=1)
 
 
 def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
@@ -177,7 +182,8 @@ def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
         register_datasets(cfg)  # an epoch is to be counted in it
     scale_config(cfg, world_size=processes)
     if _uses_cgbn(cfg):
-        images, machine = cfg.SOLVER.IMS_PER_BATCH // processes, min(processes, GPUS_PER_MACHINE)
+        images = images_per_micro_batch(cfg, processes)
+        machine = min(processes, GPUS_PER_MACHINE)
         if cfg.MODEL.CGBN.CROSS_MACHINE:
             machine = processes
         ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, machine)
@@ -195,7 +201,7 @@ def _bn_size(cfg: CfgNode, processes: int) -> int:
     if cfg.MODEL.CGBN.BN_SIZE != -1:
         return cfg.MODEL.CGBN.BN_SIZE
     group = processes if cfg.MODEL.CGBN.CROSS_MACHINE else min(processes, GPUS_PER_MACHINE)
-    return cfg.SOLVER.IMS_PER_BATCH // processes * group
+    return images_per_micro_batch(cfg, processes) * group
 
 
 def _get(cfg: CfgNode, key: str):
