@@ -6,7 +6,7 @@ DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 TODAY := $(shell date +%F)
 
-.PHONY: setup demo test test-slow test-gpu bench-gpu lint
+.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,13 @@ detectron2:
 demo: setup
 	CUDA_VISIBLE_DEVICES= $(PY) -W ignore train_net.py --config-file $(DEMO_CONFIG) --num-gpus 2 --dist-url auto OUTPUT_DIR $(DEMO_OUTPUT)
 	$(PY) -W ignore -m megdet_d2.analysis.report $(DEMO_OUTPUT)
+
+# What the reduced experiments start from, as the paper's do from ImageNet's (docs/experiments.md).
+backbone: setup
+	$(PY) -c 'import torch; \
+		model = torch.load("$(DEMO_OUTPUT)/model_final.pth", weights_only=False)["model"]; \
+		kept = {k: v for k, v in model.items() if k.startswith("backbone.bottom_up.")}; \
+		torch.save({"model": kept}, "$(DEMO_OUTPUT)/backbone.pth")'
 
 test: setup lint
 	$(PY) -m pytest

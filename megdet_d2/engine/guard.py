@@ -85,10 +85,10 @@ class DivergenceGuard(HookBase):
         if scaler is None or not scaler.is_enabled():
             parameters = self.trainer.model.named_parameters()
             gradients = {name: p.grad for name, p in parameters if p.grad is not None}
-        # The largest element of each: finite if and only if all are, whatever their sum.
+        # A norm that is finite has finite elements only, and takes a tenth of the time, on a
+        # processor, that looking at each does. One that is not may be of large ones: see below.
         if gradients:
-            largest = torch._foreach_norm(list(gradients.values()), ord=float("inf"))
-            values += [norm.float() for norm in largest]
+            values += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
         finite = torch.stack(values).isfinite().tolist() if values else []
         losses = {
             f"{name} is {float(value)}"
@@ -97,7 +97,10 @@ class DivergenceGuard(HookBase):
         }
         if losses:
             return _LOSS, ", ".join(sorted(losses))
-        wrong = [n for n, ok in zip(gradients, finite[len(names) :], strict=True) if not ok]
+        suspects = [
+            g for g, ok in zip(gradients.items(), finite[len(names) :], strict=True) if not ok
+        ]
+        wrong = [name for name, gradient in suspects if not gradient.isfinite().all()]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             return _GRADIENT, f"the gradient of {', '.join(wrong[:3])}{more} is not finite"

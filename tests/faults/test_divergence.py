@@ -31,13 +31,13 @@ def spoil_loss(value, rank, iterations, trainer):
     trainer.checkpointer.model.roi_heads.register_forward_hook(spoil)
 
 
-def spoil_gradient(rank, iteration, trainer):
+def spoil_gradient(rank, iteration, trainer, value=float("inf")):
     weight = trainer.checkpointer.model.roi_heads.box_predictor.cls_score.weight
 
     def spoil(gradient):
         if comm.get_rank() == rank and trainer.iter == iteration:
             gradient = gradient.clone()
-            gradient.view(-1)[5] = float("inf")
+            gradient.view(-1)[5] = value
         return gradient
 
     weight.register_hook(spoil)
@@ -101,6 +101,13 @@ def test_a_gradient_that_is_not_finite_stops_all(pool2, coco, tmp_path):
     # averaged over the processes it is everyone's
     assert "the gradient of" in message and "cls_score.weight is not finite" in message
     assert "rank 0" in message and "rank 1" in message
+
+
+def test_a_gradient_whose_norm_alone_overflows_is_finite(coco, tmp_path):
+    spoil = functools.partial(spoil_gradient, 0, 1, value=1e30)
+    overrides = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
+    result = train(0, str(tmp_path), coco, overrides, fault=spoil)
+    assert result["images_seen"] == 48
 
 
 def test_weights_blown_up_so_that_the_rpn_raises_in_forward(pool2, coco, tmp_path):
