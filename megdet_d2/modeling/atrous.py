@@ -57,9 +57,11 @@ def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
     The ResNet is what MODEL.ATROUS.BOTTOM_UP builds; the rest is in MODEL.RESNETS and MODEL.FPN.
 
     Raises:
-        ValueError: RES5_DILATION is not 2, or FPN.IN_FEATURES do not end in res5 without res4.
+        ValueError: RES5_DILATION is not 2; FPN.IN_FEATURES do not end in res5, or have res4;
+            ATROUS.BOTTOM_UP is not registered.
     """
     dilation, in_features = cfg.MODEL.RESNETS.RES5_DILATION, list(cfg.MODEL.FPN.IN_FEATURES)
+    bottom_up = cfg.MODEL.ATROUS.BOTTOM_UP
     if dilation != 2:
         raise ValueError(
             f"MODEL.RESNETS.RES5_DILATION is {dilation}, and {cfg.MODEL.BACKBONE.NAME} is for a "
@@ -71,8 +73,13 @@ def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
             'and takes its place; set it, and MODEL.RESNETS.OUT_FEATURES, to ["res2", "res3", '
             '"res5"]'
         )
+    if bottom_up not in BACKBONE_REGISTRY:
+        raise ValueError(
+            f"MODEL.ATROUS.BOTTOM_UP is {bottom_up!r}, and no backbone has that name; use "
+            "build_resnet_backbone or build_se_resnet_backbone"
+        )
     return FPN(
-        bottom_up=BACKBONE_REGISTRY.get(cfg.MODEL.ATROUS.BOTTOM_UP)(cfg, input_shape),
+        bottom_up=BACKBONE_REGISTRY.get(bottom_up)(cfg, input_shape),
         in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,

@@ -33,7 +33,8 @@ class LargeKernel(nn.Module):
         norm: a layer over C' channels; None for a bias in its place.
 
     Raises:
-        ValueError: an even size, whose output would not have the input's height and width.
+        ValueError: an even size, whose output would not have the input's height and width; no
+            channels.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class LargeKernel(nn.Module):
             raise ValueError(
                 f"a large kernel's size is {size}; give an odd number for MODEL.LARGE_KERNEL.SIZE "
                 "and BOX_SIZE"
+            )
+        if min(mid_channels, out_channels) < 1:
+            raise ValueError(
+                f"a large kernel has {mid_channels} channels within and {out_channels} behind it; "
+                "give 1 or more for MODEL.LARGE_KERNEL.MID_CHANNELS and BOX_CHANNELS"
             )
 
         def path(first: tuple[int, int], second: tuple[int, int]) -> nn.Sequential:
@@ -129,7 +135,8 @@ class LargeKernelRPNHead(StandardRPNHead):
 class LargeKernelBoxHead(FastRCNNConvFCHead):
     """A ``LargeKernel`` from C to a few channels over each region, then fully connected layers.
 
-    Of (R, C, H, W), any R from 0, it makes (R, D), as ``FastRCNNConvFCHead`` with one convolution.
+    Of (R, C, H, W), any R from 0, it makes (R, D), as ``FastRCNNConvFCHead`` with one convolution;
+    MODEL.ROI_BOX_HEAD.NUM_CONV and CONV_DIM are not read.
     Light-Head R-CNN has the kernel over the whole image, in front of the pooling; here it is behind
     the pooling, as is all that is registered as a box head.
 

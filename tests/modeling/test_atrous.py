@@ -55,6 +55,7 @@ def build_backbone_of(name, cfg):
             r"IN_FEATURES is \['res2', 'res3', 'res4', 'res5'\].*set it",
         ),
         (["MODEL.FPN.IN_FEATURES", ["res2", "res3"]], "MODEL.FPN.IN_FEATURES is"),
+        (["MODEL.ATROUS.BOTTOM_UP", "resnet"], "MODEL.ATROUS.BOTTOM_UP is 'resnet'.*use build_"),
     ],
 )
 def test_a_config_without_a_dilated_res5_on_top_is_refused(overrides, message):
