@@ -1,6 +1,7 @@
 """MegDet for Detectron2: large mini-batch detector training (Peng et al., CVPR 2018).
 
-Importing the package registers ``NORM: "CGBN"`` in Detectron2, and nothing else changes there.
+Importing the package registers ``NORM: "CGBN"`` and the appendix's backbones and heads in
+Detectron2, by their names; nothing else changes there.
 """
 
 try:
@@ -18,6 +19,7 @@ except ImportError as error:
         "or, in a checkout of megdet_d2, run `make setup`, which installs them all into .venv."
     ) from error
 
+from . import modeling as _modeling  # noqa: F401
 from ._version import __version__
 from .config import add_megdet_config
 from .norm import registry as _registry

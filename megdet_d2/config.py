@@ -30,6 +30,35 @@ def add_megdet_config(cfg: CN) -> None:
     # RetinaNet's head), "roi_heads". docs/memory.md has what they save and cost.
     cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
 
+    # --- Appendix: atrous convolution. MODEL.BACKBONE.NAME "build_atrous_resnet_fpn_backbone" -----
+    cfg.MODEL.ATROUS = CN()
+    # The ResNet under the FPN, by its name as a backbone: also "build_se_resnet_backbone".
+    cfg.MODEL.ATROUS.BOTTOM_UP = "build_resnet_backbone"
+
+    # --- Appendix: SE-ResNe(X)t. MODEL.BACKBONE.NAME "build_se_resnet_fpn_backbone", or without an
+    # FPN "build_se_resnet_backbone" --------------------------------------------------------------
+    cfg.MODEL.SE = CN()
+    # r: a gate over C channels has C / r hidden ones.
+    cfg.MODEL.SE.REDUCTION = 16
+
+    # --- Appendix: large kernel. MODEL.RPN.HEAD_NAME "LargeKernelRPNHead",
+    # MODEL.ROI_BOX_HEAD.NAME "LargeKernelBoxHead" ------------------------------------------------
+    cfg.MODEL.LARGE_KERNEL = CN()
+    # k in the RPN's head, in pixels of each level; 15 is the paper's. Odd.
+    cfg.MODEL.LARGE_KERNEL.SIZE = 15
+    # Channels between k x 1 and 1 x k, in both heads.
+    cfg.MODEL.LARGE_KERNEL.MID_CHANNELS = 64
+    # The norm in the RPN's head. The box head's is MODEL.ROI_BOX_HEAD.NORM.
+    cfg.MODEL.LARGE_KERNEL.NORM = ""
+    # In the box head: k, in bins of the pooled region, odd, and the channels of its thin map.
+    cfg.MODEL.LARGE_KERNEL.BOX_SIZE = 7
+    cfg.MODEL.LARGE_KERNEL.BOX_CHANNELS = 10
+
+    # --- Appendix: Maxout. MODEL.ROI_BOX_HEAD.NAME "MaxoutBoxHead" --------------------------------
+    cfg.MODEL.MAXOUT = CN()
+    # Linear maps whose maximum a fully connected layer returns; from 2.
+    cfg.MODEL.MAXOUT.PIECES = 2
+
     # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
     # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.

@@ -1,0 +1,3 @@
+"""What the paper's appendix adds; importing it registers each technique with Detectron2."""
+
+from . import atrous, large_kernel, maxout, senet  # noqa: F401

@@ -50,12 +50,15 @@ def fuse_activations(model: nn.Module) -> int:
 
     Returns:
         How many blocks it did. Left alone are blocks with another norm (those that FREEZE_AT has
-        frozen, for one), deformable ones and those of other projects.
+        frozen, for one), with an activation of their own (SE's gates), deformable ones and those of
+        other projects.
     """
     fused = 0
     for block in model.modules():
         convs = [conv for name, conv in block.named_children() if name != "shortcut"]
-        if type(block) in _FUSED and all(isinstance(c.norm, CrossGPUBatchNorm) for c in convs):
+        if type(block) in _FUSED and all(
+            isinstance(c.norm, CrossGPUBatchNorm) and c.activation is None for c in convs
+        ):
             block.__class__ = _FUSED[type(block)]
             fused += 1
     return fused

@@ -1,0 +1,88 @@
+"""Atrous convolution (Yu and Koltun, arXiv:1511.07122; DeepLab, arXiv:1606.00915) under an FPN.
+
+(F ∗_l k)(p) = Σ_{s + l t = p} F(s) k(t)  (Yu and Koltun, Equation 2): the taps of a kernel stand l
+pixels apart, so that it sees further, and no resolution is given up for it. Detectron2's
+MODEL.RESNETS.RES5_DILATION 2 has l = 2 in every 3×3 convolution of res5, and stride 1 where res5
+otherwise begins with stride 2. Level by level:
+
+    stride      4     8     16      32    64
+    stock       res2  res3  res4    res5
+                p2    p3    p4      p5    p6
+    here        res2  res3  res5             (res5 is computed from res4, at res4's stride)
+                p2    p3    p4      p5    p6
+
+An FPN wants each level at twice the stride of the one before. So res5 takes res4's place, and the
+stock FPN goes over res2, res3 and res5. p5 and p6 are rebuilt above p4. As every level has its
+stock stride, anchors and the assignment of boxes to levels stay the stock ones.
+"""
+
+import fvcore.nn.weight_init as weight_init
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor, nn
+
+
+class AtrousTopBlock(nn.Module):
+    """p5 and p6 above p4: a 3×3 convolution of stride 2 with its norm, then FPN's subsampling.
+
+    Args:
+        channels: C, of every level.
+        norm: of p5's convolution, as *.NORM keys have it.
+    """
+
+    num_levels = 2
+    in_feature = "p4"
+
+    def __init__(self, channels: int, norm: str = ""):
+        super().__init__()
+        self.p5 = Conv2d(
+            channels, channels, kernel_size=3, stride=2, padding=1, bias=not norm,
+            norm=get_norm(norm, channels),
+        )  # fmt: skip
+        weight_init.c2_xavier_fill(self.p5)
+        self.p6 = LastLevelMaxPool()
+
+    def forward(self, p4: Tensor) -> list[Tensor]:
+        """(N, C, H, W) at stride 16 to (N, C, ⌈H/2⌉, ⌈W/2⌉) and (N, C, ⌈H/4⌉, ⌈W/4⌉)."""
+        p5 = self.p5(p4)
+        return [p5, *self.p6(p5)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The FPN over a ResNet with dilated res5; p2 to p6 at strides 4, 8, 16, 32 and 64.
+
+    The ResNet is what MODEL.ATROUS.BOTTOM_UP builds; the rest is in MODEL.RESNETS and MODEL.FPN.
+
+    Raises:
+        ValueError: RES5_DILATION is not 2; FPN.IN_FEATURES do not end in res5, or have res4;
+            ATROUS.BOTTOM_UP is not registered.
+    """
+    dilation, in_features = cfg.MODEL.RESNETS.RES5_DILATION, list(cfg.MODEL.FPN.IN_FEATURES)
+    bottom_up = cfg.MODEL.ATROUS.BOTTOM_UP
+    if dilation != 2:
+        raise ValueError(
+            f"MODEL.RESNETS.RES5_DILATION is {dilation}, and {cfg.MODEL.BACKBONE.NAME} is for a "
+            "dilated res5; set it to 2, or MODEL.BACKBONE.NAME to build_resnet_fpn_backbone"
+        )
+    if in_features[-1:] != ["res5"] or "res4" in in_features:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is {in_features}, and a dilated res5 has res4's stride, 16, "
+            'and takes its place; set it, and MODEL.RESNETS.OUT_FEATURES, to ["res2", "res3", '
+            '"res5"]'
+        )
+    if bottom_up not in BACKBONE_REGISTRY:
+        raise ValueError(
+            f"MODEL.ATROUS.BOTTOM_UP is {bottom_up!r}, and no backbone has that name; use "
+            "build_resnet_backbone or build_se_resnet_backbone"
+        )
+    return FPN(
+        bottom_up=BACKBONE_REGISTRY.get(bottom_up)(cfg, input_shape),
+        in_features=in_features,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=AtrousTopBlock(cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
