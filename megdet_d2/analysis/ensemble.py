@@ -208,13 +208,16 @@ def to_table(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
+    # argparse would put the flags first, and overrides behind the sources would pass for sources.
+    parser.usage = "%(prog)s SOURCE [SOURCE ...] --output OUTPUT [FLAG ...]"
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="+", help=_SOURCE)
     add("--output", type=Path, required=True, help=f"folder for {RESULTS}, ensemble.md, models")
     add(
         "--fusion", choices=IOU_THRESHOLDS, default="wbf", help="default wbf, weighted boxes fusion"
     )
-    add("--iou-threshold", type=float, help=f"same object above it (default: {IOU_THRESHOLDS})")
+    defaults = ", ".join(f"{value} for {method}" for method, value in IOU_THRESHOLDS.items())
+    add("--iou-threshold", type=float, help=f"the same object above it (default: {defaults})")
     add("--weights", type=_numbers, metavar="1,1,2", help="one a source (default: all 1)")
     add("--skip-box-threshold", type=float, default=0.0, help="leave out lower scores (default 0)")
     add("--detections-per-image", type=int, default=100, help="that are kept (default 100)")
@@ -300,6 +303,8 @@ def _prepare(sources: Sequence[Source], args: argparse.Namespace) -> str:
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg"):
         raise ValueError(f"{dataset!r} is not a COCO data set, which COCO's AP needs")
+    if not Path(metadata.json_file).is_file():
+        DatasetCatalog.get(dataset)  # the embedded data set is made when it is first loaded
     return metadata.json_file
 
 

@@ -4,6 +4,8 @@ The detector looks at an image at every scale of ``TEST.AUG.MIN_SIZES``, and mir
 trained on mirrored images; all boxes go back to the image and through one NMS.
 """
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
@@ -12,6 +14,8 @@ from detectron2.modeling import (
     GeneralizedRCNNWithTTA,
 )
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedFlipMapperTTA(DatasetMapperTTA):
@@ -33,6 +37,10 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> GeneralizedRCNNWithTTA:
         model: a ``GeneralizedRCNN``, or one in ``DistributedDataParallel``; shared, not copied.
     """
     mapper = TrainedFlipMapperTTA(cfg)
+    logger.info(
+        f"Test-time augmentation: shorter side {tuple(mapper.min_sizes)}, "
+        f"{'mirrored too' if mapper.flip else 'not mirrored'}"
+    )
     # An image and its mirror image are of one size. With other scales in the batch it would be
     # padded to theirs, and what is found would depend on which other scales there are.
     wrapper = GeneralizedRCNNWithTTA(cfg, model, mapper, batch_size=2 if mapper.flip else 1)
