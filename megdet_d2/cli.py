@@ -7,10 +7,11 @@ megdet report output/demo
 import argparse
 import sys
 
-from megdet_d2.analysis import ablate, report, variance
+from megdet_d2.analysis import ablate, ensemble, report, variance
 
 COMMANDS = {
     "ablate": (ablate, "train every row of an ablation over seeds, and tabulate"),
+    "ensemble": (ensemble, "several detectors' boxes fused into one, and the AP of each and all"),
     "report": (report, "curves, tables and detections of one or more runs, as PNG and HTML"),
     "variance": (variance, "the gradient's variance against the mini-batch (Equations 2 to 4)"),
 }

@@ -99,12 +99,16 @@ class Run:
         rows = [row for row in self.train_rows if key in row]
         return np.array([row["iteration"] + 1 for row in rows]), np.array([r[key] for r in rows])
 
-    def evaluations(self, metric: str = "AP") -> tuple[np.ndarray, np.ndarray]:
+    def evaluations(
+        self, metric: str = "AP", augmented: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(n,) iterations and (n,) box AP, or another of COCO's, in percent, of the first test set.
 
-        With several test sets a metric's key begins with the set's name.
+        With several test sets a metric's key begins with the set's name. ``augmented`` are those
+        with test-time augmentation.
         """
-        names = ("bbox", *(f"{name}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
+        tta = "_TTA" * augmented
+        names = (f"bbox{tta}", *(f"{name}{tta}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
         pairs = [
             # The last evaluation is written after the last iteration, under the number behind it.
             (min(row["iteration"] + 1, self.cfg.SOLVER.MAX_ITER), row[f"{name}/{metric}"])
@@ -116,8 +120,11 @@ class Run:
         return np.array(iterations), np.array(values)
 
     def final(self, metric: str = "AP") -> float | None:
-        """The last evaluation's; None where training has not come to its end."""
-        iterations, values = self.evaluations(metric)
+        """The last evaluation's; None where training has not come to its end.
+
+        With test-time augmentation where the config has ``TEST.AUG.ENABLED``.
+        """
+        iterations, values = self.evaluations(metric, self.cfg.TEST.AUG.ENABLED)
         done = len(iterations) and iterations[-1] >= self.cfg.SOLVER.MAX_ITER
         return float(values[-1]) if done else None
 

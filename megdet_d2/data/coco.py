@@ -108,11 +108,32 @@ def _check_json(
 ) -> list[str]:
     """The categories' names, in the order of the ids."""
     where = f"DATASETS.COCO {name!r}"
-    start = f"; a relative path starts at the working directory, {os.getcwd()!r}"
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{where}: there is no annotation file {json_file!r}{start}")
     if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{where}: there is no image folder {image_root!r}{start}")
+        raise FileNotFoundError(f"{where}: there is no image folder {image_root!r}{_start()}")
+    coco = read_coco(where, json_file, evaluated, masks)
+    _check_images(
+        f"{where}, {json_file!r}", image_root, [image["file_name"] for image in coco["images"]]
+    )
+    return [name for _, name in sorted((c["id"], c["name"]) for c in coco["categories"])]
+
+
+def _start() -> str:
+    return f"; a relative path starts at the working directory, {os.getcwd()!r}"
+
+
+def read_coco(where: str, json_file: str, evaluated: bool = True, masks: bool = False) -> dict:
+    """The content of an annotation json, checked.
+
+    Args:
+        where: what the errors begin with.
+        evaluated: it has to have what pycocotools needs, too.
+        masks: and a segmentation of every object.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``check_datasets``; images are not looked for.
+    """
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(f"{where}: there is no annotation file {json_file!r}{_start()}")
     with open(json_file) as file:
         try:
             coco = json.load(file)
@@ -146,8 +167,7 @@ def _check_json(
             f"{where}: pycocotools takes the annotation id 0 for no match, and that object for "
             "missed; number annotations from 1 for the exact AP"
         )
-    _check_images(where, image_root, [image["file_name"] for image in coco["images"]])
-    return list(categories.values())
+    return coco
 
 
 def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]) -> None:

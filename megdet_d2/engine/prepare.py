@@ -12,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from megdet_d2.data import register_datasets
 from megdet_d2.memory import check_stages
+from megdet_d2.modeling.tta import check_tta
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.registry import group_ranks
 from megdet_d2.schedule.build import (
@@ -58,6 +59,7 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
             f"use one of {', '.join(ALGORITHMS)}"
         )
     check_stages(cfg.MODEL.SUBLINEAR.STAGES)
+    check_tta(cfg)
     if eval_only:
         register_datasets(cfg, ("TEST",))
         return ""

@@ -24,6 +24,7 @@ from megdet_d2.analysis.samples import SampleRecorder
 from megdet_d2.data.mapping import CheckedMapper
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
+from megdet_d2.modeling.tta import build_tta
 from megdet_d2.norm.batch_norm import set_accumulation_steps
 from megdet_d2.norm.padding import ignore_padding
 from megdet_d2.norm.registry import (
@@ -194,13 +195,29 @@ class Trainer(ResumingTrainer):
             return super().test(cfg, model, evaluators)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The evaluator of the data set's type, writing to OUTPUT_DIR/inference.
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """``test`` with the augmentation of ``TEST.AUG``: "bbox_TTA" in place of "bbox".
+
+        Its files are in OUTPUT_DIR/inference_TTA.
+        """
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # every scale is made from the file's pixels, at once
+        results = cls.test(cfg, build_tta(cfg, model), evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+    ) -> DatasetEvaluator:
+        """The evaluator of the data set's type, writing to ``output_dir`` or OUTPUT_DIR/inference.
 
         With several test sets each has a folder of its name there: they would overwrite each other.
         """
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             output_dir = os.path.join(output_dir, dataset_name)
         if kind in ("coco", "coco_panoptic_seg"):
@@ -214,12 +231,21 @@ class Trainer(ResumingTrainer):
             "Trainer.build_evaluator to evaluate it"
         )
 
+    def _test_with_tta(self) -> dict:
+        results = self.test_with_tta(self.cfg, self.model)
+        self._last_eval_results = {**self._last_eval_results, **results}
+        return results
+
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, and ours before the first that saves, evaluates or writes."""
         cfg = self.cfg
         # Detectron2's constructor has just made a checkpointer, and its hooks are about to take it.
         self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         ret = [hook for hook in super().build_hooks() if hook is not None]
+        if cfg.TEST.AUG.ENABLED:
+            # Once, after training: it takes many times as long. Before the writers close, too.
+            after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
+            ret.insert(after, hooks.EvalHook(0, self._test_with_tta))
         periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
         ours = [
             StopOutOfStep(),
