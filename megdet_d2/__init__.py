@@ -1,6 +1,7 @@
 """MegDet for Detectron2: large mini-batch detector training (Peng et al., CVPR 2018).
 
-Importing the package registers ``NORM: "CGBN"`` in Detectron2, and nothing else changes there.
+Importing the package registers ``NORM: "CGBN"`` and the techniques of the appendix in Detectron2's
+registries, and nothing else changes there.
 """
 
 try:
@@ -20,6 +21,7 @@ except ImportError as error:
 
 from ._version import __version__
 from .config import add_megdet_config
+from .modeling import challenge as _challenge  # noqa: F401
 from .norm import registry as _registry
 from .norm.batch_norm import CrossGPUBatchNorm
 from .norm.convert import convert_cgbn, revert_cgbn

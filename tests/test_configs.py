@@ -157,7 +157,9 @@ def test_builds_with_a_bn_size_that_exists(name):
         assert ranks_per_group(bn_size, batch // gpus, GPUS_PER_MACHINE) == GPUS_PER_MACHINE
     else:
         assert (layers > 0) == ("CGBN" in cfg.MODEL.RESNETS.NORM + cfg.MODEL.FPN.NORM)
-        assert bn_size == -1 or any(exists(bn_size, cfg.SOLVER.IMS_PER_BATCH, n) for n in (1, 2, 4))
+        assert bn_size == -1 or any(
+            exists(bn_size, cfg.SOLVER.IMS_PER_BATCH, n) for n in (1, 2, 4, 128)
+        )
 
 
 def exists(bn_size: int, batch: int, processes: int) -> bool:
