@@ -124,8 +124,8 @@ class OHEMROIHeads(StandardROIHeads):
         with evaluation(self.box_pooler, self.box_head, self.box_predictor):
             x = self.box_pooler(self._features, [image.proposal_boxes for image in proposals])
             losses = proposal_losses(self.box_predictor, self.box_head(x), proposals)
-        # Under autocast the weights' copies of this forward have no gradient, and would be used in
-        # the next.
+        # Under autocast older torch would use this forward's copies of the weights, which have no
+        # gradient, in the next.
         torch.clear_autocast_cache()
         return losses
 
