@@ -109,11 +109,10 @@ class OHEMROIHeads(StandardROIHeads):
         )
         hard = [image[indices] for image, indices in zip(labelled, kept, strict=True)]
         foreground = [(image.gt_classes != self.num_classes).sum().item() for image in hard]
+        background = [len(image) - number for image, number in zip(hard, foreground, strict=True)]
         storage = get_event_storage()
         storage.put_scalar("roi_head/num_fg_samples", np.mean(foreground))
-        storage.put_scalar(
-            "roi_head/num_bg_samples", np.mean([len(image) for image in hard]) - np.mean(foreground)
-        )
+        storage.put_scalar("roi_head/num_bg_samples", np.mean(background))
         return hard
 
     def _losses_of(self, proposals: list[Instances]) -> Tensor:

@@ -118,15 +118,17 @@ def test_only_the_hardest_go_forward_and_backward(scope):
     images, features, proposals, targets = inputs([40, 0, 30])
     with EventStorage() as storage:
         hard, losses = ours(images, features, proposals, targets)
-        logged = {name: value for name, (value, _) in storage.latest().items()}
+        logged = [storage.history(f"roi_head/num_{kind}_samples").values() for kind in ("fg", "bg")]
         with EventStorage():
             expected = stock._forward_box(features, hard)
     sizes = [len(image) for image in hard]
     assert sizes[1] == 0 and sum(sizes) == 32 + 16 * (scope == "batch")
-    counts = [sum(len(i.gt_classes[(i.gt_classes < CLASSES) == fg]) for i in hard) for fg in (1, 0)]
-    assert [logged[f"roi_head/num_{kind}_samples"] * 3 for kind in ("fg", "bg")] == pytest.approx(
-        counts
-    )
+    labels = torch.cat([image.gt_classes for image in hard])
+    counts = [(labels < CLASSES).sum().item(), (labels == CLASSES).sum().item()]
+    # Logged once, as a mean over images, and not of all proposals.
+    assert [[3 * value for value, _ in values] for values in logged] == [
+        [pytest.approx(count)] for count in counts
+    ]
 
     # The same losses and gradients, and running statistics of these proposals alone.
     assert losses == expected
