@@ -59,6 +59,39 @@ def add_megdet_config(cfg: CN) -> None:
     # Linear maps whose maximum a fully connected layer returns; from 2.
     cfg.MODEL.MAXOUT.PIECES = 2
 
+    # --- Appendix: online hard example mining. MODEL.ROI_HEADS.NAME "OHEMROIHeads", or for this and
+    # the next two together "ChallengeROIHeads" ---------------------------------------------------
+    # B, the proposals kept, is MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE; POSITIVE_FRACTION is not used.
+    cfg.MODEL.OHEM = CN()
+    # "image": the B hardest of each image, as in the paper. "batch": of a process's N images the
+    # B x N hardest, as in its authors' code.
+    cfg.MODEL.OHEM.SCOPE = "image"
+    # A proposal is dropped that overlaps a harder one by more than this IoU; 1.0 drops none.
+    cfg.MODEL.OHEM.NMS_THRESH = 0.7
+    # Let a proposal only drop those of its own label, as the authors' code does and the paper does
+    # not say.
+    cfg.MODEL.OHEM.NMS_PER_CLASS = False
+
+    # --- Appendix: context. MODEL.ROI_HEADS.NAME "ContextROIHeads" --------------------------------
+    cfg.MODEL.CONTEXT = CN()
+    # The box head sees the box, the box with width and height times each of these, and the image.
+    cfg.MODEL.CONTEXT.SCALES = (1.8,)
+    cfg.MODEL.CONTEXT.WHOLE_IMAGE = True
+
+    # --- Appendix: segmentation supervision. MODEL.ROI_HEADS.NAME "SegmentationROIHeads" ----------
+    cfg.MODEL.SEGMENTATION = CN()
+    # Feature map that the auxiliary head takes. A cell's label is that of its centre, so an object
+    # smaller than the stride may be on none.
+    cfg.MODEL.SEGMENTATION.IN_FEATURE = "p3"
+    # "boxes": an object is all of its box. "masks": real masks; needs MODEL.MASK_ON.
+    cfg.MODEL.SEGMENTATION.TARGETS = "boxes"
+    # 3x3 convolutions in front of the 1x1 classifier, their channels and their norm.
+    cfg.MODEL.SEGMENTATION.NUM_CONV = 2
+    cfg.MODEL.SEGMENTATION.CONV_DIM = 128
+    cfg.MODEL.SEGMENTATION.NORM = ""
+    # Multiplies loss_segmentation, the mean of the cross entropy over cells.
+    cfg.MODEL.SEGMENTATION.LOSS_WEIGHT = 0.2
+
     # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
     # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.

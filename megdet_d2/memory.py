@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
 )
 
 import megdet_d2.norm.functional  # noqa: F401  # its operators, torch.ops.megdet_d2
+from megdet_d2.modeling.context import ContextPooler
 
 RESNET_STAGES = ("res2", "res3", "res4", "res5")
 STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")
@@ -139,6 +140,9 @@ def _segments(model: nn.Module, stage: str) -> Iterator[tuple[nn.Module, str]]:
         box_head = getattr(heads, "box_head", None)
         found = [*(box_head if isinstance(box_head, nn.ModuleList) else [box_head])]
         found.append(getattr(heads, "res5", None))
+        found.append(getattr(heads, "segmentation_head", None))
+        pooler = getattr(heads, "box_pooler", None)
+        found.append(pooler if isinstance(pooler, ContextPooler) else None)
         # Their forward computes the loss too, and logs it.
         for head in (getattr(heads, "mask_head", None), getattr(heads, "keypoint_head", None)):
             if hasattr(head, "layers"):

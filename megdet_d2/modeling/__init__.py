@@ -1,3 +1,3 @@
 """What the paper's appendix adds; importing it registers each technique with Detectron2."""
 
-from . import atrous, large_kernel, maxout, senet  # noqa: F401
+from . import atrous, challenge, large_kernel, maxout, senet  # noqa: F401

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 # The parts of a Detectron2 model that see feature maps of whole images. Box and mask heads see
 # regions, which have no padding.
-_WHOLE_IMAGES = ("backbone", "proposal_generator", "head")
+_WHOLE_IMAGES = ("backbone.", "proposal_generator.", "head.", "roi_heads.segmentation_head.")
 
 
 class ValidRegion:
@@ -61,10 +61,9 @@ def ignore_padding(model: nn.Module) -> nn.Module:
         the model. Its layers in box and mask heads stay as they are.
     """
     region = ValidRegion()
-    for part in _WHOLE_IMAGES:
-        for layer in getattr(model, part, nn.Module()).modules():
-            if hasattr(layer, "valid_region"):
-                layer.valid_region = region
+    for name, layer in model.named_modules():
+        if f"{name}.".startswith(_WHOLE_IMAGES) and hasattr(layer, "valid_region"):
+            layer.valid_region = region
     model.register_forward_pre_hook(functools.partial(_note_sizes, region))
     model.backbone.register_forward_pre_hook(functools.partial(_note_padding, region))
     return model
