@@ -38,6 +38,9 @@ DETECTION, SEGMENTATION = "COCO-Detection", "COCO-InstanceSegmentation"
 # ResNet-50 has 53 convolutions with a norm, 11 of them in the frozen stem and res2; the FPN has two
 # a level, on four levels, and on three for RetinaNet.
 FASTER, RETINANET = 42 + 8, 42 + 6
+# The challenge's ResNet-101 has 104, 11 of them frozen; its FPN three levels and a p5 of its own;
+# then context's convolution and the segmentation head's two. The box head's are on top.
+CHALLENGE = 93 + 6 + 1 + 1 + 2
 # file: (batch, row above, factor on the learning rate, CGBN layers)
 COCO = {
     **{f"{DETECTION}/megdet_R50_FPN_b{b}_normal": (b, NORMAL[b], 1, FASTER) for b in NORMAL},
@@ -45,6 +48,10 @@ COCO = {
     f"{DETECTION}/faster_rcnn_R50_FPN_b16_frozen_normal": (16, NORMAL[16], 1, 0),
     f"{DETECTION}/retinanet_megdet_R50_FPN_b16_normal": (16, NORMAL[16], 0.5, RETINANET),
     f"{DETECTION}/retinanet_megdet_R50_FPN_b256_normal": (256, NORMAL[256], 0.5, RETINANET),
+    f"{DETECTION}/megdet_challenge_X101": (256, LONG[256], 1, CHALLENGE + 2),
+    f"{DETECTION}/megdet_challenge_SE_X101": (256, LONG[256], 1, CHALLENGE + 2),
+    f"{DETECTION}/megdet_challenge_X101_light": (256, LONG[256], 1, CHALLENGE + 1),
+    f"{DETECTION}/megdet_challenge_SE_R101": (256, LONG[256], 1, CHALLENGE + 4),
     f"{SEGMENTATION}/mask_rcnn_megdet_R50_FPN_b16_normal": (16, NORMAL[16], 1, FASTER),
     f"{SEGMENTATION}/mask_rcnn_megdet_R50_FPN_b256_normal": (256, NORMAL[256], 1, FASTER),
 }
@@ -118,7 +125,7 @@ def test_coco_schedule_is_the_papers(name):
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (warmup, start)
     assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 0.0001)
     # Once an epoch, and the last one at the end of training.
-    epochs = 18 if name.endswith("_long") else 11
+    epochs = 18 if cfg.MEGDET.POLICY == "long" else 11
     period = cfg.TEST.EVAL_PERIOD
     assert period == solver.CHECKPOINT_PERIOD
     assert (epochs - 1) * period < max_iter <= epochs * period
