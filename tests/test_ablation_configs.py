@@ -7,6 +7,7 @@ from detectron2.utils import comm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megdet_d2
+from megdet_d2.analysis.rows import read_rows
 from megdet_d2.norm import groups
 from megdet_d2.norm.registry import cgbn_layers, describe_norms
 
@@ -103,7 +104,9 @@ def fake_world():
 
 def test_every_row_is_here_and_no_other():
     found = (CONFIGS / "ablations").glob("*/*.yaml")
-    assert {f"{p.parent.name}/{p.stem}" for p in found} == set(ROWS) | set(OTHERS)
+    # The appendix's rows, of the reduced detector alone, are in test_challenge_rows.
+    rows = {f"{p.parent.name}/{p.stem}" for p in found if p.parent.name != "challenge"}
+    assert rows == set(ROWS) | set(OTHERS)
     assert (len(TABLE2), len(TABLE3)) == (5, 20)
 
 
@@ -150,6 +153,41 @@ def test_variation_is_what_its_name_says(name, fake_world):
     assert cfg.OUTPUT_DIR == f"output/{name}"
     assert (cfg.MODEL.CGBN.ALGORITHM == "two_pass") == name.endswith("two_pass")
     check_groups(cfg, gpus, bn_size, layers)
+
+
+# On the reduced detector: ResNet-18 has 20 convolutions with a norm, the thin ResNet-50, whose res2 is
+# as wide as the stem and needs no shortcut, 52, the FPN 8, and the box head one.
+R18, THIN_R50 = 20 + 8 + 1, 52 + 8 + 1
+CHALLENGE = {
+    "01_baseline": R18,
+    "02_ohem": R18,
+    "03_context": R18 + 1,
+    "04_segmentation": R18 + 1,
+    "05_se_resnet18": R18,
+    "06_large_kernel_rpn": R18,
+    "07_large_kernel_box": R18,
+    "08_noc": R18 + 2,
+    "09_maxout": R18,
+    "10_multi_scale": R18,
+    "11_tta": R18,
+    "12_thin_baseline": THIN_R50,
+    "13_thin_atrous": THIN_R50 - 2 + 1,
+    "14_thin_dc5": THIN_R50 - 8,
+    "15_thin_resnext": THIN_R50,
+    "16_thin_se_resnext": THIN_R50,
+}
+
+
+def test_challenge_rows():
+    """Each row is the reduced detector with one technique, and the norm is where it should be."""
+    rows = {row.name: row for row in read_rows(CONFIGS / "ablations" / "challenge")}
+    assert list(rows) == list(CHALLENGE)
+    solvers = {str(row.cfg.SOLVER) for row in rows.values()}
+    assert len(solvers) == 1 and len({str(row.cfg) for row in rows.values()}) == len(rows)
+    for name, layers in CHALLENGE.items():
+        row = rows[name]
+        assert (row.batch_size, row.bn_size, row.processes) == (8, 8, 2)
+        assert len(cgbn_layers(build(row.cfg))) == layers, name
 
 
 def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
