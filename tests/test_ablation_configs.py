@@ -155,8 +155,8 @@ def test_variation_is_what_its_name_says(name, fake_world):
     check_groups(cfg, gpus, bn_size, layers)
 
 
-# On the reduced detector: ResNet-18 has 20 convolutions with a norm, the thin ResNet-50, whose res2 is
-# as wide as the stem and needs no shortcut, 52, the FPN 8, and the box head one.
+# On the reduced detector: ResNet-18 has 20 convolutions with a norm; the thin ResNet-50, whose res2
+# is as wide as the stem and needs no shortcut, 52; the FPN 8, and the box head one.
 R18, THIN_R50 = 20 + 8 + 1, 52 + 8 + 1
 CHALLENGE = {
     "01_baseline": R18,
