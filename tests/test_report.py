@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -27,6 +29,8 @@ from megdet_d2.analysis.page import write_page
 from megdet_d2.analysis.runs import Run, images_per_epoch
 from megdet_d2.analysis.samples import COLUMNS
 from megdet_d2.cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 TRAIN_ROW = '{"iteration": %d, "loss_cls": 0.5, "loss_rpn_cls": NaN, "lr": 0.1, "total_loss": %s}\n'
 EVAL_ROW = '{"bbox/AP": %s, "bbox/AP-0": 1, "bbox/AP50": 40, "bbox/APm": NaN, "iteration": %d}\n'
@@ -335,6 +339,28 @@ def test_the_page_holds_everything_itself(run, monkeypatch):
     assert not re.findall(r"https?://|<script|<link|@import|url\(", page)
     assert 'name="viewport"' in page and "max-width: 100%" in page
     assert "<td>20.5</td><td>40.0</td>" in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+@pytest.mark.parametrize("width", [500, 1440])
+def test_a_browser_shows_the_page(run, tmp_path, monkeypatch, width):
+    """On a phone (500 px is the narrowest that a headless Chromium goes) and on a wide screen."""
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "1"])
+    report.main()
+    probe = (
+        "<script>document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
+        " performance.getEntriesByType('resource').length,"
+        " [...document.images].filter(i => i.naturalWidth > 0).length])</script>"
+    )
+    page = tmp_path / "probed.html"
+    page.write_text((run / "report.html").read_text() + probe)
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=100)
+    title = re.search(r"<title>(.*?)</title>", dom.stdout, re.DOTALL)[1]
+    inner, scroll, fetched, pictures = json.loads(title)
+    assert inner == width and scroll <= inner  # nothing sticks out
+    assert fetched == 0 and pictures == 4
 
 
 def test_several_runs_are_one_page_and_what_is_missing_is_said_last(run, tmp_path, capsys):
