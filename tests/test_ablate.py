@@ -283,7 +283,7 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     assert len(log.read_text().splitlines()) == len(trained) + len(more) + 1
 
 
-def test_several_trainings_at_a_time(tmp_path):
+def test_several_trainings_at_a_time(tmp_path, monkeypatch):
     """Two that wait for each other: one after another, neither would come to its end."""
     script = tmp_path / "train.py"
     script.write_text(
@@ -296,16 +296,19 @@ def test_several_trainings_at_a_time(tmp_path):
         "end = time.monotonic() + 60\n"
         "while len(os.listdir(meet)) < 2 and time.monotonic() < end:\n"
         "    time.sleep(0.05)\n"
-        "sys.exit('met' if len(os.listdir(meet)) == 2 else 'alone')\n"
+        "met = 'met' if len(os.listdir(meet)) == 2 else 'alone'\n"
+        "sys.exit(f'{met}, {os.environ[\"OMP_NUM_THREADS\"]} threads')\n"
     )
     output = tmp_path / "out"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = max(1, os.cpu_count() // 2)
     command = ["ablate", "configs/ablations/table2", "--script", str(script), "--reduced"]
     command += ["--output", str(output), "--rows", "1_*,5_*", "--cores", "2", "--jobs", "2"]
     main(command)
     runs = read_csv(output / "runs.csv")
     assert [(r["row"], r["reason"]) for r in runs] == [
-        ("1_b16_frozen", "met"),
-        ("5_b128_frozen_half_lr", "met"),
+        ("1_b16_frozen", f"met, {threads} threads"),
+        ("5_b128_frozen_half_lr", f"met, {threads} threads"),
     ]
     assert [r["processes"] for r in read_csv(output / "results.csv")] == ["1", "1"]
 
@@ -314,14 +317,21 @@ def test_several_trainings_at_a_time(tmp_path):
     ("words", "match"),
     [
         (["--rows", "9_*"], "--rows 9_.* fits none of 1_b16_frozen, "),
-        (["--jobs", "2"], "--jobs is 2; .* for --reduced"),
+        (["--jobs", "2", "--cores", "4"], "--jobs is 2, and row 1_.* 8 processes, .*GPUS 2"),
         (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),
         (["--jobs", "0", "--reduced"], "--jobs is 0"),
     ],
 )
-def test_flags_that_cannot_be(words, match):
+def test_flags_that_cannot_be(words, match, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match=match):
         main(["ablate", "configs/ablations/table2", *words])
+
+
+def test_trainings_at_a_time_are_not_for_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit, match="--jobs is 2; .* for CPUs"):
+        main(["ablate", "configs/ablations/table2", "--jobs", "2", "MEGDET.ABLATION.GPUS", "1"])
 
 
 def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):

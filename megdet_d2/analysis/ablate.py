@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from megdet_d2.engine.preempt import REQUEUE
@@ -77,9 +78,10 @@ class Training:
 
     Args:
         on_cpu: hide the GPUs.
+        jobs: trainings that share the machine.
     """
 
-    def __init__(self, row: Row, seed: int, folder: Path, script: str, on_cpu: bool):
+    def __init__(self, row: Row, seed: int, folder: Path, script: str, on_cpu: bool, jobs: int = 1):
         self.row, self.seed, self.folder = row, seed, folder
         folder.mkdir(parents=True, exist_ok=True)
         command = [
@@ -87,7 +89,12 @@ class Training:
             "--num-gpus", str(row.processes), "--dist-url", "auto",
             *train_arguments(row, seed, folder),
         ]  # fmt: skip
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if on_cpu else None
+        env = dict(os.environ)
+        if on_cpu:
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        if jobs > 1:  # else each takes all cores for itself, and they crawl
+            threads = max(1, (os.cpu_count() or 1) // (jobs * row.processes))
+            env.setdefault("OMP_NUM_THREADS", str(threads))
         with open(folder / CONSOLE, "ab") as console:
             self._begin = console.tell()  # it may hold what an earlier one printed
             self._process = subprocess.Popen(
@@ -168,7 +175,7 @@ def run_all(
         try:
             while pending or running:
                 while pending and len(running) < jobs:
-                    running.append(Training(*pending.pop(0), script, on_cpu))
+                    running.append(Training(*pending.pop(0), script, on_cpu, jobs))
                     bar.set_description(_under_way(running, number - len(pending), number))
                 time.sleep(POLL_SECONDS)
                 for training in [t for t in running if t.ended()]:
@@ -217,8 +224,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="default: output/ablations/SOURCE's name")
     add("--reduced", action="store_true", help="the rows' ratios on the demo's model, on CPU")
     cores = os.cpu_count() or 1
-    add("--cores", type=int, default=cores, help=f"for --reduced (default {cores})")
-    add("--jobs", type=int, default=1, help="for --reduced: trainings at a time, sharing the cores")
+    add("--cores", type=int, default=cores, help=f"for --reduced, --jobs (default {cores})")
+    add("--jobs", type=int, default=1, help="on CPU: trainings at a time, sharing the cores")
     add("--rows", metavar="PATTERN", help='only the rows that fit: "0[6-9]*,1*"')
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
@@ -241,12 +248,16 @@ def _integers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
-    if not 1 <= args.jobs <= (args.cores if args.reduced else 1):
+    on_cpu = args.reduced or not torch.cuda.is_available()
+    if not 1 <= args.jobs <= (args.cores if on_cpu else 1):
         raise ValueError(
-            f"--jobs is {args.jobs}; trainings at a time are for --reduced, one a core at the most"
+            f"--jobs is {args.jobs}; trainings at a time are for CPUs, one a core at the most: "
+            f"--cores is {args.cores}"
         )
     rows = read_rows(args.source, args.opts, args.cores // args.jobs if args.reduced else 0)
     rows = _choose(rows, args.rows)
+    if args.jobs > 1:
+        _check_cores(rows, args.jobs, args.cores)
     stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
     output = args.output or Path("output/ablations") / stem
     if args.print or args.submit:
@@ -273,6 +284,15 @@ def run(args: argparse.Namespace) -> None:
         )
     print(collate(rows, results, output, _title(rows)))
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+
+
+def _check_cores(rows: list[Row], jobs: int, cores: int) -> None:
+    for row in rows:
+        if jobs * row.processes > cores:
+            raise ValueError(
+                f"--jobs is {jobs}, and row {row.name} has {row.processes} processes, so that "
+                f"{cores} cores are too few: lower it, or add MEGDET.ABLATION.GPUS {cores // jobs}"
+            )
 
 
 def _choose(rows: list[Row], patterns: str | None) -> list[Row]:
