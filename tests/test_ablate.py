@@ -313,9 +313,30 @@ def test_several_trainings_at_a_time(tmp_path, monkeypatch):
     assert [r["processes"] for r in read_csv(output / "results.csv")] == ["1", "1"]
 
 
+def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
+    """Seeds differ by 10 AP, the rows of a seed by 1 and 2: the gain is 1.5, and hardly varies."""
+    aps = {"linear": (30.0, 40.0, 50.0), "half": (31.0, 42.0, None)}
+    results = [
+        Result(row, seed, "done" if ap else "failed", ap=ap)
+        for row, values in aps.items()
+        for seed, ap in enumerate(values)
+    ]
+    linear, half, none = summarize(read_rows(listed), results, baseline="linear")
+    assert (half["gain"], half["gain_std"]) == (1.5, pytest.approx(math.sqrt(0.5)))
+    assert (linear["gain"], linear["gain_std"], none["gain"]) == (0, 0, None)
+
+    script, _ = write_script(listed, tmp_path)
+    command = ["ablate", str(listed), "--script", script, "--output", str(tmp_path / "out")]
+    main([*command, "--seeds", "1,2", "--baseline", "none"])
+    linear, half, none = read_csv(tmp_path / "out/results.csv")
+    assert (linear["gain"], half["gain"], none["gain"]) == ("0.0", "", "0.0")
+    assert "gain on none" in (out := capsys.readouterr().out) and "+0.0 ± 0.0" in out
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        (["--baseline", "9_b"], "--baseline is 9_b, and the rows are 1_b16_frozen, "),
         (["--rows", "9_*"], "--rows 9_.* fits none of 1_b16_frozen, "),
         (["--jobs", "2", "--cores", "4"], "--jobs is 2, and row 1_.* 8 processes, .*GPUS 2"),
         (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),

@@ -152,11 +152,13 @@ def run_all(
     on_cpu: bool,
     retry: bool,
     jobs: int = 1,
+    baseline: str | None = None,
 ) -> list[Result]:
     """Trains what is not complete, the first seed of every row first; the table after each.
 
     Args:
         jobs: trainings at a time.
+        baseline: the row that the table compares with.
     """
     pending, results = [], {}
     for seed, row in itertools.product(seeds, rows):
@@ -190,7 +192,7 @@ def run_all(
                         bar.write(
                             f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr
                         )
-                    collate(rows, list(results.values()), output, _title(rows))
+                    collate(rows, list(results.values()), output, _title(rows), baseline)
                 bar.update(images + sum(t.images_done() for t in running) - bar.n)
         finally:  # we are being stopped: the trainings are not to go on alone
             for training in running:
@@ -227,6 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cores", type=int, default=cores, help=f"for --reduced, --jobs (default {cores})")
     add("--jobs", type=int, default=1, help="on CPU: trainings at a time, sharing the cores")
     add("--rows", metavar="PATTERN", help='only the rows that fit: "0[6-9]*,1*"')
+    add("--baseline", metavar="ROW", help="give each row's gain in AP on this one, seed by seed")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
     how.add_argument(
@@ -256,6 +259,10 @@ def run(args: argparse.Namespace) -> None:
         )
     rows = read_rows(args.source, args.opts, args.cores // args.jobs if args.reduced else 0)
     rows = _choose(rows, args.rows)
+    if args.baseline is not None and args.baseline not in [row.name for row in rows]:
+        raise ValueError(
+            f"--baseline is {args.baseline}, and the rows are {', '.join(r.name for r in rows)}"
+        )
     if args.jobs > 1:
         _check_cores(rows, args.jobs, args.cores)
     stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
@@ -280,9 +287,16 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         results = run_all(
-            rows, args.seeds, output, args.script, args.reduced, args.retry, args.jobs
+            rows,
+            args.seeds,
+            output,
+            args.script,
+            on_cpu=args.reduced,
+            retry=args.retry,
+            jobs=args.jobs,
+            baseline=args.baseline,
         )
-    print(collate(rows, results, output, _title(rows)))
+    print(collate(rows, results, output, _title(rows), args.baseline))
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
 
 

@@ -61,8 +61,13 @@ def read_result(row: Row, seed: int, folder: Path) -> Result:
     return Result(row.name, seed, "unfinished", "not at its end")
 
 
-def summarize(rows: list[Row], results: list[Result]) -> list[dict]:
-    """A dict a row: mean and sample deviation over the seeds that came to an end, and failures."""
+def summarize(rows: list[Row], results: list[Result], baseline: str | None = None) -> list[dict]:
+    """A dict a row: mean and sample deviation over the seeds that came to an end, and failures.
+
+    ``gain`` is AP less that of the row ``baseline``, seed by seed: trainings of one seed draw the
+    same images, so that this deviates less than the difference of two means.
+    """
+    reference = {r.seed: r.ap for r in results if r.row == baseline and r.status == "done"}
     summary = []
     for row in rows:
         own = [result for result in results if result.row == row.name]
@@ -79,8 +84,12 @@ def summarize(rows: list[Row], results: list[Result]) -> list[dict]:
             "failed": failed,
             "failure_rate": failed / (len(done) + failed) if own and done or failed else None,
         }
-        for measure in MEASURES:
-            values = [v for v in (getattr(result, measure) for result in done) if v is not None]
+        measured = {measure: [getattr(result, measure) for result in done] for measure in MEASURES}
+        if baseline is not None:
+            pairs = [(result.ap, reference.get(result.seed)) for result in done]
+            measured["gain"] = [ap - other for ap, other in pairs if other is not None]
+        for measure, values in measured.items():
+            values = [value for value in values if value is not None]
             line[measure] = statistics.fmean(values) if values else None
             line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
         line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
@@ -88,11 +97,20 @@ def summarize(rows: list[Row], results: list[Result]) -> list[dict]:
     return summary
 
 
-def collate(rows: list[Row], results: list[Result], output: Path, title: str) -> str:
-    """Writes results.md, results.csv, results.png and runs.csv to ``output``; returns the table."""
+def collate(
+    rows: list[Row],
+    results: list[Result],
+    output: Path,
+    title: str,
+    baseline: str | None = None,
+) -> str:
+    """Writes results.md, results.csv, results.png and runs.csv to ``output``; returns the table.
+
+    ``baseline`` is the row that each is compared with, if any.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows, results)
-    table = to_markdown(summary, results)
+    summary = summarize(rows, results, baseline)
+    table = to_markdown(summary, results, baseline)
     head = (
         f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds; hours "
         "are of training, without evaluations. The paper's figures are of COCO on its GPUs.\n\n"
@@ -104,7 +122,7 @@ def collate(rows: list[Row], results: list[Result], output: Path, title: str) ->
     return table
 
 
-def to_markdown(summary: list[dict], results: list[Result]) -> str:
+def to_markdown(summary: list[dict], results: list[Result], baseline: str | None = None) -> str:
     """The table as a reader wants it, and below it why trainings failed."""
     lines = [
         {
@@ -114,6 +132,7 @@ def to_markdown(summary: list[dict], results: list[Result]) -> str:
             "processes": line["processes"],
             "LR": f"{line['lr']:.6g}",
             "AP": _cell(line, "ap", 1),
+            **({f"gain on {baseline}": _cell(line, "gain", 1, "+")} if baseline else {}),
             "AP50": _cell(line, "ap50", 1),
             "AP75": _cell(line, "ap75", 1),
             "hours": _cell(line, "hours", 2),
@@ -156,11 +175,12 @@ def plot(summary: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def _cell(line: dict, measure: str, digits: int) -> str:
+def _cell(line: dict, measure: str, digits: int, sign: str = "-") -> str:
     mean, deviation = line[measure], line[f"{measure}_std"]
     if mean is None:
         return "failed" if line["failed"] and measure == "ap" else ""
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}{spread}"
 
 
 def _write_csv(path: Path, columns: list[str], lines) -> None:
