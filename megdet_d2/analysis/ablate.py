@@ -117,10 +117,13 @@ class Training:
         return code is not None
 
     def stop(self) -> None:
-        """Ends it and its processes; it is to be resumed."""
+        """Tells it and its processes to save and end; it is to be resumed."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.wait()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._process.wait()
 
     def _printed(self) -> str:
         with open(self.folder / CONSOLE, "rb") as console:
@@ -197,6 +200,8 @@ def run_all(
         finally:  # we are being stopped: the trainings are not to go on alone
             for training in running:
                 training.stop()
+            for training in running:
+                training.wait()
     return list(results.values())
 
 
