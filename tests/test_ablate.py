@@ -166,6 +166,23 @@ def test_a_size_that_cannot_be_halved_is_refused(tmp_path):
         read_rows(tmp_path, cores=2)
 
 
+@pytest.mark.parametrize(
+    ("folder", "match"),
+    [
+        ("challenge", "row 01_baseline of .*embedded data set as it is; run it without --reduced"),
+        ("ohem", "row ohem of .*MODEL.ROI_HEADS.NAME is OHEMROIHeads, and --reduced has Standard"),
+    ],
+)
+def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path):
+    source = ROOT / "configs/ablations" / folder
+    if folder == "ohem":
+        source = tmp_path
+        base = ROOT / "configs/challenge/ohem.yaml"
+        (source / "ohem.yaml").write_text(f'_BASE_: "{base}"\n')
+    with pytest.raises(ValueError, match=match):
+        read_rows(source, cores=2)
+
+
 def test_launch_lines_are_torchruns(listed, capsys):
     main(["ablate", str(listed), "--print", "--seeds", "1,2", "--output", "out", "SEED", "7"])
     lines = capsys.readouterr().out.splitlines()

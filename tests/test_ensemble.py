@@ -76,6 +76,16 @@ def test_weighted_boxes_are_the_means_by_score():
     assert_same(fuse([a, b], SIZES, weights=(2, 1)), expected)
 
 
+def test_two_boxes_of_one_model_are_of_one_model():
+    """Their score is a mean, times the share of the models, by weight, that saw the object."""
+    twice = [result([10, 20, 100, 40], 0.9), result([14, 20, 100, 40], 0.8)]
+    (lone,) = fuse([twice, []], SIZES)
+    assert lone["score"] == pytest.approx(0.85 / 2)
+    third = [result([10, 20, 100, 40], 0.7)]
+    (both,) = fuse([twice, third], SIZES, weights=(4, 1))
+    assert both["score"] == pytest.approx((4 * 0.9 + 4 * 0.8 + 0.7) / 9)
+
+
 def plain_soft_nms(results, threshold):
     """Bodla et al., Figure 2 with Equation 2."""
     left = [dict(r) for r in results]

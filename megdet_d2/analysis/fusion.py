@@ -104,7 +104,10 @@ def _fuse_image(boxes, scores, labels, weights, method: str, iou_threshold: floa
     if not any(map(len, boxes)):
         return np.zeros((0, 4)), np.zeros(0), np.zeros(0)
     if method == "wbf":
-        return package.weighted_boxes_fusion(boxes, scores, labels, weights, iou_threshold)
+        # The package's default counts boxes for models: two of one model would be worth two.
+        return package.weighted_boxes_fusion(
+            boxes, scores, labels, weights, iou_threshold, conf_type="box_and_model_avg"
+        )
     # The package would divide by the weights' sum: the scores of four equal models by four.
     scores = [s * w / weights.max() for s, w in zip(scores, weights, strict=True)]
     return _suppress(*map(np.concatenate, (boxes, scores, labels)), method, iou_threshold)

@@ -36,6 +36,15 @@ CARRIED = (
     ),
 )
 
+# What a reduced row has of the base, so that no row can be about it.
+ARCHITECTURE = (
+    "MODEL.META_ARCHITECTURE",
+    "MODEL.BACKBONE.NAME",
+    "MODEL.RPN.HEAD_NAME",
+    "MODEL.ROI_HEADS.NAME",
+    "MODEL.ROI_BOX_HEAD.NAME",
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -115,8 +124,11 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
     Groups that the cores have no room for come one after another, as micro-batches of an update.
 
     Raises:
-        ValueError: a mini-batch or BN size that cannot be divided.
+        ValueError: a mini-batch or BN size that cannot be divided; a row of another architecture,
+            or reduced as it is.
     """
+    base = _merge(REDUCED_BASE, overrides)
+    _check_carried(row.cfg, base)
     bn_size = row.bn_size or row.batch_size  # without CGBN there is nothing to keep whole
     for key, value in (("SOLVER.IMS_PER_BATCH", row.batch_size), ("MODEL.CGBN.BN_SIZE", bn_size)):
         if value % IMAGE_DIVISOR:
@@ -126,7 +138,7 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
     at_once = _largest_divisor(groups, cores)
     per_group = _largest_divisor(bn_size, min(row.processes // groups, cores // at_once))
 
-    epoch = -(-_merge(REDUCED_BASE, overrides).MEGDET.EPOCH_IMAGES // batch_size)
+    epoch = -(-base.MEGDET.EPOCH_IMAGES // batch_size)
     carried = {key: _get(row.cfg, key) for key in CARRIED}
     sizes = {
         "SOLVER.IMS_PER_BATCH": batch_size,
@@ -139,6 +151,18 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
         "MEGDET.ABLATION.PAPER_HOURS": row.paper_hours,
     }
     return _load(row.name, REDUCED_BASE, (*_to_opts(carried | sizes), *overrides))
+
+
+def _check_carried(cfg: CfgNode, base: CfgNode) -> None:
+    """Refuses rows that would all become the base, whatever they are about."""
+    if cfg.DATASETS.TRAIN == _merge(REDUCED_BASE, ()).DATASETS.TRAIN:
+        raise ValueError("it is of the embedded data set as it is; run it without --reduced")
+    for key in ARCHITECTURE:
+        if _get(cfg, key) != _get(base, key):
+            raise ValueError(
+                f"{key} is {_get(cfg, key)}, and --reduced has {_get(base, key)} for all rows; "
+                f"make a row of {REDUCED_BASE} with it, and run that without --reduced"
+            )
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -58,7 +58,7 @@ def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 
     Raises:
         ValueError: RES5_DILATION is not 2; FPN.IN_FEATURES do not end in res5, or have res4;
-            ATROUS.BOTTOM_UP is not registered.
+            ATROUS.BOTTOM_UP is not registered, or has other outputs.
     """
     dilation, in_features = cfg.MODEL.RESNETS.RES5_DILATION, list(cfg.MODEL.FPN.IN_FEATURES)
     bottom_up = cfg.MODEL.ATROUS.BOTTOM_UP
@@ -78,8 +78,16 @@ def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
             f"MODEL.ATROUS.BOTTOM_UP is {bottom_up!r}, and no backbone has that name; use "
             "build_resnet_backbone or build_se_resnet_backbone"
         )
+    resnet = BACKBONE_REGISTRY.get(bottom_up)(cfg, input_shape)
+    outputs = resnet.output_shape()
+    if not set(in_features) <= set(outputs):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is {in_features}, and {bottom_up} (MODEL.ATROUS.BOTTOM_UP) has "
+            f"the outputs {', '.join(outputs)}; name a ResNet without FPN, and MODEL.RESNETS."
+            "OUT_FEATURES like IN_FEATURES"
+        )
     return FPN(
-        bottom_up=BACKBONE_REGISTRY.get(bottom_up)(cfg, input_shape),
+        bottom_up=resnet,
         in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,

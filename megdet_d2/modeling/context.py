@@ -40,7 +40,16 @@ class ContextROIHeads(StandardROIHeads):
         return ret
 
     def forward(self, images, features, proposals, targets=None):
-        """See ``ROIHeads.forward``."""
+        """See ``ROIHeads.forward``.
+
+        Raises:
+            TypeError: built without a config, and with a box pooler that has no context.
+        """
+        if not isinstance(self.box_pooler, ContextPooler):
+            raise TypeError(
+                f"ContextROIHeads has a {type(self.box_pooler).__name__} as box_pooler, so there "
+                "is no context; give ContextPooler(pooler, channels)"
+            )
         self.box_pooler.image_sizes = images.image_sizes
         return super().forward(images, features, proposals, targets)
 

@@ -12,6 +12,7 @@ There is no share of foreground to keep: where a class is neglected its losses g
 
 import contextlib
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -96,8 +97,10 @@ class OHEMROIHeads(StandardROIHeads):
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
         """The hardest proposals, each image's hardest first; see ``ROIHeads``."""
+        # Masks and the like wait until the hardest are known: a copy for every proposal is large.
+        known = [boxes_of(image) for image in targets]
         with EventStorage():  # what stock logs of all proposals is not what is trained on
-            labelled = super().label_and_sample_proposals(proposals, targets)
+            labelled = super().label_and_sample_proposals(proposals, known)
         losses = self._losses_of(labelled)
         kept = hardest(
             losses,
@@ -108,6 +111,8 @@ class OHEMROIHeads(StandardROIHeads):
             self.ohem_nms_per_class,
         )
         hard = [image[indices] for image, indices in zip(labelled, kept, strict=True)]
+        for image, objects in zip(hard, targets, strict=True):
+            add_fields(image, objects)
         foreground = [(image.gt_classes != self.num_classes).sum().item() for image in hard]
         background = [len(image) - number for image, number in zip(hard, foreground, strict=True)]
         storage = get_event_storage()
@@ -197,17 +202,43 @@ def hardest(
     return by_image if scope == "batch" else [indices[:number] for indices in by_image]
 
 
+def boxes_of(objects: Instances) -> Instances:
+    """Their gt_boxes and gt_classes, and as gt_object the index of each."""
+    index = torch.arange(len(objects), device=objects.gt_classes.device)
+    return Instances(
+        objects.image_size,
+        gt_boxes=objects.gt_boxes,
+        gt_classes=objects.gt_classes,
+        gt_object=index,
+    )
+
+
+def add_fields(proposals: Instances, objects: Instances) -> None:
+    """What else is known of the object that each proposal was matched with, in place."""
+    if proposals.has("gt_object"):  # not where there are no objects
+        matched = proposals.gt_object
+        proposals.remove("gt_object")
+        for name, value in objects.get_fields().items():
+            if name.startswith("gt_") and not proposals.has(name):
+                proposals.set(name, value[matched])
+
+
 @contextlib.contextmanager
 def evaluation(*modules: nn.Module) -> Iterator[None]:
-    """Within it all layers of ``modules`` are in evaluation; then each is as it was."""
-    before = [(layer, layer.training) for module in modules for layer in module.modules()]
-    for layer, _ in before:
-        layer.training = False
+    """Within it all layers of ``modules`` are in evaluation; then each is as it was.
+
+    Nor are their forward pre-hooks called: TEST.PRECISE_BN has one at every batch norm, for which
+    a second call in an iteration is an error.
+    """
+    layers = [layer for module in modules for layer in module.modules()]
+    before = [(layer, layer.training, layer._forward_pre_hooks) for layer in layers]
+    for layer in layers:
+        layer.training, layer._forward_pre_hooks = False, OrderedDict()
     try:
         yield
     finally:
-        for layer, training in before:
-            layer.training = training
+        for layer, training, hooks in before:
+            layer.training, layer._forward_pre_hooks = training, hooks
 
 
 def _check_losses(predictor: nn.Module) -> None:

@@ -56,7 +56,9 @@ def check_tta(cfg: CfgNode) -> None:
     if not cfg.TEST.AUG.ENABLED:
         return
     name, sizes = cfg.MODEL.META_ARCHITECTURE, cfg.TEST.AUG.MIN_SIZES
-    if not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+    # PanopticFPN is one too, but its inference takes other arguments.
+    inference = getattr(META_ARCH_REGISTRY.get(name), "inference", None)
+    if inference is not GeneralizedRCNN.inference:
         raise ValueError(
             f"TEST.AUG.ENABLED is True and MODEL.META_ARCHITECTURE {name!r}, but Detectron2 has "
             "test-time augmentation for GeneralizedRCNN alone; set TEST.AUG.ENABLED False"

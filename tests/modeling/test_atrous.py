@@ -56,6 +56,10 @@ def build_backbone_of(name, cfg):
         ),
         (["MODEL.FPN.IN_FEATURES", ["res2", "res3"]], "MODEL.FPN.IN_FEATURES is"),
         (["MODEL.ATROUS.BOTTOM_UP", "resnet"], "MODEL.ATROUS.BOTTOM_UP is 'resnet'.*use build_"),
+        (
+            ["MODEL.RESNETS.OUT_FEATURES", ["res2", "res5"]],
+            "build_resnet_backbone .MODEL.ATROUS.BOTTOM_UP. has the outputs res2, res5; ",
+        ),
     ],
 )
 def test_a_config_without_a_dilated_res5_on_top_is_refused(overrides, message):

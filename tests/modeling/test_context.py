@@ -8,9 +8,9 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
-from megdet_d2.modeling.context import ContextPooler, enlarge
+from megdet_d2.modeling.context import ContextPooler, ContextROIHeads, enlarge
 
-from ..test_memory import config
+from ..test_memory import build, config, images
 
 
 def pooler(**kwargs):
@@ -59,6 +59,24 @@ def test_no_boxes_still_reach_the_features():
     assert out.shape == (0, 5, 4, 4)
     out.sum().backward()
     assert x.grad is not None and context.join.weight.grad is not None
+
+
+def test_the_image_is_without_its_padding():
+    model = build(config("MODEL.ROI_HEADS.NAME", "ContextROIHeads")).eval()
+    small, large = images(0, 32, 48, 1)[0], images(1, 64, 64, 1)[0]
+    with torch.no_grad():
+        together = model([small, large])[0]["instances"]
+    assert model.roi_heads.box_pooler.image_sizes == [(32, 48), (64, 64)]
+    assert len(together)
+
+
+def test_no_context_pooler_is_an_error():
+    """As with a LazyConfig that names the class alone."""
+    model = build(config("MODEL.ROI_HEADS.NAME", "ContextROIHeads"))
+    assert isinstance(model.roi_heads, ContextROIHeads)
+    model.roi_heads.box_pooler = model.roi_heads.box_pooler.pooler
+    with pytest.raises(TypeError, match="a ROIPooler as box_pooler.*give ContextPooler"):
+        model.eval()(images(0))
 
 
 def test_errors_name_the_key():

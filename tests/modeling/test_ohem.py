@@ -8,12 +8,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_roi_heads
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import update_bn_stats
 
 from megdet_d2.modeling.ohem import hardest, proposal_losses
 
-from ..test_memory import config
+from ..test_memory import build, config, images, with_norm
 
 CLASSES = 3
 
@@ -110,9 +111,13 @@ def inputs(sizes):
     return images, features, proposals, targets
 
 
-@pytest.mark.parametrize("scope", ["image", "batch"])
-def test_only_the_hardest_go_forward_and_backward(scope):
-    ours = heads("OHEMROIHeads", "MODEL.OHEM.SCOPE", scope)
+@pytest.mark.parametrize(
+    ("scope", "thresh", "per_class"),
+    [("image", 0.7, False), ("batch", 0.7, False), ("image", 0.2, False), ("image", 0.2, True)],
+)
+def test_only_the_hardest_go_forward_and_backward(scope, thresh, per_class):
+    nms = ["MODEL.OHEM.NMS_THRESH", thresh, "MODEL.OHEM.NMS_PER_CLASS", per_class]
+    ours = heads("OHEMROIHeads", "MODEL.OHEM.SCOPE", scope, *nms)
     stock = heads("StandardROIHeads")
     stock.load_state_dict(copy.deepcopy(ours.state_dict()))
     images, features, proposals, targets = inputs([40, 0, 30])
@@ -122,7 +127,8 @@ def test_only_the_hardest_go_forward_and_backward(scope):
         with EventStorage():
             expected = stock._forward_box(features, hard)
     sizes = [len(image) for image in hard]
-    assert sizes[1] == 0 and sum(sizes) == 32 + 16 * (scope == "batch")
+    assert sizes[1] == 0 and sum(sizes) <= 32 + 16 * (scope == "batch")
+    assert sum(sizes) == 32 + 16 * (scope == "batch") or thresh < 0.7
     labels = torch.cat([image.gt_classes for image in hard])
     counts = [(labels < CLASSES).sum().item(), (labels == CLASSES).sum().item()]
     # Logged once, as a mean over images, and not of all proposals.
@@ -149,9 +155,50 @@ def test_only_the_hardest_go_forward_and_backward(scope):
         x = stock.box_head(stock.box_pooler(maps, [i.proposal_boxes for i in everything]))
         values = proposal_losses(stock.box_predictor, x, everything)
         again, _ = ours(images, features, proposals, targets)
-    chosen = brute_force(values, everything, 16, scope, 0.7, False)
+    chosen = brute_force(values, everything, 16, scope, thresh, per_class)
     for image, whole, indices in zip(again, everything, chosen, strict=True):
         assert torch.equal(image.proposal_boxes.tensor, whole.proposal_boxes.tensor[indices])
+
+
+class Counted(BitMasks):
+    """Masks that count how many of them are copied."""
+
+    copied = 0
+
+    def __getitem__(self, item):
+        masks = super().__getitem__(item)
+        Counted.copied += len(masks)
+        return masks
+
+
+def test_masks_are_of_the_matched_objects_and_copied_for_the_hardest_alone():
+    ours = heads("OHEMROIHeads")
+    _, features, proposals, targets = inputs([40, 0])
+    masks = torch.rand(2, 64, 64) > 0.5
+    targets[0].gt_masks, targets[1].gt_masks = Counted(masks), Counted(masks[:0])
+    ours._features = [features[name] for name in ours.box_in_features]
+    with EventStorage():
+        first, second = ours.label_and_sample_proposals(proposals, targets)
+    object_of = [
+        targets[0].gt_boxes.tensor.tolist().index(b) for b in first.gt_boxes.tensor.tolist()
+    ]
+    assert len(set(object_of)) == 2
+    assert torch.equal(first.gt_masks.tensor, masks[object_of])
+    assert Counted.copied == len(first) == 16
+    assert not first.has("gt_object") and not second.has("gt_masks") and not len(second)
+
+
+def test_precise_statistics_know_every_norm_once():
+    """TEST.PRECISE_BN refuses a norm that is called twice in an iteration."""
+    model = build(config("MODEL.ROI_HEADS.NAME", "ChallengeROIHeads", *with_norm("CGBN")))
+    norm = model.roi_heads.box_head.conv1.norm
+    seen = []
+    norm.register_forward_hook(lambda _, args, __: seen.append(args[0]) if norm.training else None)
+    with EventStorage():
+        update_bn_stats(model, [images(0), images(1)], 2)
+    pooled = torch.cat(seen).transpose(0, 1).flatten(1)
+    assert len(seen) == 2
+    torch.testing.assert_close(norm.running_mean, pooled.mean(1))
 
 
 def test_autocast_leaves_the_layers_their_gradients():

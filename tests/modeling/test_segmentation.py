@@ -93,6 +93,33 @@ def test_loss_is_a_mean_over_cells_of_images():
         assert loss == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("targets", ["boxes", "masks"])
+def test_the_loss_is_that_of_the_head_on_the_features(targets):
+    """By the config's weight and targets; and the features learn from it."""
+    model = build(
+        config(
+            "MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", "MODEL.MASK_ON", True,
+            "INPUT.MASK_FORMAT", "bitmask", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4,
+            "MODEL.SEGMENTATION.TARGETS", targets, "MODEL.SEGMENTATION.LOSS_WEIGHT", 0.3,
+        )
+    )  # fmt: skip
+    seen = {}
+    model.backbone.register_forward_hook(lambda _, __, maps: seen.update(maps=maps))
+    head = model.roi_heads.segmentation_head
+    head.register_forward_hook(lambda _, __, logits: seen.update(logits=logits))
+    batch = images(0)
+    with EventStorage():
+        loss = model(batch)["loss_segmentation"]
+    logits = seen["logits"]
+    labels = semantic_labels(
+        [image["instances"] for image in batch], logits.shape[-2:],
+        64 // logits.shape[-1], model.roi_heads.num_classes, masks=targets == "masks",
+    )  # fmt: skip
+    torch.testing.assert_close(loss, 0.3 * segmentation_loss(logits, labels))
+    (gradient,) = torch.autograd.grad(loss, seen["maps"]["p3"])
+    assert gradient.any()
+
+
 def test_inference_is_stock_and_costs_nothing():
     stock = build(config()).eval()
     keys = ["MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", "MODEL.SEGMENTATION.NORM", "CGBN"]
