@@ -43,7 +43,10 @@ REDUCED = {
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
+    """And on a machine without a GPU, so that rows of 128 are not refused for having fewer."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
@@ -177,8 +180,9 @@ def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path
     source = ROOT / "configs/ablations" / folder
     if folder == "ohem":
         source = tmp_path
-        base = ROOT / "configs/challenge/ohem.yaml"
-        (source / "ohem.yaml").write_text(f'_BASE_: "{base}"\n')
+        base = ROOT / TABLE3 / "06_b16_bn16.yaml"
+        heads = 'MODEL: {ROI_HEADS: {NAME: "OHEMROIHeads"}}'
+        (source / "ohem.yaml").write_text(f'_BASE_: "{base}"\n{heads}\n')
     with pytest.raises(ValueError, match=match):
         read_rows(source, cores=2)
 
@@ -199,10 +203,17 @@ def test_launch_lines_are_torchruns(listed, capsys):
 
 
 def test_one_machine_needs_no_rendezvous(capsys):
-    main(["ablate", TABLE3, "--print", "--gpus-per-machine", "4"])
+    main(["ablate", TABLE3, "--print", "--gpus-per-machine", "4", "--rows", "0[12]*"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("torchrun --standalone --nproc-per-node 2 train_net.py")
-    assert lines[5].startswith("torchrun --nnodes 2 --rdzv-backend c10d")
+    assert lines[0].startswith("torchrun --nnodes 2 --rdzv-backend c10d")
+    assert "--rdzv-id 01_b16_base-seed1" in lines[0]
+
+
+def test_groups_have_to_fit_into_the_machines_at_hand():
+    """16 images of 2 a GPU are 8 GPUs, which are no machine's of 4."""
+    with pytest.raises(SystemExit, match="row 06_b16_bn16 .*no equal groups of the 4 processes"):
+        main(["ablate", TABLE3, "--print", "--gpus-per-machine", "4", "--rows", "06*"])
 
 
 def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
@@ -240,9 +251,13 @@ value = lambda key: args[args.index(key) + 1]
 folder = value("OUTPUT_DIR")
 with open("{log}", "a") as log:
     log.write(folder + "\\n")
+os.makedirs(folder, exist_ok=True)
+with open(folder + "/log.txt", "a") as file:
+    file.write("Starting training from iteration 0\\n")
+    if "half" in folder:
+        file.write("FloatingPointError: Loss became infinite or NaN\\n")
 if "half" in folder:
     sys.exit("FloatingPointError: Loss became infinite or NaN")
-os.makedirs(folder, exist_ok=True)
 shutil.copy("{config}", folder + "/config.yaml")
 end = 5070
 rows = [{{"iteration": end - 1, "total_loss": 1.0, "lr": 0.1, "time": 0.5}}]
@@ -360,10 +375,104 @@ def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
         (["--jobs", "0", "--reduced"], "--jobs is 0"),
     ],
 )
-def test_flags_that_cannot_be(words, match, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_flags_that_cannot_be(words, match):
     with pytest.raises(SystemExit, match=match):
         main(["ablate", "configs/ablations/table2", *words])
+
+
+def test_rows_for_more_gpus_than_there_are_do_not_fail_but_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    with pytest.raises(SystemExit, match="row 09_b64_bn32 is for 16 GPUs, and .* has 8: .*--rows"):
+        main(["ablate", TABLE3, "--output", str(tmp_path / "out"), "--rows", "0[89]*"])
+
+
+def test_other_overrides_are_not_taken_for_these(listed, tmp_path):
+    script, log = write_script(listed, tmp_path)
+    command = ["ablate", str(listed), "--script", script, "--output", str(tmp_path / "out")]
+    main([*command, "MODEL.WEIGHTS", "a.pth"])
+    trained = log.read_text()
+    for words in (["--collate"], []):
+        with pytest.raises(SystemExit, match="a.pth.*and these are of .*give another --output"):
+            main([*command, *words])
+    assert log.read_text() == trained
+
+
+def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
+    """It rolled back, or was started again; and one at its end is done whatever had happened."""
+    row = read_rows(listed)[0]
+    log = tmp_path / "log.txt"
+    start, error = "Starting training from iteration 20\n", "DivergenceError: loss is nan\n"
+    log.write_text(start + error + start)
+    assert read_result(row, 1, tmp_path).status == "unfinished"
+    log.write_text(start + error)
+    assert read_result(row, 1, tmp_path).status == "failed"
+    (tmp_path / "failure.json").write_text('{"reason": "no GPU"}')
+    assert read_result(row, 1, tmp_path).reason == "no GPU"
+    (tmp_path / "config.yaml").write_text(row.cfg.dump())
+    last = {"iteration": row.cfg.SOLVER.MAX_ITER, "bbox/AP": 30, "bbox/AP50": 50, "bbox/AP75": 30}
+    training = {"iteration": 19, "total_loss": 1.0, "time": 0.5}
+    lines = [json.dumps(training), json.dumps(last)]
+    (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
+    result = read_result(row, 1, tmp_path)
+    assert (result.status, result.ap) == ("done", 30)
+
+
+def test_the_documented_slurm_line_starts_every_machine(listed, tmp_path, monkeypatch):
+    """With an sbatch that runs its script here, and an srun that runs it once a machine."""
+    text = (ROOT / "docs/experiments.md").read_text()
+    template = text.partition("--submit '")[2].partition("'\n")[0].replace("\\\n", "")
+    log = tmp_path / "log"
+    scripts = {
+        "sbatch": 'echo "$1 $2" >> $LOG; while [ "$1" != --wrap ]; do shift; done; sh -c "$2"',
+        "srun": '"$@"; "$@"',
+        "hostname": "echo first",
+        "torchrun": 'printf "%s|" "$@" >> $LOG; echo >> $LOG',
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(log))
+    command = ["ablate", str(listed), "--rows", "half", "--output", str(tmp_path / "an out")]
+    main([*command, "--submit", template])
+    job, *lines = log.read_text().splitlines()
+    assert job == "--nodes 16" and len(lines) == 2 and lines[0] == lines[1]
+    words = lines[0].split("|")
+    assert words[words.index("--rdzv-endpoint") + 1] == "first:29500"
+    assert words[words.index("MEGDET.LR_FACTOR") + 1] == "0.5"
+    assert words[words.index("OUTPUT_DIR") + 1] == f"{tmp_path}/an out/half/seed1"
+
+
+@pytest.mark.parametrize("rows", ["", "[a, b]", "{a: half}"])
+def test_a_list_that_names_no_keys_is_refused(rows, tmp_path):
+    path = tmp_path / "rows.yaml"
+    path.write_text(f"CONFIG: x.yaml\nROWS: {rows}\n")
+    with pytest.raises(ValueError, match=f"ROWS of {path} is .*; give a name to each row"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "match"),
+    [
+        ("echo ${{HOME}} {nodes}", "KeyError.*it may have {line}"),
+        ("false", "false ended with .* 1"),
+    ],
+)
+def test_a_submission_that_fails_is_one_line(command, match, listed, tmp_path):
+    with pytest.raises(SystemExit, match=match):
+        main(["ablate", str(listed), "--submit", command, "--output", str(tmp_path / "out")])
+
+
+def test_what_failed_is_submitted_again_when_asked(listed, tmp_path):
+    output, log = tmp_path / "out", tmp_path / "submitted"
+    (output / "half/seed1").mkdir(parents=True)
+    (output / "half/seed1/failure.json").write_text('{"reason": "diverged"}')
+    command = ["ablate", str(listed), "--submit", f"echo {{name}} >> {log}"]
+    main([*command, "--output", str(output)])
+    assert log.read_text().split() == ["linear-seed1", "none-seed1"]
+    main([*command, "--output", str(output), "--retry"])
+    assert "half-seed1" in log.read_text()
 
 
 def test_trainings_at_a_time_are_not_for_gpus(monkeypatch):

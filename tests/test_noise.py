@@ -1,12 +1,14 @@
 """Equations 2 to 4: estimates against known variances, and against gradients computed by hand."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
-from detectron2.utils.events import EventStorage
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from megdet_d2.analysis.noise import (
@@ -175,6 +177,26 @@ def test_hook_compares_local_gradients_with_their_mean(pool2):
     assert variance == pytest.approx(np.mean(half))
     assert np.mean(dots) > 0
     assert scale == pytest.approx(3 * np.mean(half) / np.mean(dots))
+
+
+def train_and_write(rank, folder):
+    """As docs/experiments.md registers the hook: behind the one that writes."""
+    torch.manual_seed(0)
+    plain = Regression()
+    del plain.unused
+    model = nn.parallel.DistributedDataParallel(plain)
+    batches = [make_images(3, seed=10 * rank + i) for i in range(4)]
+    trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
+    writers = [JSONWriter(f"{folder}/metrics{rank}.json")]
+    trainer.register_hooks([PeriodicWriter(writers, period=2)])
+    trainer.register_hooks([GradientNoise(images_per_gpu=3, period=2)])
+    trainer.train(0, 4)
+
+
+def test_hooks_scalars_are_written(pool2, tmp_path):
+    pool2.run(train_and_write, str(tmp_path))
+    rows = [json.loads(line) for line in open(tmp_path / "metrics0.json")]
+    assert [row["iteration"] for row in rows if "gradient_noise/scale" in row] == [1, 3]
 
 
 def test_hook_needs_processes_to_compare():

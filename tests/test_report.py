@@ -269,6 +269,59 @@ def test_a_run_as_numbers(tmp_path):
     assert run.images_per_second() == pytest.approx(16)
 
 
+def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
+    """100 iterations of 16, then, from a checkpoint after 80 of them, 40 to 110 of 32."""
+    folder = write_run(tmp_path / "a", batch_size=32)
+
+    def rows(batch_size, seconds, first, last):
+        return [
+            {
+                "iteration": i,
+                "total_loss": 1.0,
+                "time": seconds,
+                "images_seen": (i + 1) * batch_size,
+            }
+            | {"effective_batch_size": batch_size}
+            for i in range(first, last, 20)
+        ]
+
+    before, after = rows(16, 0.5, 19, 100), rows(32, 0.75, 59, 111)
+    before.insert(3, {"iteration": 74, "bbox/AP": 10.0})  # of 1,200 images
+    last = {"iteration": 109, "total_loss": 1.0, "time": 0.75, "images_seen": 110 * 32}
+    after += [last | {"effective_batch_size": 32}, {"iteration": 110, "bbox/AP": 20.0}]
+    # An evaluation of its own, at iteration 41: the next row is of its mini-batch, the last not.
+    lines = [*before, {"iteration": 41, "bbox/AP": 12.0}, *after]
+    metrics = folder / "metrics.json"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run = Run.read(folder)
+    iterations, aps = run.evaluations()
+    assert aps.tolist() == [10.0, 12.0, 20.0] and run.final() == 20
+    assert iterations.tolist() == [38, 42, 110]  # 1,200 images are 37.5 iterations of 32
+    # The 100th of the first part stands: what it saw, the second part saw anew, but later.
+    done, _ = run.series("time")
+    assert done.tolist() == [10, 20, 30, 40, 50, 60, 80, 100, 110]
+    assert run.hours() * 3600 == pytest.approx(100 * 0.5 + 60 * 0.75)
+    assert report.plot_curves(folder).is_file()
+    assert run.throughput()[1].tolist() == pytest.approx([32] * 5 + [32 / 0.75] * 4)
+
+    unfinished = [*before, {"iteration": 41, "bbox/AP": 12.0}]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in unfinished))
+    assert Run.read(folder).final() is None
+
+
+def test_a_run_without_a_test_set_has_a_page_all_the_same(tmp_path, capsys):
+    folder = write_run(tmp_path / "a")
+    config = folder / "config.yaml"
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    cfg.merge_from_file(str(config))
+    cfg.DATASETS.TEST = ()
+    config.write_text(cfg.dump())
+    with pytest.raises(SystemExit, match="DATASETS.TEST of .*config.yaml is empty"):
+        main(["report", str(folder)])
+    assert "DATASETS.TEST" in (folder / "report.html").read_text()
+
+
 def test_a_run_that_has_not_ended_has_no_final_ap(tmp_path):
     folder = write_run(tmp_path / "a")
     metrics = folder / "metrics.json"

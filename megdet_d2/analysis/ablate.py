@@ -7,7 +7,6 @@ with ``--collate`` makes the table of what has come back.
 
 import argparse
 import contextlib
-import fnmatch
 import itertools
 import json
 import os
@@ -30,6 +29,7 @@ from .rows import GPUS_PER_MACHINE, Row, read_rows
 TAKES_OVERRIDES = True
 POLL_SECONDS = 1.0
 CONSOLE = "console.txt"
+SETTINGS = "settings.json"
 # Where Detectron2, or this plugin, says that training has diverged.
 _DIVERGED = re.compile(r"^(?:\w+\.)*((?:FloatingPoint|Divergence)Error: .+)$", re.MULTILINE)
 
@@ -57,6 +57,8 @@ def launch_line(row: Row, seed: int, folder: Path, script: str, gpus_per_machine
         where = "--standalone"
     else:
         where = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint $HOST0:29500"
+        # Two trainings whose first machine is the same one do not meet in one rendezvous.
+        where += f" --rdzv-id {shlex.quote(f'{row.name}-seed{seed}')}"
     words = shlex.join([script, *train_arguments(row, seed, folder)])
     return f"torchrun {where} --nproc-per-node {per_machine} {words}"
 
@@ -169,7 +171,7 @@ def run_all(
         if retry:
             (folder / FAILURE).unlink(missing_ok=True)
         results[row.name, seed] = read_result(row, seed, folder)
-        if results[row.name, seed].status == "unfinished":
+        if _is_open(results[row.name, seed], retry):
             pending.append((row, seed, folder))
     total = sum(row.images for row, _, _ in pending)
     number, running, images = len(pending), [], 0  # images of the trainings that have ended
@@ -205,6 +207,10 @@ def run_all(
     return list(results.values())
 
 
+def _is_open(result: Result, retry: bool) -> bool:
+    return result.status == "unfinished" or (retry and result.status == "failed")
+
+
 def _under_way(running: list[Training], number: int, of: int) -> str:
     return f"{number}/{of} " + ", ".join(f"{t.row.name} seed {t.seed}" for t in running)
 
@@ -233,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = os.cpu_count() or 1
     add("--cores", type=int, default=cores, help=f"for --reduced, --jobs (default {cores})")
     add("--jobs", type=int, default=1, help="on CPU: trainings at a time, sharing the cores")
-    add("--rows", metavar="PATTERN", help='only the rows that fit: "0[6-9]*,1*"')
+    add("--rows", metavar="PATTERN", default="*", help='only the rows that fit: "0[6-9]*,1*"')
     add("--baseline", metavar="ROW", help="give each row's gain in AP on this one, seed by seed")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
@@ -241,8 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--submit",
         metavar="COMMAND",
         help="run this for each training instead, with {line}, {machines}, {gpus} (of a machine) "
-        'and {name} filled in: "sbatch --nodes {machines} --gpus-per-node {gpus} -J {name} '
-        '--wrap {line}"',
+        "and {name} filled in: docs/experiments.md has one for SLURM",
     )
     how.add_argument("--collate", action="store_true", help="only make the table again")
     add("--gpus-per-machine", type=int, default=GPUS_PER_MACHINE, help="default 8")
@@ -256,14 +261,16 @@ def _integers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    if args.gpus_per_machine < 1:
+        raise ValueError(f"--gpus-per-machine is {args.gpus_per_machine}; give 1 or more")
     on_cpu = args.reduced or not torch.cuda.is_available()
     if not 1 <= args.jobs <= (args.cores if on_cpu else 1):
         raise ValueError(
             f"--jobs is {args.jobs}; trainings at a time are for CPUs, one a core at the most: "
             f"--cores is {args.cores}"
         )
-    rows = read_rows(args.source, args.opts, args.cores // args.jobs if args.reduced else 0)
-    rows = _choose(rows, args.rows)
+    cores = args.cores // args.jobs if args.reduced else 0
+    rows = read_rows(args.source, args.opts, cores, args.gpus_per_machine, args.rows)
     if args.baseline is not None and args.baseline not in [row.name for row in rows]:
         raise ValueError(
             f"--baseline is {args.baseline}, and the rows are {', '.join(r.name for r in rows)}"
@@ -272,13 +279,15 @@ def run(args: argparse.Namespace) -> None:
         _check_cores(rows, args.jobs, args.cores)
     stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
     output = args.output or Path("output/ablations") / stem
+    if not args.print:
+        _check_settings(output, {"reduced": args.reduced, "overrides": args.opts})
     if args.print or args.submit:
         for seed, row in itertools.product(args.seeds, rows):
             folder = folder_of(output, row, seed)
             line = launch_line(row, seed, folder, args.script, args.gpus_per_machine)
             if args.print:
                 print(line)
-            elif read_result(row, seed, folder).status != "done":
+            elif _is_open(read_result(row, seed, folder), args.retry):
                 _submit(args.submit, line, row, seed, args.gpus_per_machine)
         return
     if args.collate:
@@ -291,6 +300,8 @@ def run(args: argparse.Namespace) -> None:
             f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
         )
     else:
+        if not on_cpu:
+            _check_gpus(rows)
         results = run_all(
             rows,
             args.seeds,
@@ -314,21 +325,44 @@ def _check_cores(rows: list[Row], jobs: int, cores: int) -> None:
             )
 
 
-def _choose(rows: list[Row], patterns: str | None) -> list[Row]:
-    if patterns is None:
-        return rows
-    chosen = [r for r in rows if any(fnmatch.fnmatch(r.name, p) for p in patterns.split(","))]
-    if not chosen:
-        raise ValueError(f"--rows {patterns} fits none of {', '.join(r.name for r in rows)}")
-    return chosen
+def _check_gpus(rows: list[Row]) -> None:
+    gpus = torch.cuda.device_count()
+    for row in rows:
+        if row.processes > gpus:
+            raise ValueError(
+                f"row {row.name} is for {row.processes} GPUs, and this machine has {gpus}: choose "
+                "others by --rows, give them to a scheduler by --submit, or add "
+                f"MEGDET.ABLATION.GPUS {gpus}"
+            )
+
+
+def _check_settings(output: Path, settings: dict) -> None:
+    """Refuses to take another command's trainings for this one's."""
+    path = output / SETTINGS
+    if path.is_file() and (before := json.loads(path.read_text())) != settings:
+        raise ValueError(
+            f"{output} holds trainings of {before}, and these are of {settings}: give another "
+            "--output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n")
 
 
 def _submit(template: str, line: str, row: Row, seed: int, gpus_per_machine: int) -> None:
     machines, per_machine = _machines(row, gpus_per_machine)
-    command = template.format(
-        line=shlex.quote(line),
-        machines=machines,
-        gpus=per_machine,
-        name=shlex.quote(f"{row.name}-seed{seed}"),
-    )
-    subprocess.run(command, shell=True, check=True)
+    try:
+        command = template.format(
+            line=shlex.quote(line),
+            machines=machines,
+            gpus=per_machine,
+            name=shlex.quote(f"{row.name}-seed{seed}"),
+        )
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"--submit {template}: {error!r}; it may have {{line}}, {{machines}}, {{gpus}} and "
+            "{name}, and doubles every other brace: ${{HOME}}"
+        ) from None
+    try:
+        subprocess.run(command, shell=True, check=True)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"{command} ended with exit code {error.returncode}") from None

@@ -39,11 +39,10 @@ MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
 
 
 def read_result(row: Row, seed: int, folder: Path) -> Result:
-    """What ``folder`` says of a row's training; it may be running, on another machine too."""
-    failure = folder / FAILURE
-    if failure.is_file():
-        return Result(row.name, seed, "failed", json.loads(failure.read_text())["reason"])
-    log = folder / "log.txt"
+    """What ``folder`` says of a row's training; it may be running, on another machine too.
+
+    One that has come to its end is done, whatever had happened before.
+    """
     try:
         run = Run.read(folder)
     except (FileNotFoundError, ValueError):
@@ -54,8 +53,14 @@ def read_result(row: Row, seed: int, folder: Path) -> Result:
             return Result(row.name, seed, "failed", "no detection on the test set")
         rates = {"hours": run.hours(), "images_per_second": run.images_per_second()}
         return Result(row.name, seed, "done", **aps, **rates)
+    failure, log = folder / FAILURE, folder / "log.txt"
+    if failure.is_file():
+        return Result(row.name, seed, "failed", json.loads(failure.read_text())["reason"])
     # A launcher of a cluster leaves no failure.json; a training that diverges says so in its log.
-    found = log.is_file() and re.findall(r"(?:FloatingPoint|Divergence)Error: .+", log.read_text())
+    # What it said before it was started again, or rolled back, is past.
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    latest = text.rpartition("Starting training from iteration")[2]
+    found = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
     if found:
         return Result(row.name, seed, "failed", found[-1])
     return Result(row.name, seed, "unfinished", "not at its end")

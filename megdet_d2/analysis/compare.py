@@ -92,10 +92,7 @@ def plot_health(runs: Sequence[Run], path: Path) -> Path:
     figure = make_figure(11, 3.5)
     throughput, guards = figure.subplots(1, 2)
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
-        iterations, seconds = run.series("time")
-        throughput.plot(
-            iterations, run.cfg.SOLVER.IMS_PER_BATCH / seconds, color=f"C{number}", label=label
-        )
+        throughput.plot(*run.throughput(), color=f"C{number}", label=label)
         for key, style in zip(GUARDS, ("-", ":"), strict=True):
             at, counts = run.series(key)
             if len(at):

@@ -172,7 +172,8 @@ class GradientNoise(HookBase):
     writes the scalars gradient_noise/variance and gradient_noise/scale, in images, as means since
     then; one all-reduce of two numbers. Register it on a trainer of two processes or more, before
     training; DDP takes no other communication hook then. Where a BN group spans processes their
-    gradients share its statistics, and are not independent.
+    gradients share its statistics, and are not independent. With a GradScaler the variance is that
+    of the scaled loss's gradient; the noise scale is as without.
 
     Args:
         images_per_gpu: n.
@@ -188,6 +189,11 @@ class GradientNoise(HookBase):
         model = self.trainer.model
         if not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("GradientNoise compares processes: train with two or more")
+        # In front of the hook that writes the scalars: what comes behind it is never written.
+        # What moves back by one place has been called already, so none is called twice.
+        hooks = self.trainer._hooks
+        hooks.remove(self)
+        hooks.insert(0, self)
         # |g_i - ḡ|² of this process and |ḡ|², for each bucket and step; on the device.
         self._parts: list[Tensor] = []
         model.register_comm_hook(self, _compare_with_mean)

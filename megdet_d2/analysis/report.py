@@ -27,8 +27,13 @@ _EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/con
 
 
 def plot_curves(run: str | Path) -> Path:
-    """Draws learning rate, losses and box AP over the iterations into RUN/curves.png."""
+    """Draws learning rate, losses and box AP over the iterations into RUN/curves.png.
+
+    Over images where the mini-batch has changed.
+    """
     train_rows, eval_rows = read_metrics(run)
+    changed = len({row.get("effective_batch_size") for row in train_rows}) > 1
+    at = "images_seen" if changed else "iteration"
     losses = sorted({key for row in train_rows for key in row if key.startswith("loss_")})
     # With several test sets the keys begin with the set's name.
     aps = sorted(k for k in set().union(*eval_rows) if re.search(r"(^|/)bbox/AP(50)?$", k))
@@ -42,8 +47,8 @@ def plot_curves(run: str | Path) -> Path:
     )
     for axes, (title, rows, keys) in zip(panels, contents, strict=True):
         for key in keys:
-            of_key = [row for row in rows if key in row]
-            x, y = ([row[column] for row in of_key] for column in ("iteration", key))
+            of_key = [row for row in rows if key in row and at in row]
+            x, y = ([row[column] for row in of_key] for column in (at, key))
             marker = "." if len(of_key) < 50 else None  # an AP alone is no line
             axes.plot(x, y, marker=marker, label=key, linewidth=2.5 if "total" in key else 1.5)
         axes.set_title(title, loc="left")
@@ -51,7 +56,7 @@ def plot_curves(run: str | Path) -> Path:
         tidy(axes)
         if rows and len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    panels[-1].set_xlabel("iteration")
+    panels[-1].set_xlabel(at.replace("_", " "))
     figure.savefig(Path(run) / "curves.png")
     return Path(run) / "curves.png"
 
@@ -61,11 +66,13 @@ def draw_detections(run: str | Path, num_images: int = 8) -> Path:
 
     Raises:
         FileNotFoundError: no config.yaml, or no results of an evaluation.
-        ValueError: results that cannot be read, or no image asked for.
+        ValueError: no test set, results that cannot be read, or no image asked for.
     """
     if num_images < 1:
         raise ValueError(f"--images is {num_images}; draw 1 or more")
     cfg = read_config(run)
+    if not cfg.DATASETS.TEST:
+        raise ValueError(f"DATASETS.TEST of {run}/config.yaml is empty: no detections to draw")
     register_datasets(cfg)
     name = cfg.DATASETS.TEST[0]
     folder = "inference" if len(cfg.DATASETS.TEST) == 1 else f"inference/{name}"

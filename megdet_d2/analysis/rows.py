@@ -6,6 +6,7 @@ data set.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -58,6 +59,7 @@ class Row:
         processes: over all machines.
         paper_ap: the paper's mmAP in percent, or "failed".
         paper_hours: the paper's.
+        gpus_per_machine: of the machines that it is for.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Row:
     processes: int
     paper_ap: float | str | None = None
     paper_hours: float | None = None
+    gpus_per_machine: int = GPUS_PER_MACHINE
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +78,12 @@ class Row:
     @property
     def bn_size(self) -> int:
         """Images that a group normalises over; 0 without CGBN, as in the paper's Table 3."""
-        return _bn_size(self.cfg, self.processes) if _uses_cgbn(self.cfg) else 0
+        if not _uses_cgbn(self.cfg):
+            return 0
+        if self.cfg.MODEL.CGBN.BN_SIZE != -1:
+            return self.cfg.MODEL.CGBN.BN_SIZE
+        group = _most_of_a_group(self.cfg, self.processes, self.gpus_per_machine)
+        return images_per_micro_batch(self.cfg, self.processes) * group
 
     @property
     def images(self) -> int:
@@ -83,7 +91,13 @@ class Row:
         return self.cfg.SOLVER.MAX_ITER * self.batch_size
 
 
-def read_rows(source: str | Path, overrides: Sequence[str] = (), cores: int = 0) -> list[Row]:
+def read_rows(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    cores: int = 0,
+    gpus_per_machine: int = GPUS_PER_MACHINE,
+    patterns: str = "*",
+) -> list[Row]:
     """The rows that ``source`` names, in order, each checked before any is trained.
 
     Args:
@@ -92,6 +106,8 @@ def read_rows(source: str | Path, overrides: Sequence[str] = (), cores: int = 0)
         overrides: KEY VALUE ..., for every row, after the row's own.
         cores: 0 for the rows as they are; else reduced ones, on so many processes where groups
             allow.
+        gpus_per_machine: what BN groups have to fit into, but for ``CROSS_MACHINE``.
+        patterns: only rows of these names, "0[6-9]*,1*".
 
     Raises:
         FileNotFoundError, ValueError: no row, or one that cannot be trained, by its name.
@@ -106,10 +122,14 @@ def read_rows(source: str | Path, overrides: Sequence[str] = (), cores: int = 0)
         raise FileNotFoundError(f"{source} is neither a folder of configs nor a YAML list of rows")
     if not listed:
         raise ValueError(f"{source} has no row: a row is a .yaml that does not begin with Base-")
+    chosen = [n for n in listed if any(fnmatch(n, p) for p in patterns.split(","))]
+    if not chosen:
+        raise ValueError(f"--rows {patterns} fits none of {', '.join(listed)}")
     rows = []
-    for name, (config_file, opts) in listed.items():
+    for name in chosen:
+        config_file, opts = listed[name]
         try:
-            row = _load(name, config_file, (*opts, *(() if cores else overrides)))
+            row = _load(name, config_file, (*opts, *(() if cores else overrides)), gpus_per_machine)
             rows.append(reduce_row(row, cores, overrides) if cores else row)
         except (AssertionError, KeyError, TypeError, ValueError) as error:  # the first three: yacs'
             raise ValueError(f"row {name} of {source}: {error}") from error
@@ -179,10 +199,14 @@ def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
             f"{source} is not a list of rows: it has to have CONFIG, the path of a config, and "
             "ROWS, for each row's name the keys to override: {MEGDET.SCALING_RULE: sqrt}"
         )
+    rows = content["ROWS"]
+    if not isinstance(rows, dict) or not all(isinstance(k, dict | None) for k in rows.values()):
+        raise ValueError(
+            f"ROWS of {source} is {rows!r}; give a name to each row, and to each name the keys to "
+            "override: half: {MEGDET.LR_FACTOR: 0.5}"
+        )
     config_file = source.parent / content["CONFIG"]
-    return {
-        str(name): (config_file, _to_opts(keys or {})) for name, keys in content["ROWS"].items()
-    }
+    return {str(name): (config_file, _to_opts(keys or {})) for name, keys in rows.items()}
 
 
 def _to_opts(keys: dict) -> tuple[str, ...]:
@@ -199,7 +223,9 @@ def _merge(config_file: Path, opts: Sequence[str]) -> CfgNode:
     return cfg
 
 
-def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
+def _load(
+    name: str, config_file: Path, opts: Sequence[str], gpus_per_machine: int = GPUS_PER_MACHINE
+) -> Row:
     cfg = _merge(config_file, opts)
     processes = cfg.MEGDET.ABLATION.GPUS
     if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
@@ -207,13 +233,12 @@ def _load(name: str, config_file: Path, opts: Sequence[str]) -> Row:
     scale_config(cfg, world_size=processes)
     if _uses_cgbn(cfg):
         images = images_per_micro_batch(cfg, processes)
-        machine = min(processes, GPUS_PER_MACHINE)
-        if cfg.MODEL.CGBN.CROSS_MACHINE:
-            machine = processes
-        ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, machine)
+        most = _most_of_a_group(cfg, processes, gpus_per_machine)
+        ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, most)
     paper = cfg.MEGDET.ABLATION
     return Row(
-        name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS
+        name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS,
+        gpus_per_machine,
     )  # fmt: skip
 
 
@@ -221,11 +246,9 @@ def _uses_cgbn(cfg: CfgNode) -> bool:
     return any(_get(cfg, key) == "CGBN" for key in _NORMS)
 
 
-def _bn_size(cfg: CfgNode, processes: int) -> int:
-    if cfg.MODEL.CGBN.BN_SIZE != -1:
-        return cfg.MODEL.CGBN.BN_SIZE
-    group = processes if cfg.MODEL.CGBN.CROSS_MACHINE else min(processes, GPUS_PER_MACHINE)
-    return images_per_micro_batch(cfg, processes) * group
+def _most_of_a_group(cfg: CfgNode, processes: int, gpus_per_machine: int) -> int:
+    """Processes that a BN group can have."""
+    return processes if cfg.MODEL.CGBN.CROSS_MACHINE else min(processes, gpus_per_machine)
 
 
 def _get(cfg: CfgNode, key: str):

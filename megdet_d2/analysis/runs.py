@@ -39,32 +39,53 @@ def read_config(run: str | Path) -> CfgNode:
 
 
 def read_metrics(run: str | Path) -> tuple[list[dict], list[dict]]:
-    """The training and the evaluation rows of a run's metrics.json, each by rising iteration.
+    """The training and the evaluation rows of a run's metrics.json, each in the order of training.
 
-    A resumed or repeated training appends to the file: its rows replace earlier ones from the
-    iteration where it starts.
+    A resumed or repeated training appends to the file: its rows replace earlier ones from where it
+    starts. With another mini-batch its iterations count otherwise; so where rows have images_seen,
+    as ``Trainer`` writes them, that is what they are ordered by, and evaluations get theirs here.
 
     Raises:
         FileNotFoundError: no metrics.json. ValueError: neither losses nor AP in it.
     """
     path = existing(run, "metrics.json", TRAIN)
-    train_rows: list[dict] = []
-    eval_rows: list[dict] = []
+    parsed = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            row = json.loads(line)  # NaN is no JSON; Python reads what Python wrote
+            parsed.append(json.loads(line))  # NaN is no JSON; Python reads what Python wrote
         except ValueError:  # a training was killed as it wrote
             logger.warning(f"{path}: line {number} is not json and is left out")
-            continue
+    _count_images(parsed)
+    train_rows: list[dict] = []
+    eval_rows: list[dict] = []
+    for row in parsed:
         # One row is both where an evaluation falls on an iteration that is logged.
         is_eval = any(key.endswith("bbox/AP") for key in row)
         for rows, belongs in ((train_rows, "total_loss" in row), (eval_rows, is_eval)):
-            while belongs and rows and rows[-1]["iteration"] >= row["iteration"]:
+            while belongs and rows and not _comes_before(rows[-1], row):
                 rows.pop()
             rows += [row] * belongs
     if not train_rows and not eval_rows:
         raise ValueError(f"{path} has neither losses nor AP; {TRAIN.format(run=run)}")
     return train_rows, eval_rows
+
+
+def _count_images(rows: list[dict]) -> None:
+    """Gives rows without images_seen the count that the training row next to them implies."""
+    known = [i for i, row in enumerate(rows) if "effective_batch_size" in row]
+    missing = [i for i, row in enumerate(rows) if "images_seen" not in row]
+    for i in missing if known else ():
+        row, before = rows[i], [k for k in known if k < i]
+        behind = [k for k in known if k > i and rows[k]["iteration"] >= row["iteration"]]
+        # What was written together is of one mini-batch, an evaluation first.
+        near = rows[(behind[:1] or before[-1:] or known)[0]]
+        ahead = row["iteration"] - near["iteration"]
+        row["images_seen"] = near["images_seen"] + ahead * near["effective_batch_size"]
+
+
+def _comes_before(row: dict, other: dict) -> bool:
+    key = "images_seen" if "images_seen" in row and "images_seen" in other else "iteration"
+    return row[key] < other[key]
 
 
 def images_per_epoch(cfg: CfgNode) -> float | None:
@@ -78,7 +99,10 @@ def images_per_epoch(cfg: CfgNode) -> float | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A training's config and metrics; iterations count those that are done, from 1."""
+    """A training's config and metrics; iterations count those that are done, from 1.
+
+    Of a training that was resumed with another mini-batch they are iterations of the last one.
+    """
 
     path: Path
     cfg: CfgNode
@@ -97,7 +121,13 @@ class Run:
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(n,) iterations and (n,) values of a training metric, where it was written."""
         rows = [row for row in self.train_rows if key in row]
-        return np.array([row["iteration"] + 1 for row in rows]), np.array([r[key] for r in rows])
+        return np.array([self._done(row) for row in rows]), np.array([r[key] for r in rows])
+
+    def _done(self, row: dict) -> int:
+        if "images_seen" in row:
+            # One that was begun is one.
+            return int(-(-row["images_seen"] // self.cfg.SOLVER.IMS_PER_BATCH))
+        return row["iteration"] + 1
 
     def evaluations(
         self, metric: str = "AP", augmented: bool = False
@@ -111,7 +141,7 @@ class Run:
         names = (f"bbox{tta}", *(f"{name}{tta}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
         pairs = [
             # The last evaluation is written after the last iteration, under the number behind it.
-            (min(row["iteration"] + 1, self.cfg.SOLVER.MAX_ITER), row[f"{name}/{metric}"])
+            (min(self._done(row), self.cfg.SOLVER.MAX_ITER), row[f"{name}/{metric}"])
             for row in self.eval_rows
             for name in names
             if f"{name}/{metric}" in row
@@ -133,13 +163,20 @@ class Run:
         images = images_per_epoch(self.cfg)
         return iterations * self.cfg.SOLVER.IMS_PER_BATCH / images if images else None
 
+    def throughput(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) iterations and (n,) images a second."""
+        done, seconds = self.series("time")
+        default = self.cfg.SOLVER.IMS_PER_BATCH
+        images = [r.get("effective_batch_size", default) for r in self.train_rows if "time" in r]
+        return done, np.array(images) / seconds
+
     @functools.cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray]:
         # Detectron2 writes the seconds of an iteration, evaluations and checkpoints left out. Added
         # up they are the time of a run that was stopped and resumed, too.
-        done, seconds = self.series("time")
-        steps = np.diff(done, prepend=0)
-        return np.append(0, done), np.append(0, np.cumsum(seconds * steps))
+        done, rate = self.throughput()
+        images = np.diff(done, prepend=0) * self.cfg.SOLVER.IMS_PER_BATCH
+        return np.append(0, done), np.append(0, np.cumsum(images / rate))
 
     def hours(self, iterations: np.ndarray | None = None) -> np.ndarray | float:
         """Hours of training until each of ``iterations``, or all; without evaluations."""

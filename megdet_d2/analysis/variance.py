@@ -22,6 +22,7 @@ from megdet_d2.engine import Trainer, prepare_config
 
 from .figures import make_figure, tidy
 from .noise import WHOLE, Fit, fit, measure_pairs
+from .runs import existing
 
 TAKES_OVERRIDES = True
 SIZES = [1, 2, 4, 8, 16, 32, 64]
@@ -136,8 +137,11 @@ def run(args: argparse.Namespace) -> None:
         )
     cfg = get_cfg()
     add_megdet_config(cfg)
-    cfg.merge_from_file(args.config)
-    cfg.merge_from_list(args.opts)
+    try:
+        cfg.merge_from_file(str(existing("", args.config, "give a config's path")))
+        cfg.merge_from_list(args.opts)
+    except (AssertionError, KeyError) as error:  # yacs' errors of a key that is not there
+        raise ValueError(f"{args.config} {' '.join(args.opts)}: {error}") from None
     bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
     bn_size = args.images_per_forward or bn_size
     # Of the training's mini-batch and processes: here N is the mini-batch, on one process.
