@@ -373,6 +373,7 @@ def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
         (["--jobs", "2", "--cores", "4"], "--jobs is 2, and row 1_.* 8 processes, .*GPUS 2"),
         (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),
         (["--jobs", "0", "--reduced"], "--jobs is 0"),
+        (["--gpus-per-machine", "0"], "--gpus-per-machine is 0"),
     ],
 )
 def test_flags_that_cannot_be(words, match):

@@ -231,6 +231,18 @@ def test_the_command_measures_a_detector(tmp_path, monkeypatch, capsys):
     assert len([row for row in rows if row["module"] == WHOLE]) == 4
 
 
+@pytest.mark.parametrize(
+    ("config", "words", "match"),
+    [
+        (TINY, ["MODEL.WEIGTHS", "x"], "MODEL.WEIGTHS x: .*Non-existent key"),
+        ("none.yaml", [], "There is no none.yaml; give"),
+    ],
+)
+def test_a_mistake_is_one_line(config, words, match):
+    with pytest.raises(SystemExit, match=match):
+        main(["variance", config, *words])
+
+
 @pytest.mark.parametrize("flags", [["--pairs", "1"], ["--sizes", "4"], ["--sizes", "0,4"]])
 def test_the_command_refuses_what_gives_no_slope(flags):
     with pytest.raises(SystemExit) as error:
