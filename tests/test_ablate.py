@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
-from megdet_d2.analysis import ablate, rows
+from megdet_d2.analysis import rows, training
 from megdet_d2.analysis.collate import Result, collate, read_result, summarize
 from megdet_d2.analysis.rows import CARRIED, read_rows
 from megdet_d2.cli import main
@@ -240,7 +240,7 @@ def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
     ],
 )
 def test_failure_reason(text, reason):
-    assert ablate.failure_reason(text) == reason
+    assert training.failure_reason(text) == reason
 
 
 # Stands in for a training in the tests of the loop: what it leaves is as Detectron2 writes it.

@@ -373,7 +373,8 @@ def test_a_signal_before_training_ends_the_launcher_quietly(tmp_path):
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (tmp_path / "up").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGINT)

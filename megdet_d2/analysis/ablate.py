@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -21,30 +20,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megdet_d2.engine.preempt import REQUEUE
-
 from .collate import FAILURE, Result, collate, read_result
 from .rows import GPUS_PER_MACHINE, Row, read_rows
+from .training import Training, train_arguments
 
 TAKES_OVERRIDES = True
 POLL_SECONDS = 1.0
-CONSOLE = "console.txt"
 SETTINGS = "settings.json"
-# Where Detectron2, or this plugin, says that training has diverged.
-_DIVERGED = re.compile(r"^(?:\w+\.)*((?:FloatingPoint|Divergence)Error: .+)$", re.MULTILINE)
 
 
 def folder_of(output: Path, row: Row, seed: int) -> Path:
     """OUTPUT_DIR of a row's training with this seed."""
     return output / row.name / f"seed{seed}"
-
-
-def train_arguments(row: Row, seed: int, folder: Path) -> list[str]:
-    """What train_net.py is told; without the number of processes, which is the launcher's."""
-    return [
-        "--config-file", str(row.config_file), "--resume", *row.opts,
-        "SEED", str(seed), "OUTPUT_DIR", str(folder),
-    ]  # fmt: skip
 
 
 def launch_line(row: Row, seed: int, folder: Path, script: str, gpus_per_machine: int) -> str:
@@ -71,82 +58,6 @@ def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
             f"number of machines of {gpus_per_machine}: change --gpus-per-machine"
         )
     return row.processes // per_machine, per_machine
-
-
-class Training:
-    """A row trained here, on processes of this machine, to its end or its failure.
-
-    What it prints goes to console.txt, and why it failed to failure.json, in ``folder``.
-
-    Args:
-        on_cpu: hide the GPUs.
-        jobs: trainings that share the machine.
-    """
-
-    def __init__(self, row: Row, seed: int, folder: Path, script: str, on_cpu: bool, jobs: int = 1):
-        self.row, self.seed, self.folder = row, seed, folder
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable, "-W", "ignore", script,
-            "--num-gpus", str(row.processes), "--dist-url", "auto",
-            *train_arguments(row, seed, folder),
-        ]  # fmt: skip
-        env = dict(os.environ)
-        if on_cpu:
-            env["CUDA_VISIBLE_DEVICES"] = ""
-        if jobs > 1:  # else each takes all cores for itself, and they crawl
-            threads = max(1, (os.cpu_count() or 1) // (jobs * row.processes))
-            env.setdefault("OMP_NUM_THREADS", str(threads))
-        with open(folder / CONSOLE, "ab") as console:
-            self._begin = console.tell()  # it may hold what an earlier one printed
-            self._process = subprocess.Popen(
-                command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def images_done(self) -> int:
-        """Images that it has trained on."""
-        return min(iterations_done(self.folder) * self.row.batch_size, self.row.images)
-
-    def ended(self) -> bool:
-        """Whether it has; if with an error, that is written down."""
-        code = self._process.poll()
-        # Told to stop, it has saved and is to be resumed: no failure.
-        if code not in (None, 0, REQUEUE):
-            failure = {"exit_code": code, "reason": failure_reason(self._printed())}
-            if code < 0:
-                failure["reason"] = f"killed by signal {-code}"
-            (self.folder / FAILURE).write_text(json.dumps(failure) + "\n")
-        return code is not None
-
-    def stop(self) -> None:
-        """Tells it and its processes to save and end; it is to be resumed."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-
-    def wait(self) -> None:
-        """Until it has ended."""
-        self._process.wait()
-
-    def _printed(self) -> str:
-        with open(self.folder / CONSOLE, "rb") as console:
-            console.seek(self._begin)
-            return console.read().decode(errors="replace")
-
-
-def failure_reason(text: str) -> str:
-    """Why a training ended, from what it printed: its divergence, or its last line."""
-    diverged = _DIVERGED.search(text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return diverged[1] if diverged else (lines[-1].strip() if lines else "it printed nothing")
-
-
-def iterations_done(folder: Path) -> int:
-    """Iterations until the last line of metrics.json; 0 where there is none."""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return 0
-    found = re.findall(rb'"iteration": (\d+)', path.read_bytes()[-20_000:])
-    return int(found[-1]) + 1 if found else 0
 
 
 def run_all(
