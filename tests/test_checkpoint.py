@@ -85,12 +85,20 @@ def remove(path):
     path.unlink()
 
 
+def flip_the_version(path):
+    """A bit of the archive's directory: the version that is needed to read its first file."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] |= 0x80
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
         (truncate, "is truncated or corrupt"),
         (empty, "is truncated or corrupt"),
         (flip_a_bit, "is corrupt .checksum"),
+        (flip_the_version, "is truncated or corrupt .*zip file version"),
         (remove, "is not there"),
     ],
 )
@@ -198,6 +206,22 @@ def test_killed_while_saving(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [
         "last_checkpoint", "model_0000001.pth", "model_0000002.pth",
     ]  # fmt: skip
+
+
+def resume_in_a_folder_of_its_own(rank, folder):
+    """Rank 0's holds a checkpoint: as on two machines that share no folder."""
+    try:
+        resumed(folder if rank == 0 else folder / "other")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_a_checkpoint_that_not_all_machines_see_is_an_error_on_all(pool2, tmp_path):
+    save(make(tmp_path), 1)
+    (tmp_path / "other").mkdir()
+    said = pool2.run(resume_in_a_folder_of_its_own, tmp_path)
+    assert all("not on the machines of ranks 1; put OUTPUT_DIR where" in error for error in said)
 
 
 def test_an_older_runs_checkpoint_is_set_aside_once(tmp_path, caplog):

@@ -127,6 +127,26 @@ def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_step_a_group_normalises_over_both_halves(fake_group, layout, monkeypatch):
+    """The other process has the same images: what it would have sent is what this one sends."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))
+    layer = CrossGPUBatchNorm(16, process_group=fake_group).cuda()
+    reference = torch.nn.BatchNorm2d(16).cuda()
+    x = torch.randn(3, 16, 9, 7, device="cuda").to(memory_format=layout).requires_grad_()
+    both = torch.cat([x.detach(), x.detach()]).requires_grad_()
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)
+    y = layer(x)
+    expected = reference(both)
+    expected.backward(torch.cat([dy, dy]))
+    torch.testing.assert_close(y, reference(both)[:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad, both.grad[:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.running_mean, reference.running_mean)
+    torch.testing.assert_close(layer.running_var, reference.running_var)
+    collective.raise_if_out_of_step()  # nothing
+
+
 def test_out_of_step_is_noticed_on_the_device(fake_group):
     layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
     layer(torch.randn(2, 8, 4, 4, device="cuda"))

@@ -478,6 +478,18 @@ def test_masks_are_asked_for_where_they_are_trained(train):
     check(cfg)
     cfg.MODEL.MASK_ON = True
     assert_says(refusal(cfg), "'my_train'", "annotations[0] has no 'segmentation'")
+    for annotation in train.json["annotations"]:
+        annotation["segmentation"] = []  # as exports of boxes have it
+    train.write()
+    assert_says(refusal(cfg), "'my_train'", "annotations[0] has an empty segmentation", "MASK_ON")
+
+
+def test_ids_that_are_no_numbers_are_for_training_alone(train, val):
+    for data in (train, val):
+        for annotation in data.json["annotations"]:
+            annotation["id"] = f"a{annotation['id']}"
+    check(config([train.write()]))
+    assert_says(refusal(config(test=[val.write()])), "'my_val'", "annotations[0] has id 'a")
 
 
 def test_only_the_splits_in_use_are_read(train, val):

@@ -590,6 +590,43 @@ def test_convert_and_revert(include_frozen):
     )
 
 
+def test_converted_where_the_model_is():
+    """On the device of its state, as of a model that Detectron2 has built on a GPU."""
+    model = megdet_d2.convert_cgbn(nn.Sequential(nn.BatchNorm2d(3)).to("meta"))
+    devices = {name: buffer.device.type for name, buffer in model[0].named_buffers()}
+    assert set(devices.values()) == {"meta"} and "num_batches_skipped" in devices
+
+
+def test_a_norm_that_does_more_is_not_converted():
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(WithActivation(3)))
+    with pytest.raises(ValueError, match="layer '1.0' is a WithActivation, whose forward may"):
+        megdet_d2.convert_cgbn(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_mean_gradient_does_not_blur_the_rest(dtype):
+    """As a bias behind the layer has it; dx is rounded once, and its sum over a channel is zero."""
+    x = torch.randn(8, 4, 12, 12).to(dtype)
+    dy = (1 + 0.05 * torch.randn(8, 4, 12, 12)).to(dtype)
+    layer = CrossGPUBatchNorm(4, process_group=SELF)
+    nn.init.constant_(layer.weight, 0.7)
+    reference = nn.BatchNorm2d(4).double()
+    reference.load_state_dict(layer.state_dict())
+    dx, expected = (
+        torch.autograd.grad(norm(inputs), inputs, dy.to(inputs.dtype))[0].double()
+        for norm, inputs in (
+            (layer, x.clone().requires_grad_()),
+            (reference, x.double().requires_grad_()),
+        )
+    )
+    assert (dx - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
+
+
 def test_revert_gives_back_the_dimensions():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm3d(3))
     megdet_d2.convert_cgbn(model)

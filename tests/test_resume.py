@@ -284,6 +284,7 @@ def equal(a, b):
             optimizer[index]["momentum_buffer"], other_optimizer[index]["momentum_buffer"]
         )
     assert read_rows(a)[-1] == read_rows(b)[-1]
+    assert (a / "samples.csv").read_text() == (b / "samples.csv").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -91,8 +91,8 @@ def train(rank, output, iterations, images_per_epoch, period, state=None, start=
         recorder.load_state_dict(state)
     spy = Spy(images)
     reductions = []
-    reduce = recorder._reduce
-    recorder._reduce = lambda: (reductions.append(trainer.iter), reduce())
+    reduce = recorder.reduce
+    recorder.reduce = lambda: (reductions.append(trainer.iter), reduce())
     trainer.register_hooks([recorder, spy])
     trainer.train(start, iterations)
     for module in (model.proposal_generator, model.roi_heads):

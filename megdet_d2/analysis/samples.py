@@ -129,7 +129,7 @@ class SampleRecorder(HookBase):
         if not self._restore:
             return
         if is_last or ends_epoch or any(done % period == 0 for period in self._reduce_after):
-            self._reduce()
+            self.reduce()
         if is_last or done % self._period == 0:
             self._write_scalars()
         if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
@@ -147,7 +147,8 @@ class SampleRecorder(HookBase):
         # Rounded, since images_per_epoch may be a quotient: 10.999999999 epochs are 11.
         return int(round(done * self._batch_size / self._images_per_epoch, 9))
 
-    def _reduce(self) -> None:
+    def reduce(self) -> None:
+        """Adds up what all processes have counted since the last time; each has to call it."""
         device = next(self.trainer.model.parameters()).device
         none = torch.zeros(_SUMS, dtype=torch.float64, device=device)
         sums = torch.stack([self._pending.pop(stage, none).to(device) for stage in STAGES])

@@ -153,15 +153,15 @@ def read_coco(where: str, json_file: str, evaluated: bool = True, masks: bool = 
     of_image = {"id": _ID, "file_name": _STRING, "height": _NUMBER, "width": _NUMBER}
     _check_keys(where, "images", coco["images"], of_image)
     of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
-    if evaluated:  # pycocotools needs them, Detectron2's training does not
-        of_annotation |= {"area": _NUMBER, "iscrowd": _NUMBER}
+    if evaluated:  # pycocotools needs them, and ids for an array; Detectron2's training does not
+        of_annotation |= {"id": _NUMBER, "area": _NUMBER, "iscrowd": _NUMBER}
     if masks:
         of_annotation |= {"segmentation": (list, dict)}
     _check_keys(where, "annotations", coco["annotations"], of_annotation)
 
     categories = dict(sorted((c["id"], c["name"]) for c in coco["categories"]))
     images = {image["id"] for image in coco["images"]}
-    _check_annotations(where, coco["annotations"], images, categories)
+    _check_annotations(where, coco["annotations"], images, categories, masks)
     if evaluated and any(annotation["id"] == 0 for annotation in coco["annotations"]):
         logger.warning(
             f"{where}: pycocotools takes the annotation id 0 for no match, and that object for "
@@ -186,7 +186,9 @@ def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]
         seen.add(row["id"])
 
 
-def _check_annotations(where: str, annotations: list, images: set, categories: dict) -> None:
+def _check_annotations(
+    where: str, annotations: list, images: set, categories: dict, masks: bool
+) -> None:
     for i, annotation in enumerate(annotations):
         at = f"{where}: annotations[{i}]"
         if annotation["image_id"] not in images:
@@ -205,6 +207,11 @@ def _check_annotations(where: str, annotations: list, images: set, categories: d
             raise ValueError(
                 f"{at} has bbox {box}; make it COCO's [x, y, width, height] in pixels, width and "
                 "height not below 0"
+            )
+        if masks and not annotation["segmentation"]:
+            raise ValueError(
+                f"{at} has an empty segmentation, and MODEL.MASK_ON is True; add the object's "
+                "mask, or set MODEL.MASK_ON False"
             )
         if annotation.get("ignore"):
             raise ValueError(

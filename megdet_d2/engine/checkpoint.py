@@ -91,11 +91,19 @@ class Checkpointer(DetectionCheckpointer):
         finally:
             load_statistics(self.model, own)
 
+    def has_checkpoint(self) -> bool:
+        """Whether any process sees one. Every process has to call it.
+
+        Or one that does not, since it shares no folder with the others, would start anew alone.
+        """
+        return any(comm.all_gather(super().has_checkpoint()))
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As Detectron2's, from the newest good checkpoint. Every process has to call it.
 
         Raises:
-            RuntimeError: there are checkpoints, and none of them is good.
+            RuntimeError: there are checkpoints, and none of them is good, or not every process sees
+                them.
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=False)
@@ -103,7 +111,15 @@ class Checkpointer(DetectionCheckpointer):
         chosen, error = comm.all_gather(self._newest_good() if comm.is_main_process() else None)[0]
         if error:
             raise RuntimeError(error)
-        rest = self.load(os.path.join(self.save_dir, chosen))
+        path = os.path.join(self.save_dir, chosen)
+        seen = comm.all_gather("://" in self.save_dir or os.path.isfile(path))
+        if not all(seen):
+            ranks = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+            raise RuntimeError(
+                f"--resume: there is a checkpoint {path!r}, and not on the machines of ranks "
+                f"{ranks}; put OUTPUT_DIR where all machines see it"
+            )
+        rest = self.load(path)
         self._load_processes(rest.pop("processes", {}))
         return rest
 
@@ -171,7 +187,7 @@ def find_fault(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:  # damage in the directory makes it raise nearly anything
         return f"is truncated or corrupt ({error})"
     return f"is corrupt (checksum of {damaged})" if damaged else ""
 

@@ -164,10 +164,11 @@ class Relief:
         Args:
             action: "half_lr", or "longer_warmup" for one twice as long, and at least twice as long
                 as training had come.
-            warmup_images: length of the warm-up so far.
+            warmup_images: length of the config's warm-up.
             images_seen: when training diverged.
         """
         rollbacks = self.rollbacks + 1
         if action == "half_lr":
             return Relief(rollbacks, self.lr_factor / 2, self.warmup_images)
-        return Relief(rollbacks, self.lr_factor, 2 * max(warmup_images, images_seen))
+        so_far = max(warmup_images, self.warmup_images)
+        return Relief(rollbacks, self.lr_factor, 2 * max(so_far, images_seen))

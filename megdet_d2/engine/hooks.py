@@ -20,10 +20,12 @@ class StopOutOfStep(HookBase):
     """Raises what CGBN layers noticed on CUDA in this step: processes in different layers.
 
     On CPU the layers raise by themselves. Detectron2's trainer waits for the losses in every step,
-    so that reading one flag more stalls nothing.
+    so that reading one flag more stalls nothing. Registered with Detectron2's inner trainer, before
+    the divergence guard: what was mixed may be not finite, or no collective behind it may come to
+    its end, and it is not to reach the optimizer.
     """
 
-    def after_step(self):
+    def after_backward(self):
         raise_if_out_of_step()
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -99,9 +100,11 @@ def limit_waiting(seconds: float) -> None:
 
     Detectron2's launcher gives it to the group of all processes only.
     """
+    # Older torch has it under another name.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
-            dist.set_timeout(timedelta(seconds=seconds), group)
+            set_timeout(timedelta(seconds=seconds), group)
 
 
 def end_with(parent: int, timeout: float) -> None:
@@ -169,7 +172,7 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
     dist.init_process_group(
         "nccl" if gpus else "gloo",
         # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
-        store=dist.PrefixStore(f"restart_{restarts()[0]}", store),
+        store=dist.PrefixStore(agree_on_start(store, rank, world_size, timeout), store),
         rank=rank,
         world_size=world_size,
         timeout=limit,
@@ -182,6 +185,36 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
     # Not after an error: it would wait for processes that are elsewhere.
     dist.destroy_process_group()
     return result
+
+
+def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """A name that the processes of this start have and those of earlier ones in ``store`` had not.
+
+    torchrun's count of restarts is none: each machine's agent counts its own. So rank 0 gives out
+    a new name, and each other process shows it one of its own under that, for which rank 0 then
+    writes the answer. What an earlier start has left behind answers nobody.
+
+    Args:
+        timeout: seconds to wait for the others.
+
+    Raises:
+        TimeoutError: they did not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        for other in range(1, world_size):
+            theirs = store.get(f"{mine}/{other}").decode()
+            store.set(f"answer/{theirs}", mine)
+        return mine
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", mine)
+        if store.check([f"answer/{mine}"]):
+            return store.get(f"answer/{mine}").decode()
+        time.sleep(0.1)
+    raise TimeoutError(f"Rank 0 did not answer rank {rank} within {timeout:g} s (MEGDET.TIMEOUT)")
 
 
 def _check_local_sizes(local_size: int) -> None:

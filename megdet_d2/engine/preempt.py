@@ -15,6 +15,8 @@ import torch.multiprocessing
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from megdet_d2.analysis.samples import SampleRecorder
+
 logger = logging.getLogger(__name__)
 
 REQUEUE = 75
@@ -53,6 +55,9 @@ class StopOnSignal(HookBase):
         done = self.trainer.iter + 1
         if not number or done >= self.trainer.max_iter:
             return
+        for hook in self.trainer._hooks:
+            if isinstance(hook, SampleRecorder):
+                hook.reduce()  # or the checkpoint would lack what it counted since it last did
         self._checkpointer.gather()
         self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         comm.synchronize()  # or a launcher might end the process that still writes

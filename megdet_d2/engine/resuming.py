@@ -41,7 +41,8 @@ class ResumingTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         self.images_seen = 0
         self.relief = Relief()
-        self._saved_iter = -1  # the last iteration in the checkpoint, as counted then
+        # The last iteration in the checkpoint, as counted then: -1 before any, None without one.
+        self._saved_iter: int | None = None
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         super().__init__(cfg)
         self._configured_lrs = list(self.scheduler.base_lrs)
@@ -77,12 +78,14 @@ class ResumingTrainer(DefaultTrainer):
             RuntimeError: there are checkpoints, and none of them is good.
         """
         restarted, may_restart = restarts()
+        # Each of torchrun's agents counts for itself, and those whose processes lived count none.
+        restarted = max(comm.all_gather(restarted))
         if restarted and not resume:
             logger.info("Restarted by torchrun: resuming")
         elif may_restart and not resume and comm.is_main_process():
             forget_last_checkpoint(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume or restarted > 0)
-        if self._saved_iter >= 0 and comm.is_main_process():
+        if self._saved_iter is not None and comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
             cut_metrics(metrics, self._saved_iter, self.images_seen)
 

@@ -42,7 +42,6 @@ from .guard import DivergenceError, DivergenceGuard
 from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
 from .launch import limit_waiting
 from .preempt import StopOnSignal
-from .progress import cut_metrics
 from .resuming import ResumingTrainer
 from .statistics import averaged_statistics
 
@@ -82,7 +81,7 @@ class Trainer(ResumingTrainer):
         self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
         set_accumulation_steps(self.model, self.layout.accumulation_steps)
         self._guard = DivergenceGuard(self.model)
-        self._trainer.register_hooks([self._guard])
+        self._trainer.register_hooks([StopOutOfStep(), self._guard])
         limit_waiting(cfg.MEGDET.TIMEOUT)
         logger.info(describe_norms(self.model, images_per_gpu))
 
@@ -120,9 +119,6 @@ class Trainer(ResumingTrainer):
         self.resume_or_load(resume=True)
         self._rolled_back_to = self.checkpointer.get_checkpoint_file()
         self._trainer.reset_data_loader(lambda: loader)
-        if comm.is_main_process():
-            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            cut_metrics(metrics, self._saved_iter, self.images_seen)
         logger.warning(
             f"MEGDET.ON_DIVERGENCE {keys.ON_DIVERGENCE}: roll-back {done + 1} of "
             f"{keys.MAX_ROLLBACKS}, from iteration {diverged} to {self.start_iter}. The learning "
@@ -248,7 +244,6 @@ class Trainer(ResumingTrainer):
             ret.insert(after, hooks.EvalHook(0, self._test_with_tta))
         periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
         ours = [
-            StopOutOfStep(),
             BatchScalars(self.layout.batch_size, self.layout.images_per_gpu),
             # Before what saves: a checkpoint holds its counts.
             SampleRecorder(
@@ -261,7 +256,7 @@ class Trainer(ResumingTrainer):
             StopOnSignal(self.checkpointer),
         ]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
-            ours.insert(1, CountSkippedImages(self.model))
+            ours.insert(0, CountSkippedImages(self.model))
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
         return ret[:first] + ours + ret[first:]

@@ -80,8 +80,10 @@ def input_gradient(
         return torch.batch_norm_backward_elemt(
             dy, x, mean, invstd, scale / invstd, mean_dy, mean_dy_xhat / invstd, one
         )
+    # Half precision is rounded once, at the end: mean_dy may be far larger than what is left of dy.
+    dtype, x = x.dtype, x.to(mean.dtype)
     dx = _affine(x, mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
-    return dx.addcmul_(dy, per_channel(scale, dx).to(dx.dtype))
+    return dx.addcmul_(dy.to(dx.dtype), per_channel(scale, dx).to(dx.dtype)).to(dtype)
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:

@@ -43,9 +43,9 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
         direction: "forward", "forward, variance" or "backward".
 
     Raises:
-        OutOfStepError: on CPU, on every process, where they are in different layers or directions;
-            on any device, where the collective itself fails or times out. On CUDA a mismatch is
-            kept for ``raise_if_out_of_step``.
+        OutOfStepError: on CPU, on every process, where they are in different layers or directions,
+            or where the collective itself fails or times out. On CUDA a mismatch is kept for
+            ``raise_if_out_of_step``, and NCCL's watchdog ends a process whose peer does not come.
     """
     if not group:
         return parts

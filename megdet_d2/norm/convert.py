@@ -1,11 +1,14 @@
 """Whole models from and to ``CrossGPUBatchNorm``, whatever they were built with."""
 
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
 from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import BNGroup
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# What they do is normalise; a subclass with a forward of its own may do more.
+_FORWARDS = tuple(kind.forward for kind in (*_BATCH_NORMS, NaiveSyncBatchNorm))
 _HOOK_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -21,11 +24,22 @@ def convert_cgbn(
         include_frozen: also convert Detectron2's ``FrozenBatchNorm2d``, whose γ and β then train.
 
     Parameters stay the same objects, so an optimizer built before still holds them.
+
+    Raises:
+        ValueError: a batch norm with a forward of its own, such as one with an activation in it.
+            Then nothing is converted.
     """
+    for name, layer in model.named_modules():
+        if _is_batch_norm(layer) and type(layer).forward not in _FORWARDS:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}, whose forward may do more than "
+                "normalise, and that would be lost; put a plain batch norm, and what else it does, "
+                "in its place"
+            )
 
     def convert(layer: nn.Module) -> nn.Module:
         frozen = include_frozen and type(layer).__name__ == "FrozenBatchNorm2d"
-        if isinstance(layer, CrossGPUBatchNorm) or not (frozen or isinstance(layer, _BATCH_NORMS)):
+        if not (frozen or _is_batch_norm(layer)):
             return layer
         new = CrossGPUBatchNorm(
             layer.num_features,
@@ -60,6 +74,10 @@ def revert_cgbn(model: nn.Module) -> nn.Module:
     return _replace(model, revert)
 
 
+def _is_batch_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, _BATCH_NORMS) and not isinstance(layer, CrossGPUBatchNorm)
+
+
 def _replace(module: nn.Module, convert) -> nn.Module:
     """``convert`` applied to every layer; one that stands in several places is converted once."""
     converted: dict[nn.Module, nn.Module] = {}
@@ -84,5 +102,7 @@ def _move_state(old: nn.Module, new: nn.Module) -> nn.Module:
         # The table itself, so that the handles still remove what they added.
         setattr(new, table, getattr(old, table))
     if new.track_running_stats:
-        new.num_batches_tracked = new.num_batches_tracked.to(new.running_mean.device)
+        for name in ("num_batches_tracked", "num_batches_skipped"):
+            if getattr(new, name, None) is not None:
+                setattr(new, name, getattr(new, name).to(new.running_mean.device))
     return new.train(old.training)

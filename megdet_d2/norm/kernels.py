@@ -19,7 +19,10 @@ Values of the channels, such as mean or scale, are (C,), contiguous, on x's devi
 
 from __future__ import annotations  # tl.constexpr below need not exist
 
+import functools
 import math
+import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -43,8 +46,16 @@ PROGRAMS, STAGES = 512, 4
 
 
 def available() -> bool:
-    """Whether Triton can be imported, and the functions below called on CUDA tensors."""
-    return triton is not None
+    """Whether Triton can be imported and compile, and the functions below called on CUDA tensors.
+
+    It builds its launchers with a C compiler, which slim containers do not have.
+    """
+    return triton is not None and _has_compiler()
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 # --- for the caller ------------------------------------------------------------------------------

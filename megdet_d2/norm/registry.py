@@ -78,7 +78,7 @@ def set_bn_size(
         ValueError: no equal groups make up ``bn_size``; the message lists the sizes that work.
     """
     size = group_ranks(bn_size, images_per_gpu, cross_machine)
-    whole_machine = not cross_machine and size == comm.get_local_size()
+    whole_machine = not cross_machine and size == _machine_size()
     group = machine_group() if whole_machine else consecutive_group(size)
     for layer in cgbn_layers(model):
         layer.process_group = group
@@ -94,7 +94,12 @@ def group_ranks(bn_size: int, images_per_gpu: int, cross_machine: bool) -> int:
     if cross_machine:
         return ranks_per_group(bn_size, images_per_gpu, comm.get_world_size())
     machine_group()  # the error that explains, where the machine is not known
-    return ranks_per_group(bn_size, images_per_gpu, comm.get_local_size())
+    return ranks_per_group(bn_size, images_per_gpu, _machine_size())
+
+
+def _machine_size() -> int:
+    # A process group of one process need not have been told what a machine is.
+    return 1 if comm.get_world_size() == 1 else comm.get_local_size()
 
 
 def separate_retinanet_levels(model: nn.Module) -> nn.Module:

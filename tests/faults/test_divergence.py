@@ -267,6 +267,8 @@ def test_relief_by_itself():
     assert relief == Relief(2, 0.25, 0)
     assert relief.next("longer_warmup", 80, 24) == Relief(3, 0.25, 160)
     assert relief.next("longer_warmup", 0, 24) == Relief(3, 0.25, 48)
+    again = Relief().next("longer_warmup", 80, 16).next("longer_warmup", 80, 16)
+    assert again == Relief(2, 1.0, 320)  # twice as long as the one that did not help
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ exec "$@"
 """
 RECORD = """#!/bin/bash
 printf '%s\\n' "$@" > "$RECORD"
+printf '%s' "$SRUN_CPUS_PER_TASK" > "$RECORD.cpus"
 """
 
 
@@ -242,10 +243,12 @@ def test_what_the_slurm_scripts_start(tmp_path, name, nodes):
         "SLURM_NNODES": str(nodes),
         "SLURM_JOB_NODELIST": "node[0-15]",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "48",
         "SLURM_SUBMIT_DIR": str(ROOT),
     }
     subprocess.run(["bash", str(LAUNCH / name)], check=True, env=env, cwd=tmp_path)
     started = (tmp_path / "record").read_text().split("\n")
+    assert (tmp_path / "record.cpus").read_text() == "48"
     assert started[started.index("--nnodes") + 1] == str(nodes)
     assert started[started.index("--nproc-per-node") + 1] == "8"
     assert "train_net.py" in started and "--resume" in started
@@ -257,6 +260,7 @@ def test_kubernetes_job():
     job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert "backoffLimit" not in job["spec"]["runPolicy"]  # one fault restarts every pod
     nodes = sum(spec["replicas"] for spec in replicas.values())
     assert nodes == 16 and replicas["Master"]["replicas"] == 1
     for spec in replicas.values():
