@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -353,6 +354,33 @@ def test_torchrun_recovers_from_a_killed_rank(coco, undisturbed, tmp_path):
     out = last_words(tmp_path)
     assert "Restarted by torchrun: resuming" in out
     assert (tmp_path / "last_checkpoint.old").read_text() == "model_0000099.pth"
+    equal(undisturbed, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchruns_of_two_machines_recover_from_a_killed_rank(coco, undisturbed, tmp_path):
+    """One agent counts a restart. The other's process only waits, and that agent counts none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launcher = (
+        "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
+        "2", "--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", f"127.0.0.1:{port}",
+    )  # fmt: skip
+    run = command(tmp_path, coco, *DISTURBED, launcher=launcher)
+    (tmp_path / "second").mkdir()
+    with open(tmp_path / "second" / "said.txt", "w") as said:
+        second = subprocess.Popen(
+            run, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    _started.append(second.pid)
+    first = start(run, tmp_path, "model_0000003.pth")
+    os.kill(children(first.pid)[-1], signal.SIGSTOP)  # as one that is in NCCL
+    os.kill(children(second.pid)[-1], signal.SIGKILL)
+    for process, output in ((second, tmp_path / "second"), (first, tmp_path)):
+        assert process.wait(timeout=280) == 0, last_words(output)
+    assert "Restarted by torchrun: resuming" in last_words(tmp_path) + last_words(
+        tmp_path / "second"
+    )
     equal(undisturbed, tmp_path)
 
 
