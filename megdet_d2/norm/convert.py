@@ -1,14 +1,13 @@
 """Whole models from and to ``CrossGPUBatchNorm``, whatever they were built with."""
 
-from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
 from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import BNGroup
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# What they do is normalise; a subclass with a forward of its own may do more.
-_FORWARDS = tuple(kind.forward for kind in (*_BATCH_NORMS, NaiveSyncBatchNorm))
+# Who normalises and no more; a subclass with a forward of its own may. The last is Detectron2's.
+_NORMALIZERS = {"_BatchNorm", "SyncBatchNorm", "NaiveSyncBatchNorm"}
 _HOOK_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -30,7 +29,8 @@ def convert_cgbn(
             Then nothing is converted.
     """
     for name, layer in model.named_modules():
-        if _is_batch_norm(layer) and type(layer).forward not in _FORWARDS:
+        owner = type(layer).forward.__qualname__.rpartition(".")[0]
+        if _is_batch_norm(layer) and owner not in _NORMALIZERS:
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, whose forward may do more than "
                 "normalise, and that would be lost; put a plain batch norm, and what else it does, "
