@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from detectron2.layers import ShapeSpec
+from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
@@ -193,3 +193,9 @@ def test_the_model_has_the_layer_where_the_config_says():
     # Otherwise the tests above would compare nothing.
     heads = make_heads()
     assert all(any(isinstance(m, CrossGPUBatchNorm) for m in h.modules()) for h in heads.values())
+
+
+def test_detectron2s_synchronized_norm_is_converted():
+    model = nn.Sequential(NaiveSyncBatchNorm(3), nn.SyncBatchNorm(3))
+    megdet_d2.convert_cgbn(model)
+    assert all(isinstance(layer, CrossGPUBatchNorm) for layer in model)
