@@ -4,6 +4,7 @@ The detector looks at an image at every scale of ``TEST.AUG.MIN_SIZES``, and mir
 trained on mirrored images; all boxes go back to the image and through one NMS.
 """
 
+import inspect
 import logging
 
 from detectron2.config import CfgNode
@@ -56,9 +57,13 @@ def check_tta(cfg: CfgNode) -> None:
     if not cfg.TEST.AUG.ENABLED:
         return
     name, sizes = cfg.MODEL.META_ARCHITECTURE, cfg.TEST.AUG.MIN_SIZES
+    kind = META_ARCH_REGISTRY.get(name)
     # PanopticFPN is one too, but its inference takes other arguments.
-    inference = getattr(META_ARCH_REGISTRY.get(name), "inference", None)
-    if inference is not GeneralizedRCNN.inference:
+    if not (
+        isinstance(kind, type)
+        and issubclass(kind, GeneralizedRCNN)
+        and "detected_instances" in inspect.signature(kind.inference).parameters
+    ):
         raise ValueError(
             f"TEST.AUG.ENABLED is True and MODEL.META_ARCHITECTURE {name!r}, but Detectron2 has "
             "test-time augmentation for GeneralizedRCNN alone; set TEST.AUG.ENABLED False"
