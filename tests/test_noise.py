@@ -235,7 +235,7 @@ def test_the_command_measures_a_detector(tmp_path, monkeypatch, capsys):
     ("config", "words", "match"),
     [
         (TINY, ["MODEL.WEIGTHS", "x"], "MODEL.WEIGTHS x: .*Non-existent key"),
-        ("none.yaml", [], "There is no none.yaml; give"),
+        ("none.yaml", [], "there is no config none.yaml; correct"),
     ],
 )
 def test_a_mistake_is_one_line(config, words, match):

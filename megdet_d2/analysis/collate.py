@@ -60,10 +60,15 @@ def read_result(row: Row, seed: int, folder: Path) -> Result:
     # What it said before it was started again, or rolled back, is past.
     text = log.read_text(errors="replace") if log.is_file() else ""
     latest = text.rpartition("Starting training from iteration")[2]
-    found = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
-    if found:
-        return Result(row.name, seed, "failed", found[-1])
+    if reason := find_divergence(latest):
+        return Result(row.name, seed, "failed", reason)
     return Result(row.name, seed, "unfinished", "not at its end")
+
+
+def find_divergence(text: str) -> str | None:
+    """The last line in which Detectron2, or this plugin, says that training has diverged."""
+    found = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", text)
+    return found[-1] if found else None
 
 
 def summarize(rows: list[Row], results: list[Result], baseline: str | None = None) -> list[dict]:

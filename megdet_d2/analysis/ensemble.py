@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from megdet_d2.config import add_megdet_config
+from megdet_d2.config import load_config, merge_overrides
 from megdet_d2.data import register_datasets
 from megdet_d2.data.coco import read_coco
 from megdet_d2.engine import Trainer, prepare_config
@@ -64,8 +64,7 @@ class Source:
         """
         model = re.fullmatch(r"(.+?\.ya?ml):(.+)", text)
         if model:
-            cfg = _default_config()
-            cfg.merge_from_file(str(existing("", model[1], f"give {_SOURCE}")))
+            cfg = load_config(existing("", model[1], f"give {_SOURCE}"))
             cfg.MODEL.WEIGHTS = model[2]
         elif Path(text).is_dir():
             cfg = read_config(text)
@@ -76,7 +75,7 @@ class Source:
             return cls(text, None)
         else:
             raise ValueError(f"{text!r} is none of: {_SOURCE}. Overrides go behind the flags")
-        _merge(cfg, opts)
+        merge_overrides(cfg, opts)
         return cls(text, cfg)
 
 
@@ -290,8 +289,7 @@ def _prepare(sources: Sequence[Source], args: argparse.Namespace) -> str:
     if cfgs:
         dataset = prepare_models(cfgs, args.dataset)
     elif args.dataset:
-        cfg = _default_config()
-        _merge(cfg, args.opts)
+        cfg = load_config(opts=args.opts)
         cfg.DATASETS.TEST = (args.dataset,)
         cfg.MODEL.META_ARCHITECTURE = ""  # no model: no NUM_CLASSES to compare with
         register_datasets(cfg, ("TEST",))
@@ -334,19 +332,6 @@ def _class_names(cfg: CfgNode) -> list[str]:
     if "thing_classes" not in MetadataCatalog.get(name).as_dict():
         DatasetCatalog.get(name)  # which sets them
     return list(MetadataCatalog.get(name).thing_classes)
-
-
-def _default_config() -> CfgNode:
-    cfg = get_cfg()
-    add_megdet_config(cfg)
-    return cfg
-
-
-def _merge(cfg: CfgNode, opts: Sequence[str]) -> None:
-    try:
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError) as error:  # yacs' errors of a key that is not there
-        raise ValueError(f"Overrides {' '.join(opts)}: {error}") from None
 
 
 def _read_json(path: str | Path):

@@ -10,9 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from megdet_d2.config import add_megdet_config
+from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
 from megdet_d2.schedule.build import images_per_micro_batch, scale_config
@@ -131,7 +131,7 @@ def read_rows(
         try:
             row = _load(name, config_file, (*opts, *(() if cores else overrides)), gpus_per_machine)
             rows.append(reduce_row(row, cores, overrides) if cores else row)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:  # the first three: yacs'
+        except (FileNotFoundError, TypeError, ValueError) as error:
             raise ValueError(f"row {name} of {source}: {error}") from error
     return rows
 
@@ -147,7 +147,7 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
         ValueError: a mini-batch or BN size that cannot be divided; a row of another architecture,
             or reduced as it is.
     """
-    base = _merge(REDUCED_BASE, overrides)
+    base = load_config(REDUCED_BASE, overrides)
     _check_carried(row.cfg, base)
     bn_size = row.bn_size or row.batch_size  # without CGBN there is nothing to keep whole
     for key, value in (("SOLVER.IMS_PER_BATCH", row.batch_size), ("MODEL.CGBN.BN_SIZE", bn_size)):
@@ -175,7 +175,7 @@ def reduce_row(row: Row, cores: int, overrides: Sequence[str] = ()) -> Row:
 
 def _check_carried(cfg: CfgNode, base: CfgNode) -> None:
     """Refuses rows that would all become the base, whatever they are about."""
-    if cfg.DATASETS.TRAIN == _merge(REDUCED_BASE, ()).DATASETS.TRAIN:
+    if cfg.DATASETS.TRAIN == load_config(REDUCED_BASE).DATASETS.TRAIN:
         raise ValueError("it is of the embedded data set as it is; run it without --reduced")
     for key in ARCHITECTURE:
         if _get(cfg, key) != _get(base, key):
@@ -213,20 +213,10 @@ def _to_opts(keys: dict) -> tuple[str, ...]:
     return tuple(str(word) for pair in keys.items() for word in pair)
 
 
-def _merge(config_file: Path, opts: Sequence[str]) -> CfgNode:
-    cfg = get_cfg()
-    add_megdet_config(cfg)
-    if not config_file.is_file():
-        raise ValueError(f"there is no config {config_file}; run this in a checkout of megdet_d2")
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(list(opts))
-    return cfg
-
-
 def _load(
     name: str, config_file: Path, opts: Sequence[str], gpus_per_machine: int = GPUS_PER_MACHINE
 ) -> Row:
-    cfg = _merge(config_file, opts)
+    cfg = load_config(config_file, opts)
     processes = cfg.MEGDET.ABLATION.GPUS
     if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
         register_datasets(cfg)  # an epoch is to be counted in it

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from megdet_d2.engine.preempt import REQUEUE
 
-from .collate import FAILURE
+from .collate import FAILURE, find_divergence
 from .rows import Row
 
 CONSOLE = "console.txt"
-# Where Detectron2, or this plugin, says that training has diverged.
-_DIVERGED = re.compile(r"^(?:\w+\.)*((?:FloatingPoint|Divergence)Error: .+)$", re.MULTILINE)
 
 
 def train_arguments(row: Row, seed: int, folder: Path) -> list[str]:
@@ -88,9 +86,8 @@ class Training:
 
 def failure_reason(text: str) -> str:
     """Why a training ended, from what it printed: its divergence, or its last line."""
-    diverged = _DIVERGED.search(text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return diverged[1] if diverged else (lines[-1].strip() if lines else "it printed nothing")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return find_divergence(text) or (lines[-1] if lines else "it printed nothing")
 
 
 def iterations_done(folder: Path) -> int:

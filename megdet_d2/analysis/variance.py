@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 from tqdm import tqdm
 
-from megdet_d2.config import add_megdet_config
+from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, prepare_config
 
 from .figures import make_figure, tidy
 from .noise import WHOLE, Fit, fit, measure_pairs
-from .runs import existing
 
 TAKES_OVERRIDES = True
 SIZES = [1, 2, 4, 8, 16, 32, 64]
@@ -135,13 +134,7 @@ def run(args: argparse.Namespace) -> None:
             f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval takes 2 pairs, a slope "
             "2 different sizes, from 1"
         )
-    cfg = get_cfg()
-    add_megdet_config(cfg)
-    try:
-        cfg.merge_from_file(str(existing("", args.config, "give a config's path")))
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError) as error:  # yacs' errors of a key that is not there
-        raise ValueError(f"{args.config} {' '.join(args.opts)}: {error}") from None
+    cfg = load_config(args.config, args.opts)
     bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
     bn_size = args.images_per_forward or bn_size
     # Of the training's mini-batch and processes: here N is the mini-batch, on one process.
