@@ -5,6 +5,8 @@ python train_net.py --config-file configs/COCO-Detection/megdet_R50_FPN_b16_norm
 torchrun --nproc-per-node 8 train_net.py --config-file ...
 """
 
+from pathlib import Path
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
@@ -31,7 +33,11 @@ def setup(args) -> CfgNode:
     cfg = read_config(args)
     schedule = prepare_config(cfg, args.eval_only, args.opts)
     cfg.freeze()
+    dumped = Path(cfg.OUTPUT_DIR, "config.yaml")
+    trained = dumped.read_bytes() if args.eval_only and dumped.is_file() else None
     default_setup(cfg, args)
+    if trained is not None and comm.is_main_process():
+        dumped.write_bytes(trained)  # what an evaluation does not resolve, a training has
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="megdet_d2")
     if schedule:
         logger.info("The schedule that MEGDET.POLICY comes to:\n%s", schedule)

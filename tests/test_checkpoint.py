@@ -15,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 import megdet_d2
-from megdet_d2.engine.checkpoint import Checkpointer, find_fault, forget_last_checkpoint
+from megdet_d2.engine.checkpoint import Checkpointer, claim_run, find_fault
 from megdet_d2.engine.statistics import averaged_statistics, own_statistics
 from megdet_d2.norm.registry import cgbn_layers
 
@@ -224,13 +224,18 @@ def test_a_checkpoint_that_not_all_machines_see_is_an_error_on_all(pool2, tmp_pa
     assert all("not on the machines of ranks 1; put OUTPUT_DIR where" in error for error in said)
 
 
-def test_an_older_runs_checkpoint_is_set_aside_once(tmp_path, caplog):
-    forget_last_checkpoint(str(tmp_path))
-    assert not caplog.records
-    save(make(tmp_path), 5)
-    forget_last_checkpoint(str(tmp_path))
-    assert (tmp_path / "last_checkpoint.old").read_text() == "model_0000005.pth"
-    assert not make(tmp_path).has_checkpoint() and "is to start anew" in caplog.text
+def test_a_restart_takes_up_its_own_run_and_no_older_one(tmp_path, caplog):
+    folder = str(tmp_path / "run")
+    assert not claim_run(["host0 1 100", "host1 1 100"], folder)
+    save(make(folder), 5)
+    # Restarted, on one of its machines and a new one.
+    assert claim_run(["host1 1 100", "host2 7 300"], folder)
+    assert make(folder).has_checkpoint() and not caplog.records
+    # Another run, which may have failed before it came here, and is restarted now.
+    assert not claim_run(["host0 9 900"], folder)
+    assert Path(folder, "last_checkpoint.old").read_text() == "model_0000005.pth"
+    assert not make(folder).has_checkpoint() and "is to start anew" in caplog.text
+    assert claim_run(["host0 9 900"], folder)
 
 
 # --- groups --------------------------------------------------------------------------------------

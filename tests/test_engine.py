@@ -244,10 +244,10 @@ def train_in_groups_of_one(rank, output):
     cfg = tiny_config(
         "MODEL.CGBN.BN_SIZE", 4, "OUTPUT_DIR", output, "SOLVER.CHECKPOINT_PERIOD", 2,
         "MEGDET.EPOCHS", 0.5, "MEGDET.DECAY_EPOCHS", (), "MEGDET.DECAY_FACTORS", (),
-        "MEGDET.WARMUP_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 4,
+        "MEGDET.WARMUP_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 4, "MODEL.CGBN.ALGORITHM", "two_pass",
     )  # fmt: skip
     prepare_config(cfg)
-    own, stock = [], Checkpointer.gather
+    own, evaluated, stock = [], [], Checkpointer.gather
 
     def gather(self):
         stock(self)
@@ -256,19 +256,32 @@ def train_in_groups_of_one(rank, output):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpointer, "gather", gather)
         trainer = Trainer(cfg)
+        layers = cgbn_layers(trainer.model)
+
+        def note(layer, inputs):
+            if not layer.training:
+                evaluated.append(layer.running_mean.clone())
+
+        layers[0].register_forward_pre_hook(note)
         trainer.resume_or_load(resume=False)
         trainer.train()
-    layers = cgbn_layers(trainer.model)
-    assert all(layer.group_size() == 1 for layer in layers)
+    assert all(layer.group_size() == 1 and layer.algorithm == "two_pass" for layer in layers)
     # neither the checkpoint nor the evaluation after it has touched them
     kept = own_statistics(trainer.checkpointer.model)
     assert all(kept[name].equal(own[-1][name]) for name in kept)
-    return own
+    # what was evaluated is what a checkpoint has, not a model of this process's own
+    name = next(name for name in kept if kept[name].equal(layers[0].running_mean))
+    return own, evaluated, name
 
 
 def test_checkpoints_hold_the_mean_of_the_groups_statistics(pool2, tmp_path):
-    first, second = pool2.run(train_in_groups_of_one, str(tmp_path), timeout=200)
-    assert len(first) == len(second) == 2  # iterations 2 and 4
+    results = pool2.run(train_in_groups_of_one, str(tmp_path), timeout=200)
+    (first, evaluated, name), (second, _, _) = results
+    assert len(first) == len(second) == 3  # iterations 2 and 4, and for whoever saves after it
+    for mean in evaluated + results[1][1]:
+        torch.testing.assert_close(mean, (first[1][name] + second[1][name]) / 2)
+    assert evaluated and results[1][1]
+    first, second = first[:2], second[:2]
     for name, own0, own1 in zip(
         ["model_0000001.pth", "model_final.pth"], first, second, strict=True
     ):

@@ -61,6 +61,39 @@ def test_resumed_in_groups_smaller_than_the_world(pool4, coco, four, tmp_path, s
     assert differing(resumed[0]["state"], resumed[2]["state"])
 
 
+def test_a_micro_batch_is_of_one_orientation(four, coco):
+    images = json.loads(Path(coco[0][1]).read_text())["images"]
+    wide = {image["id"]: image["width"] > image["height"] for image in images}
+    batches = [[wide[i] for i, _ in batch] for rank in four[1] for batch in rank["images"]]
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert {batch[0] for batch in batches} == {True, False}
+
+
+def test_a_random_seed_is_one_for_all_processes(pool2, coco, tmp_path):
+    """Or they would draw from streams of their own, some images twice an epoch and some not."""
+    overrides = ("SEED", -1, "DATALOADER.ASPECT_RATIO_GROUPING", False, "MEGDET.EPOCHS", 1.0,
+                 "MEGDET.DECAY_EPOCHS", (), "MEGDET.DECAY_FACTORS", ())  # fmt: skip
+    results = pool2.run(train, str(tmp_path), coco, overrides, timeout=120)
+    seen = [i for rank in results for batch in rank["images"] for i, _ in batch]
+    assert sorted(seen) == list(range(1, 25))
+
+
+def test_a_signal_in_the_last_step_ends_training_as_ever(coco, tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def fault(trainer):
+        def send(module, inputs):
+            if trainer.iter == trainer.max_iter - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer.model.register_forward_pre_hook(send)
+
+    train(0, str(tmp_path), coco, ("SOLVER.CHECKPOINT_PERIOD", 100), fault=fault)
+    assert (tmp_path / "model_final.pth").exists()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_resumed_from_any_iteration_with_other_workers(coco, tmp_path):
     """One process; a random seed, which the checkpoint has."""
     whole = str(tmp_path / "whole")

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +84,21 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
             if name in classes:
                 continue
             if name in _registered:
+                if cfg.MODEL.KEYPOINT_ON:
+                    raise ValueError(
+                        f"MODEL.KEYPOINT_ON is True, and DATASETS.COCO, which has {name!r}, has no "
+                        "place for the keypoints' names and flips; register the data set by "
+                        "detectron2.data.datasets.register_coco_instances, with metadata "
+                        "keypoint_names and keypoint_flip_map"
+                    )
                 evaluated = name in cfg.DATASETS.TEST
-                masks = cfg.MODEL.MASK_ON
+                masks = cfg.INPUT.MASK_FORMAT if name in cfg.DATASETS.TRAIN else "bitmask"
+                if not cfg.MODEL.MASK_ON:
+                    masks = ""
                 classes[name] = _check_json(name, *_registered[name], evaluated, masks)
-            elif "thing_classes" in MetadataCatalog.get(name).as_dict():
+                continue
+            _check_files(f"DATASETS.{key} has {name!r}", name)
+            if "thing_classes" in MetadataCatalog.get(name).as_dict():
                 classes[name] = list(MetadataCatalog.get(name).thing_classes)
     if not classes:
         return
@@ -103,8 +115,23 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
     _check_num_classes(cfg, first, len(expected))
 
 
+def _check_files(where: str, name: str) -> None:
+    """What a data set of Detectron2, or of another plugin, says it consists of is there."""
+    metadata = MetadataCatalog.get(name).as_dict()
+    looks = {"json_file": PathManager.isfile, "image_root": PathManager.isdir}
+    if name.startswith("megdet_digits"):  # made when it is first loaded
+        return
+    for key, is_there in looks.items():
+        path = metadata.get(key)
+        if path and not is_there(path):
+            raise FileNotFoundError(
+                f"{where}, and its {key} {path!r} is not there; put it there, or set "
+                f"DETECTRON2_DATASETS to where the data sets are{_start()}"
+            )
+
+
 def _check_json(
-    name: str, json_file: str, image_root: str, evaluated: bool, masks: bool
+    name: str, json_file: str, image_root: str, evaluated: bool, masks: str
 ) -> list[str]:
     """The categories' names, in the order of the ids."""
     where = f"DATASETS.COCO {name!r}"
@@ -121,13 +148,14 @@ def _start() -> str:
     return f"; a relative path starts at the working directory, {os.getcwd()!r}"
 
 
-def read_coco(where: str, json_file: str, evaluated: bool = True, masks: bool = False) -> dict:
+def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "") -> dict:
     """The content of an annotation json, checked.
 
     Args:
         where: what the errors begin with.
         evaluated: it has to have what pycocotools needs, too.
-        masks: and a segmentation of every object.
+        masks: and a segmentation of every object: "polygon", or "bitmask" for polygons and RLEs;
+            "" for none.
 
     Raises:
         FileNotFoundError, ValueError: see ``check_datasets``; images are not looked for.
@@ -161,7 +189,9 @@ def read_coco(where: str, json_file: str, evaluated: bool = True, masks: bool = 
 
     categories = dict(sorted((c["id"], c["name"]) for c in coco["categories"]))
     images = {image["id"] for image in coco["images"]}
-    _check_annotations(where, coco["annotations"], images, categories, masks)
+    _check_annotations(where, coco["annotations"], images, categories)
+    if masks:
+        _check_masks(where, coco["annotations"], evaluated, masks)
     if evaluated and any(annotation["id"] == 0 for annotation in coco["annotations"]):
         logger.warning(
             f"{where}: pycocotools takes the annotation id 0 for no match, and that object for "
@@ -186,9 +216,7 @@ def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]
         seen.add(row["id"])
 
 
-def _check_annotations(
-    where: str, annotations: list, images: set, categories: dict, masks: bool
-) -> None:
+def _check_annotations(where: str, annotations: list, images: set, categories: dict) -> None:
     for i, annotation in enumerate(annotations):
         at = f"{where}: annotations[{i}]"
         if annotation["image_id"] not in images:
@@ -208,16 +236,36 @@ def _check_annotations(
                 f"{at} has bbox {box}; make it COCO's [x, y, width, height] in pixels, width and "
                 "height not below 0"
             )
-        if masks and not annotation["segmentation"]:
-            raise ValueError(
-                f"{at} has an empty segmentation, and MODEL.MASK_ON is True; add the object's "
-                "mask, or set MODEL.MASK_ON False"
-            )
         if annotation.get("ignore"):
             raise ValueError(
                 f"{at} has ignore {annotation['ignore']}, which Detectron2 refuses; mark it "
                 "iscrowd 1 instead, or remove it"
             )
+
+
+def _check_masks(where: str, annotations: list, evaluated: bool, masks: str) -> None:
+    for i, annotation in enumerate(annotations):
+        at = f"{where}: annotations[{i}]"
+        mask = annotation["segmentation"]
+        if not mask:
+            raise ValueError(
+                f"{at} has an empty segmentation, and MODEL.MASK_ON is True; add the object's "
+                "mask, or set MODEL.MASK_ON False"
+            )
+        if isinstance(mask, dict):
+            if masks == "polygon" and not annotation.get("iscrowd"):
+                raise ValueError(
+                    f"{at} has an RLE for a segmentation, and INPUT.MASK_FORMAT is 'polygon'; set "
+                    "INPUT.MASK_FORMAT bitmask"
+                )
+            continue
+        for part in mask:
+            # In training Detectron2 leaves out what has too few points.
+            if not isinstance(part, list) or (evaluated and (len(part) < 6 or len(part) % 2)):
+                raise ValueError(
+                    f"{at} has {part} in its segmentation, which is no polygon; give each three "
+                    "points or more, [[x1, y1, x2, y2, x3, y3], ...]"
+                )
 
 
 def _check_images(where: str, root: str, files: list[str]) -> None:

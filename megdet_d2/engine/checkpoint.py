@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from .statistics import (
     load_normalizers,
@@ -176,6 +177,10 @@ class GatherStatistics(HookBase):
         if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
             self._checkpointer.gather()
 
+    def after_train(self):
+        if self.trainer.iter >= self.trainer.max_iter:  # all processes are here
+            self._checkpointer.gather()
+
 
 def find_fault(path: str) -> str:
     """What is wrong with a checkpoint file, or "".
@@ -192,15 +197,34 @@ def find_fault(path: str) -> str:
     return f"is corrupt (checksum of {damaged})" if damaged else ""
 
 
-def forget_last_checkpoint(save_dir: str) -> None:
-    """Renames last_checkpoint, so that a restart resumes this run and none before it."""
-    last = os.path.join(save_dir, "last_checkpoint")
-    if os.path.isfile(last):
-        os.replace(last, f"{last}.old")
+def claim_run(launchers: Sequence[str], save_dir: str) -> bool:
+    """Whether one of ``launchers`` began the run in ``save_dir``; else it is theirs from now on.
+
+    Then an older run's last_checkpoint is renamed, so that a restart never resumes that one.
+    """
+    path, last = (os.path.join(save_dir, name) for name in ("launchers", "last_checkpoint"))
+    if PathManager.isfile(path) and set(_read(path).splitlines()) & set(launchers):
+        return True
+    if PathManager.isfile(last):
+        _write(f"{last}.old", _read(last))
+        PathManager.rm(last)
         logger.warning(
             f"{save_dir!r} has the checkpoints of another run, and this one is to start anew: "
             f"renamed {last} to {last}.old"
         )
+    PathManager.mkdirs(save_dir)
+    _write(path, "\n".join(sorted(set(launchers))))
+    return False
+
+
+def _read(path: str) -> str:
+    with PathManager.open(path) as file:
+        return file.read()
+
+
+def _write(path: str, text: str) -> None:
+    with PathManager.open(path, "w") as file:
+        file.write(text)
 
 
 class _WholeFiles:

@@ -63,17 +63,18 @@ class DivergenceGuard(HookBase):
     def join(self, error: FloatingPointError) -> None:
         """For a process whose forward raised ``error``, as Detectron2's RPN does.
 
-        Where all processes are here within ``PATIENCE`` seconds, all raise ``DivergenceError``.
+        Where all processes are here within ``PATIENCE`` seconds, all raise ``DivergenceError``. One
+        that is alone raises what nobody rolls back from: the others do not hear of it.
 
         Raises:
-            DivergenceError: always.
+            DivergenceError, FloatingPointError: one of them, always.
         """
         images = ", ".join(self._images)
         try:
             self._raise_together(_LOSS, str(error), PATIENCE)
         except RuntimeError:  # the others are in a collective of the model's, and end when we do
             iteration, rank = self.trainer.iter, comm.get_rank()
-            raise DivergenceError(
+            raise FloatingPointError(
                 f"Training has diverged in iteration {iteration}, on rank {rank} alone: {error}; "
                 f"images: {images}. {_FIX}"
             ) from error

@@ -7,12 +7,14 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -67,7 +69,7 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
         args=(args,),
         timeout=timedelta(seconds=timeout),
     )
-    if args.num_gpus * args.num_machines == 1:
+    if args.num_gpus * args.num_machines <= 1:  # 0 is one process without a GPU
         with leaving_within(timeout):
             return start(main)  # in this process
     meet(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
@@ -88,11 +90,19 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
             raise
 
 
-def restarts() -> tuple[int, int]:
-    """How often torchrun has restarted the processes, and how often it may; (0, 0) without it."""
-    names = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
-    done, most = (int(os.environ.get(name, 0)) for name in names)
-    return done, most
+def may_restart() -> bool:
+    """Whether torchrun starts the processes again when one of them fails."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def find_launcher() -> str:
+    """A name of the process that has started this one, and of no other before or after it."""
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        began = ""
+    return f"{socket.gethostname()} {parent} {began}"
 
 
 def limit_waiting(seconds: float) -> None:

@@ -82,11 +82,14 @@ def agree(number: int) -> int:
     return int(flag)
 
 
-def shield_loader_worker() -> None:
+def shield_loader_worker(worker: int = 0) -> None:
     """Called in a worker of a data loader, makes it leave both signals to the training process.
 
     Schedulers send them to every process, and a worker that dies is an error of the training. Only
     its parent may end it, as it does when it exits itself.
+
+    Args:
+        worker: its number, which a ``DataLoader`` gives to its ``worker_init_fn``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # On Linux it goes with its parent, even stopped; elsewhere torch's own watchdog looks.

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
 
 def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     _check_device(cfg, eval_only)
-    _check_weights(cfg.MODEL.WEIGHTS)
+    if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():  # to be resumed, perhaps
+        _check_weights(cfg.MODEL.WEIGHTS)
     if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
         raise ValueError(
             f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "

@@ -13,9 +13,9 @@ from detectron2.utils.env import seed_all_rng
 from megdet_d2.schedule.build import images_per_micro_batch
 from megdet_d2.schedule.scaling import NEAR_ZERO
 
-from .checkpoint import forget_last_checkpoint
+from .checkpoint import claim_run
 from .guard import Relief
-from .launch import restarts
+from .launch import find_launcher, may_restart
 from .progress import (
     Layout,
     cut_metrics,
@@ -76,18 +76,26 @@ class ResumingTrainer(DefaultTrainer):
 
         Raises:
             RuntimeError: there are checkpoints, and none of them is good.
+            ValueError: processes that were told different things, as machines may be.
         """
-        restarted, may_restart = restarts()
-        # Each of torchrun's agents counts for itself, and those whose processes lived count none.
-        restarted = max(comm.all_gather(restarted))
-        if restarted and not resume:
+        asked = comm.all_gather(resume)
+        if len(set(asked)) > 1:
+            ranks = ", ".join(str(rank) for rank, said in enumerate(asked) if not said)
+            raise ValueError(f"--resume is not given on ranks {ranks}; give it on all, or on none")
+        if not resume and may_restart() and self._has_begun():
             logger.info("Restarted by torchrun: resuming")
-        elif may_restart and not resume and comm.is_main_process():
-            forget_last_checkpoint(self.cfg.OUTPUT_DIR)
-        super().resume_or_load(resume or restarted > 0)
+            resume = True
+        super().resume_or_load(resume)
         if self._saved_iter is not None and comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
             cut_metrics(metrics, self._saved_iter, self.images_seen)
+
+    def _has_begun(self) -> bool:
+        # torchrun's count of restarts does not tell: each machine's agent counts its own, and one
+        # that failed before it came here has left an older run's checkpoint where it was.
+        launchers = comm.all_gather(find_launcher())
+        begun = comm.is_main_process() and claim_run(launchers, self.cfg.OUTPUT_DIR)
+        return comm.all_gather(begun)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Detectron2's, and under "megdet" what an exact resume needs besides."""

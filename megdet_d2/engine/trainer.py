@@ -41,7 +41,7 @@ from .ddp import ddp_without_device_ids, settle_buckets
 from .guard import DivergenceError, DivergenceGuard
 from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
 from .launch import limit_waiting
-from .preempt import StopOnSignal
+from .preempt import StopOnSignal, shield_loader_worker
 from .resuming import ResumingTrainer
 from .statistics import averaged_statistics
 
@@ -66,6 +66,7 @@ class Trainer(ResumingTrainer):
         self._rolled_back_to = ""
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
+        self._built = list(self._hooks)  # whoever uses the trainer may add more
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         if cfg.MODEL.DEVICE == "cpu":
             settle_buckets(self.model)
@@ -108,8 +109,11 @@ class Trainer(ResumingTrainer):
         warmup_images = self.cfg.SOLVER.WARMUP_ITERS * self.layout.batch_size
         self.relief = self.relief.next(keys.ON_DIVERGENCE, warmup_images, self.images_seen)
         loader, diverged = self.data_loader, self.iter
-        self._hooks = []  # the old ones' writers are closed
+        added = [hook for hook in self._hooks if hook not in self._built]
+        self._hooks = []  # the built ones' writers are closed
         self.register_hooks(self.build_hooks())
+        self._built = list(self._hooks)
+        self.register_hooks(list(filter(_goes_on, added)))
         last = self.checkpointer.get_checkpoint_file()
         if comm.is_main_process() and last == self._rolled_back_to:
             # Twice from here: perhaps it was saved when training had begun to diverge.
@@ -182,7 +186,11 @@ class Trainer(ResumingTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's; an image that cannot be read is a ``BadImageError``, and never skipped."""
         mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        if loader.num_workers:
+            loader.timeout = cfg.MEGDET.TIMEOUT
+            loader.worker_init_fn = shield_loader_worker
+        return loader
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
@@ -222,7 +230,7 @@ class Trainer(ResumingTrainer):
             return LVISEvaluator(dataset_name, output_dir=output_dir)
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
-        raise ValueError(
+        raise NotImplementedError(  # upon which Detectron2 warns, and trains on
             f"DATASETS.TEST has {dataset_name!r} of evaluator_type {kind!r}; override "
             "Trainer.build_evaluator to evaluate it"
         )
@@ -260,3 +268,11 @@ class Trainer(ResumingTrainer):
         savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
         return ret[:first] + ours + ret[first:]
+
+
+def _goes_on(hook: HookBase) -> bool:
+    """Whether a hook can be used again after its ``after_train``; if not, the log says so."""
+    if not isinstance(hook, (hooks.EvalHook, hooks.CallbackHook)):
+        return True
+    logger.warning(f"A {type(hook).__name__} that was added to the trainer ends with the roll-back")
+    return False

@@ -202,9 +202,14 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _count_images(cfg: CfgNode) -> int:
+    # As Detectron2's training loader filters them.
     return len(
         get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
         )
     )
 

@@ -127,6 +127,8 @@ def main(args):
     # Only where they are what it is about: they take long to start where the machine is busy.
     workers = int(args.fault in ("worker_stopped", "slow_steps"))
     overrides += ("MEGDET.TIMEOUT", args.timeout, "DATALOADER.NUM_WORKERS", workers)
+    if fault is rpn_of_one_rank:  # the others know nothing of it, and so nobody rolls back
+        overrides += ("MEGDET.ON_DIVERGENCE", "half_lr")
     train(comm.get_rank(), args.output, args.coco, overrides, fault=fault)
 
 

@@ -5,9 +5,14 @@ import re
 
 import pytest
 import torch
+from detectron2.engine import AMPTrainer, HookBase
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
 
-from megdet_d2.engine.guard import DivergenceError, Relief
+from megdet_d2.engine.accumulation import accumulate
+from megdet_d2.engine.guard import DivergenceError, DivergenceGuard, Relief
 
 from ..training import config, differing, train, write_images
 
@@ -103,6 +108,38 @@ def test_a_gradient_that_is_not_finite_stops_all(pool2, coco, tmp_path):
     assert "rank 0" in message and "rank 1" in message
 
 
+class Overflowing(nn.Module):
+    """Its loss is finite, and its gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    def forward(self, batch):
+        return {"loss": self.weight.sum()}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_overflow_that_a_scaler_skips_is_no_divergence(scaled):
+    model = Overflowing()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    stock = AMPTrainer(
+        model, [[{}], [{}]], torch.optim.SGD(model.parameters(), 0.1), grad_scaler=scaler,
+        precision=torch.bfloat16,
+    )  # fmt: skip
+    trainer = accumulate(stock, 2)
+    trainer.register_hooks([DivergenceGuard(model)])
+    with EventStorage():
+        if scaled:
+            trainer.run_step()
+            assert scaler.get_scale() == 512
+        else:
+            with pytest.raises(DivergenceError, match="the gradient of weight is not finite"):
+                trainer.run_step()
+    assert model.weight.eq(1).all()
+
+
 def test_a_gradient_whose_norm_alone_overflows_is_finite(coco, tmp_path):
     spoil = functools.partial(spoil_gradient, 0, 1, value=1e30)
     overrides = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value")
@@ -149,8 +186,8 @@ def test_in_the_last_step_nothing_is_evaluated(coco, tmp_path):
 # --- roll back -----------------------------------------------------------------------------------
 
 
-def rolled_back(rank, output, coco, overrides, iterations, resume=False):
-    """A run whose loss is spoiled in the n-th iteration it makes, for n in ``iterations``."""
+def rolled_back(rank, output, coco, overrides, iterations, resume=False, spoiled=1):
+    """A run whose loss ``spoiled`` spoils in the n-th iteration it makes, n in ``iterations``."""
     made = []
 
     def fault(trainer):
@@ -158,7 +195,7 @@ def rolled_back(rank, output, coco, overrides, iterations, resume=False):
 
         def spoil(module, inputs, output):
             made.append(trainer.iter)
-            if rank == 1 and len(made) - 1 in iterations:
+            if rank == spoiled and len(made) - 1 in iterations:
                 output[1]["loss_cls"] = output[1]["loss_cls"] * float("nan")
             return output
 
@@ -232,6 +269,63 @@ def test_longer_warmup_before_any_checkpoint(coco, tmp_path, caplog):
     other = train(0, str(tmp_path / "other"), coco, (*overrides[:1], "stop", *overrides[2:]))
     assert result["loss"][0] == other["loss"][0]
     assert differing(result["state"], other["state"])
+
+
+def test_a_longer_warmup_ends_before_the_first_decay(coco, tmp_path):
+    """Diverged after 32 of 48 images: a warm-up of 64 would be longer than the training."""
+    overrides = ("MEGDET.ON_DIVERGENCE", "longer_warmup", "SOLVER.CHECKPOINT_PERIOD", 100)
+    result = train(0, str(tmp_path), coco, overrides, fault=functools.partial(spoil_once, 4))
+    lr = {0: 1e-5, 2: 0.01, 3: 0.001, 5: 0.001}  # decayed at 3
+    assert {i: result["lr"][i] for i in lr} == pytest.approx(lr, rel=1e-3)
+
+
+def test_half_lr_without_a_policy(coco, tmp_path):
+    overrides = ("MEGDET.POLICY", "", "MEGDET.EPOCHS", None, "SOLVER.BASE_LR", 0.01,
+                 "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0,
+                 "MEGDET.ON_DIVERGENCE", "half_lr")  # fmt: skip
+    result = train(0, str(tmp_path), coco, overrides, fault=functools.partial(spoil_once, 2))
+    assert result["lr"] == pytest.approx({0: 0.01, 1: 0.01, 2: 0.005, 3: 0.005})
+
+
+def test_a_roll_back_stays_within_its_run(coco, tmp_path):
+    """Twice before any checkpoint, in a folder with those of an older run."""
+    train(0, str(tmp_path), coco)
+    overrides = ("MEGDET.ON_DIVERGENCE", "half_lr", "SOLVER.CHECKPOINT_PERIOD", 100)
+    made, _ = rolled_back(0, str(tmp_path), coco, overrides, [1, 3], spoiled=0)
+    assert made == [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]
+
+
+class Counter(HookBase):
+    """One that a user adds."""
+
+    steps = 0
+
+    def after_step(self):
+        self.steps += 1
+
+
+def test_hooks_that_a_user_has_added_outlive_a_roll_back(coco, tmp_path, caplog):
+    counter = Counter()
+
+    def fault(trainer):
+        trainer.register_hooks([counter, CallbackHook(after_step=lambda trainer: None)])
+        spoil_once(3, trainer)
+
+    overrides = ("MEGDET.ON_DIVERGENCE", "half_lr", "SOLVER.CHECKPOINT_PERIOD", 2)
+    train(0, str(tmp_path), coco, overrides, fault=fault)
+    assert counter.steps == 3 + 4  # from the checkpoint of 2 again
+    assert "A CallbackHook that was added to the trainer ends with the roll-back" in caplog.text
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_so_many_roll_backs_and_no_more(coco, tmp_path, caplog, most):
+    overrides = ("MEGDET.ON_DIVERGENCE", "half_lr", "MEGDET.MAX_ROLLBACKS", most)
+    fault = functools.partial(spoil_loss, float("nan"), 0, [1])
+    assert (
+        f"MAX_ROLLBACKS, {most}, are used up"
+        in caught(0, tmp_path, coco, overrides, fault=fault)[0]
+    )
+    assert re.findall(r"roll-back \d of \d", caplog.text) == ["roll-back 1 of 1"] * most
 
 
 def test_roll_backs_are_bounded(pool2, coco, tmp_path):
