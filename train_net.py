@@ -8,24 +8,19 @@ torchrun --nproc-per-node 8 train_net.py --config-file ...
 from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-import megdet_d2
+from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, launch, prepare_config
 
 
 def read_config(args) -> CfgNode:
     """The config of the command line, as it stands."""
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    if args.config_file:
-        cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    return cfg
+    return load_config(args.config_file or None, args.opts)
 
 
 def setup(args) -> CfgNode:

@@ -5,6 +5,7 @@ megdet report output/demo
 """
 
 import argparse
+import shlex
 import sys
 
 from megdet_d2.analysis import ablate, ensemble, report, variance
@@ -37,9 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     if rest and (args.opts is None or len(rest) % 2 or any(key.startswith("-") for key in keys)):
         args.command.error(f"unrecognized arguments: {' '.join(rest)}")
     args.opts = rest
+    args.line = shlex.join(["megdet", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, FloatingPointError, ImportError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

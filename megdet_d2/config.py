@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 
 def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ()) -> CN:
@@ -21,13 +22,14 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
     cfg = get_cfg()
     add_megdet_config(cfg)
     if config_file is not None:
-        if not Path(config_file).is_file():
+        path = str(config_file)
+        if "://" not in path and not PathManager.isfile(path):
             raise FileNotFoundError(
                 f"there is no config {config_file}; correct the path, or run this in a checkout of "
                 "megdet_d2"
             )
         try:
-            cfg.merge_from_file(str(config_file))
+            cfg.merge_from_file(path)
         except (AssertionError, KeyError, yaml.YAMLError) as error:  # a key that there is not
             raise ValueError(f"{config_file}: {error}") from None
     merge_overrides(cfg, opts)

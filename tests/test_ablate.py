@@ -1,6 +1,7 @@
 """megdet ablate: rows and their reduction, the loop over trainings, the table of what came back."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -9,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
-from megdet_d2.analysis import rows, training
+from megdet_d2.analysis import training
 from megdet_d2.analysis.collate import Result, collate, read_result, summarize
-from megdet_d2.analysis.rows import CARRIED, read_rows
+from megdet_d2.analysis.reduction import CARRIED, reduce_rows
+from megdet_d2.analysis.rows import read_rows
 from megdet_d2.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +116,7 @@ def test_an_empty_or_missing_source_is_refused(tmp_path):
 
 
 def test_reduced_rows_keep_the_papers_ratios():
-    full, reduced = read_rows(TABLE3), read_rows(TABLE3, cores=2)
+    full, reduced = read_rows(TABLE3), reduce_rows(read_rows(TABLE3), 2)
     long = {"15": "06", "16": "07", "17": "09", "18": "11", "19": "13", "20": "14"}
     expected = REDUCED | {
         row.name: next(v for k, v in REDUCED.items() if k.startswith(long[row.name[:2]]))
@@ -142,19 +145,19 @@ def test_reduced_rows_keep_the_papers_ratios():
 )
 def test_reduced_rows_carry_all_that_the_rows_differ_in(folder):
     full = read_rows(f"configs/ablations/{folder}")
-    for a, b in zip(full, read_rows(f"configs/ablations/{folder}", cores=4), strict=True):
+    for a, b in zip(full, reduce_rows(read_rows(f"configs/ablations/{folder}"), 4), strict=True):
         for key in CARRIED:
-            assert rows._get(b.cfg, key) == rows._get(a.cfg, key), key
+            assert attrgetter(key)(b.cfg) == attrgetter(key)(a.cfg), key
     distinct = {
-        (row.batch_size, row.bn_size, *(str(rows._get(row.cfg, key)) for key in CARRIED))
-        for row in read_rows(f"configs/ablations/{folder}", cores=4)
+        (row.batch_size, row.bn_size, *(str(attrgetter(key)(row.cfg)) for key in CARRIED))
+        for row in reduce_rows(read_rows(f"configs/ablations/{folder}"), 4)
     }
     assert len(distinct) == len(full)
 
 
 def test_more_cores_are_more_processes_a_group():
     def processes(cores):
-        return [row.processes for row in read_rows(TABLE3, cores=cores)[:10]]
+        return [row.processes for row in reduce_rows(read_rows(TABLE3), cores)[:10]]
 
     assert processes(1) == [1] * 10
     assert processes(8) == [8, 1, 2, 4, 8, 8, 8, 8, 8, 8]
@@ -165,15 +168,15 @@ def test_a_size_that_cannot_be_halved_is_refused(tmp_path):
         f'_BASE_: "{ROOT / TABLE3 / "06_b16_bn16.yaml"}"\n'
         "SOLVER: {IMS_PER_BATCH: 9}\nMODEL: {CGBN: {BN_SIZE: 9}}\nMEGDET: {ABLATION: {GPUS: 1}}\n"
     )
-    with pytest.raises(ValueError, match="row odd of .*IMS_PER_BATCH is 9, and --reduced"):
-        read_rows(tmp_path, cores=2)
+    with pytest.raises(ValueError, match="row odd: .*IMS_PER_BATCH is 9, and --reduced"):
+        reduce_rows(read_rows(tmp_path), 2)
 
 
 @pytest.mark.parametrize(
     ("folder", "match"),
     [
-        ("challenge", "row 01_baseline of .*embedded data set as it is; run it without --reduced"),
-        ("ohem", "row ohem of .*MODEL.ROI_HEADS.NAME is OHEMROIHeads, and --reduced has Standard"),
+        ("challenge", "row 01_baseline: .*embedded data set: .* run it without --reduced"),
+        ("ohem", "row ohem: MODEL.ROI_HEADS.NAME is OHEMROIHeads, and --reduced has Standard"),
     ],
 )
 def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path):
@@ -184,7 +187,26 @@ def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path
         heads = 'MODEL: {ROI_HEADS: {NAME: "OHEMROIHeads"}}'
         (source / "ohem.yaml").write_text(f'_BASE_: "{base}"\n{heads}\n')
     with pytest.raises(ValueError, match=match):
-        read_rows(source, cores=2)
+        reduce_rows(read_rows(source), 2)
+
+
+def test_rows_that_differ_in_what_is_not_kept_are_not_reduced(tmp_path):
+    """They would all become one, and the table would compare it with itself."""
+    path = tmp_path / "rows.yaml"
+    rows = "{a: {SOLVER.MOMENTUM: 0.9}, b: {SOLVER.MOMENTUM: 0.95}}"
+    path.write_text(f"CONFIG: {ROOT / TABLE3 / '06_b16_bn16.yaml'}\nROWS: {rows}\n")
+    with pytest.raises(ValueError, match="row a has SOLVER.MOMENTUM 0.9, row b has 0.95, and --re"):
+        reduce_rows(read_rows(path), 2)
+
+
+def test_a_group_may_span_machines(tmp_path):
+    path = tmp_path / "rows.yaml"
+    rows = "{a: {MODEL.CGBN.BN_SIZE: 32, MODEL.CGBN.CROSS_MACHINE: true}}"
+    path.write_text(f"CONFIG: {ROOT / TABLE3 / '14_b256_bn16.yaml'}\nROWS: {rows}\n")
+    assert read_rows(path)[0].bn_size == 32
+    path.write_text(path.read_text().replace("true", "false"))
+    with pytest.raises(ValueError, match="row a of .*BN_SIZE is 32"):
+        read_rows(path)
 
 
 def test_launch_lines_are_torchruns(listed, capsys):
@@ -236,6 +258,10 @@ def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
         ),
         ("x\ny.z.DivergenceError: rank 1\n", "DivergenceError: rank 1"),
         ("one\nValueError: two\n\n", "ValueError: two"),
+        (  # what it had overcome
+            "DivergenceError: loss is nan\nStarting training from iteration 20\nOut of memory\n",
+            "Out of memory",
+        ),
         ("", "it printed nothing"),
     ],
 )
@@ -252,13 +278,13 @@ folder = value("OUTPUT_DIR")
 with open("{log}", "a") as log:
     log.write(folder + "\\n")
 os.makedirs(folder, exist_ok=True)
+shutil.copy("{config}." + os.path.basename(os.path.dirname(folder)), folder + "/config.yaml")
 with open(folder + "/log.txt", "a") as file:
     file.write("Starting training from iteration 0\\n")
     if "half" in folder:
         file.write("FloatingPointError: Loss became infinite or NaN\\n")
 if "half" in folder:
     sys.exit("FloatingPointError: Loss became infinite or NaN")
-shutil.copy("{config}", folder + "/config.yaml")
 end = 5070
 rows = [{{"iteration": end - 1, "total_loss": 1.0, "lr": 0.1, "time": 0.5}}]
 if "linear" in folder or "{finish}":
@@ -269,9 +295,10 @@ with open(folder + "/metrics.json", "w") as file:
 """
 
 
-def write_script(listed, tmp_path, finish="yes"):
+def write_script(listed, tmp_path, finish="yes", overrides=()):
     script, log, config = (tmp_path / name for name in ("train.py", "log", "config.yaml"))
-    config.write_text(read_rows(listed)[0].cfg.dump())
+    for row in read_rows(listed, overrides):
+        Path(f"{config}.{row.name}").write_text(row.cfg.dump())
     script.write_text(SCRIPT.format(log=log, config=config, finish=finish))
     log.touch()
     return str(script), log
@@ -295,6 +322,7 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     linear, half, none = read_csv(output / "results.csv")
     assert float(linear["ap"]) == 31.5 and float(linear["ap_std"]) == pytest.approx(math.sqrt(0.5))
     assert float(linear["failure_rate"]) == 0 and linear["paper_ap"] == "37.1"
+    assert (linear["ap50"], linear["ap75"]) == ("50.0", "40.0")
     assert float(linear["hours"]) == pytest.approx(5070 * 0.5 / 3600)
     assert float(linear["images_per_second"]) == pytest.approx(256 / 0.5)
     assert half["ap"] == "" and float(half["failure_rate"]) == 1 and half["paper_ap"] == "36.0"
@@ -313,6 +341,34 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     main([*command, "--retry"])
     assert log.read_text().splitlines()[-1].endswith("half/seed1")
     assert len(log.read_text().splitlines()) == len(trained) + len(more) + 1
+
+
+def test_the_table_has_what_earlier_commands_have_trained(listed, tmp_path):
+    script, log = write_script(listed, tmp_path)
+    output = tmp_path / "out"
+    command = ["ablate", str(listed), "--script", script, "--output", str(output)]
+    main([*command, "--seeds", "1,2", "--rows", "linear"])
+    main([*command, "--rows", "none"])
+    assert log.read_text().splitlines()[2:] == [str(output / "none/seed1")]
+    linear, none = read_csv(output / "results.csv")
+    assert (linear["row"], linear["seeds"], none["row"], none["seeds"]) == (
+        "linear",
+        "2",
+        "none",
+        "1",
+    )
+
+
+def test_a_folder_that_another_process_trains_in_is_left_to_it(listed, tmp_path, capfd):
+    """As one that has outlived the command that started it."""
+    script, log = write_script(listed, tmp_path)
+    busy = tmp_path / "out/half/seed1"
+    busy.mkdir(parents=True)
+    with open(busy / "console.txt", "w") as console:
+        fcntl.flock(console, fcntl.LOCK_EX)
+        main(["ablate", str(listed), "--script", script, "--output", str(tmp_path / "out")])
+    assert [Path(line).parent.name for line in log.read_text().splitlines()] == ["linear", "none"]
+    assert f"{busy}: another process trains it" in capfd.readouterr().err
 
 
 def test_several_trainings_at_a_time(tmp_path, monkeypatch):
@@ -374,6 +430,8 @@ def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
         (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),
         (["--jobs", "0", "--reduced"], "--jobs is 0"),
         (["--gpus-per-machine", "0"], "--gpus-per-machine is 0"),
+        (["--seeds", "1,1"], "--seeds is .*give different ones"),
+        (["DATASETS.TEST", "()"], "row 1_b16_frozen of .*DATASETS.TEST is empty"),
     ],
 )
 def test_flags_that_cannot_be(words, match):
@@ -389,13 +447,17 @@ def test_rows_for_more_gpus_than_there_are_do_not_fail_but_are_refused(tmp_path,
 
 
 def test_other_overrides_are_not_taken_for_these(listed, tmp_path):
-    script, log = write_script(listed, tmp_path)
+    script, log = write_script(listed, tmp_path, overrides=["MODEL.WEIGHTS", "a.pth"])
     command = ["ablate", str(listed), "--script", script, "--output", str(tmp_path / "out")]
     main([*command, "MODEL.WEIGHTS", "a.pth"])
     trained = log.read_text()
     for words in (["--collate"], []):
-        with pytest.raises(SystemExit, match="a.pth.*and these are of .*give another --output"):
+        with pytest.raises(SystemExit, match="MODEL.WEIGHTS a.pth, and row .*another --output"):
             main([*command, *words])
+    # A row of the same name, and another meaning.
+    listed.write_text(listed.read_text().replace("LR_FACTOR: 0.5", "LR_FACTOR: 0.25"))
+    with pytest.raises(SystemExit, match="MEGDET.LR_FACTOR 0.5, and row half now has 0.25"):
+        main([*command, "MODEL.WEIGHTS", "a.pth"])
     assert log.read_text() == trained
 
 
@@ -408,6 +470,14 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
     assert read_result(row, 1, tmp_path).status == "unfinished"
     log.write_text(start + error)
     assert read_result(row, 1, tmp_path).status == "failed"
+    log.write_text(
+        start + "[01/01 ERROR]: Exception during training:\nTraceback (most recent call last):\n"
+        '  File "x.py", line 3, in f\n    raise ValueError\n'
+        "torch.OutOfMemoryError: CUDA out of memory\n[01/01 INFO]: Total training time\n"
+    )
+    assert read_result(row, 1, tmp_path).reason == "torch.OutOfMemoryError: CUDA out of memory"
+    (tmp_path / "failure.json").write_text("")  # a full disk
+    assert "failure.json cannot be read" in read_result(row, 1, tmp_path).reason
     (tmp_path / "failure.json").write_text('{"reason": "no GPU"}')
     assert read_result(row, 1, tmp_path).reason == "no GPU"
     (tmp_path / "config.yaml").write_text(row.cfg.dump())
@@ -417,6 +487,11 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
     (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
     result = read_result(row, 1, tmp_path)
     assert (result.status, result.ap) == ("done", 30)
+    last["bbox/AP"] = math.nan  # as Detectron2 writes where nothing was detected
+    lines = [json.dumps(training), json.dumps(last)]
+    (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
+    result = read_result(row, 1, tmp_path)
+    assert (result.status, result.reason) == ("failed", "no detection on the test set")
 
 
 def test_the_documented_slurm_line_starts_every_machine(listed, tmp_path, monkeypatch):
@@ -457,7 +532,7 @@ def test_a_list_that_names_no_keys_is_refused(rows, tmp_path):
     ("command", "match"),
     [
         ("echo ${{HOME}} {nodes}", "KeyError.*it may have {line}"),
-        ("false", "false ended with .* 1"),
+        ("[ {name} != half-seed1 ]", "half-seed1: .* 1; submitted before it: linear-seed1"),
     ],
 )
 def test_a_submission_that_fails_is_one_line(command, match, listed, tmp_path):
@@ -491,7 +566,9 @@ def test_a_training_that_stops_short_is_no_result(listed, tmp_path, capsys):
     assert runs["none"]["ap"] == ""
     capsys.readouterr()
     main(["ablate", str(listed), "--collate", "--output", str(output)])
-    assert "failed" in capsys.readouterr().out
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [line[1].strip() for line in table[2:]] == ["linear", "half", "none"]
+    assert [line[6].strip() for line in table[2:]] == ["31.0", "failed", ""]
 
 
 def test_a_training_that_was_told_to_stop_has_not_failed(listed, tmp_path):

@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -123,31 +122,31 @@ def test_a_resumed_runs_rows_replace_the_older_and_a_torn_line_is_left_out(run, 
 
 
 def test_curves_show_the_values(run):
-    path = report.plot_curves(run)
+    path = report.plot_curves(run, run / "curves.png")
     assert path == run / "curves.png"
     before = pixels(path)
     assert before.shape == (900, 1000, 3) and len(np.unique(before)) > 50
     metrics = run / "metrics.json"
     metrics.write_text(metrics.read_text().replace("20.5", "35.5"))
-    changed = (pixels(report.plot_curves(run)) != before).any(axis=(1, 2))
+    changed = (pixels(report.plot_curves(run, run / "curves.png")) != before).any(axis=(1, 2))
     assert changed[600:].any() and not changed[:520].any()  # the AP's panel alone
 
 
 @pytest.mark.parametrize("row", [TRAIN_ROW % (19, 2.0), EVAL_ROW % ("NaN", 40)])
 def test_a_run_without_evaluation_or_without_losses_has_curves_and_a_summary(run, row):
     (run / "metrics.json").write_text(row)
-    assert report.plot_curves(run).is_file()
-    assert "curves.png" in report.summarize(run)
+    assert report.plot_curves(run, run / "curves.png").is_file()
+    assert "metrics.json" in report.summarize(run)
 
 
 def test_detections_are_drawn_beside_the_truth(run):
-    path = report.draw_detections(run, num_images=4)
+    path = report.draw_detections(run, run / "detections.png", num_images=4)
     assert path == run / "detections.png"
     drawn = pixels(path)
     assert drawn.shape[1] == 1400 and len(np.unique(drawn)) > 50
 
     write_results(run, [])
-    empty = pixels(report.draw_detections(run, num_images=4))
+    empty = pixels(report.draw_detections(run, run / "detections.png", num_images=4))
     columns = (drawn != empty).any(axis=(0, 2))
     assert columns[350:700].any() and columns[1050:].any()
     assert not columns[:350].any() and not columns[700:1050].any()  # the truth stays
@@ -156,28 +155,29 @@ def test_detections_are_drawn_beside_the_truth(run):
 def test_detections_below_the_threshold_are_not_drawn(run):
     results = read_results(run)
     write_results(run, [])
-    empty = pixels(report.draw_detections(run))
+    empty = pixels(report.draw_detections(run, run / "detections.png"))
     write_results(run, [result | {"score": 0.49} for result in results])
-    assert np.array_equal(pixels(report.draw_detections(run)), empty)
+    assert np.array_equal(pixels(report.draw_detections(run, run / "detections.png")), empty)
 
 
 def test_labels_are_the_names_of_the_jsons_category_ids(run, monkeypatch):
     labels = []
     monkeypatch.setattr(report, "_draw_box", lambda axes, box, index, label: labels.append(label))
-    report.draw_detections(run, num_images=4)
+    report.draw_detections(run, run / "detections.png", num_images=4)
     truth = sorted(label for label in labels if "." not in label)
     assert truth and truth == sorted(label.split()[0] for label in labels if "." in label)
     assert {label.split()[1] for label in labels if "." in label} == {"0.90"}
 
 
 def test_one_image_and_more_than_there_are(run):
-    assert pixels(report.draw_detections(run, num_images=1)).shape[1] == 700
-    assert pixels(report.draw_detections(run, num_images=99)).shape[1] == 1400
+    assert pixels(report.draw_detections(run, run / "detections.png", num_images=1)).shape[1] == 700
+    assert (
+        pixels(report.draw_detections(run, run / "detections.png", num_images=99)).shape[1] == 1400
+    )
 
 
-def test_the_command_draws_both_and_prints_where_to_look(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "1"])
-    report.main()
+def test_the_command_draws_both_and_prints_where_to_look(run, capsys):
+    main(["report", str(run), "--images", "1"])
     out = capsys.readouterr().out
     for part in ("bbox/AP 20.5, AP50 40.0", "1 day, 2:03:04", "tensorboard --logdir"):
         assert part in out
@@ -188,26 +188,24 @@ def test_the_command_draws_both_and_prints_where_to_look(run, monkeypatch, capsy
 @pytest.mark.parametrize(
     "name", ["metrics.json", "config.yaml", "inference/coco_instances_results.json"]
 )
-def test_a_missing_file_is_named_with_the_command_that_makes_it(run, name, monkeypatch, capsys):
+def test_a_missing_file_is_named_with_the_command_that_makes_it(run, name):
     (run / name).unlink()
-    monkeypatch.setattr(sys, "argv", ["report", str(run)])
     with pytest.raises(SystemExit) as error:
-        report.main()
+        main(["report", str(run)])
     assert str(run / name) in str(error.value) and "train_net.py" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "inference/coco_instances_results.json"])
-def test_an_empty_file_is_named_with_the_command_that_fills_it(run, name, monkeypatch):
+def test_an_empty_file_is_named_with_the_command_that_fills_it(run, name):
     (run / name).write_text("")
-    monkeypatch.setattr(sys, "argv", ["report", str(run)])
     with pytest.raises(SystemExit) as error:
-        report.main()
+        main(["report", str(run)])
     assert str(run / name) in str(error.value) and "train_net.py" in str(error.value)
 
 
 def test_no_images_are_refused(run):
     with pytest.raises(ValueError, match="--images is 0"):
-        report.draw_detections(run, num_images=0)
+        report.draw_detections(run, run / "detections.png", num_images=0)
 
 
 def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
@@ -220,7 +218,7 @@ def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
-        report.plot_curves(run)
+        report.plot_curves(run, run / "curves.png")
 
 
 # --- several runs, and the page ------------------------------------------------------------------
@@ -263,10 +261,49 @@ def test_a_run_as_numbers(tmp_path):
     assert iterations.tolist() == [50, 110] and aps.tolist() == [15.0, 30.0]
     assert run.epochs(iterations).tolist() == [5, 11]
     assert run.final("AP50") == 60
-    # 100 of the 110 iterations are logged, at half a second.
+    # 100 of the 110 iterations are logged, at half a second: another trainer's medians.
     assert run.hours() == pytest.approx(100 * 0.5 / 3600)
-    assert run.hours(np.array([50])) == pytest.approx(50 * 0.5 / 3600)
+    assert run.hours_at(np.array([50])) == pytest.approx(50 * 0.5 / 3600)
     assert run.images_per_second() == pytest.approx(16)
+
+
+def test_hours_are_those_of_all_iterations(tmp_path):
+    """A loader that stalls in one iteration of five: a median says nothing of it."""
+    folder = write_run(tmp_path / "a", batch_size=8)
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    rows = [r | {"training_time": r["iteration"] + 1.0} if "time" in r else r for r in rows]
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run.read(folder)
+    assert run.hours() == pytest.approx(100 / 3600)
+    assert run.hours_at(np.array([50])) == pytest.approx(50 / 3600)
+    assert run.images_per_second() == pytest.approx(8)
+
+
+def test_a_config_that_was_cut_off_is_named(run):
+    for text in ("", "MODEL: {DEVICE: ["):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(SystemExit, match="config.yaml is no config"):
+            main(["report", str(run)])
+
+
+def test_a_decay_that_was_not_reached_is_not_drawn(tmp_path):
+    """Detectron2's default STEPS, 30,000, would stretch the axis of a short training."""
+    folder = write_run(tmp_path / "a", batch_size=8)
+    config = (folder / "config.yaml").read_text()
+    before = pixels(compare.plot_accuracy([Run.read(folder)], tmp_path / "a.png"))
+    cfg = Run.read(folder).cfg
+    cfg.SOLVER.STEPS = (*cfg.SOLVER.STEPS, 30_000)
+    (folder / "config.yaml").write_text(cfg.dump())
+    assert config != cfg.dump()
+    after = pixels(compare.plot_accuracy([Run.read(folder)], tmp_path / "b.png"))
+    assert np.array_equal(before, after)
+
+
+def test_nothing_is_written_to_the_run_where_another_folder_is_asked_for(run, tmp_path):
+    before = sorted(run.rglob("*"))
+    main(["report", str(run), "--images", "1", "--output", str(tmp_path / "page")])
+    assert sorted(run.rglob("*")) == before
+    assert (tmp_path / "page/curves.png").is_file() and (tmp_path / "page/report.html").is_file()
 
 
 def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
@@ -301,7 +338,7 @@ def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
     done, _ = run.series("time")
     assert done.tolist() == [10, 20, 30, 40, 50, 60, 80, 100, 110]
     assert run.hours() * 3600 == pytest.approx(100 * 0.5 + 60 * 0.75)
-    assert report.plot_curves(folder).is_file()
+    assert report.plot_curves(folder, folder / "curves.png").is_file()
     assert run.throughput()[1].tolist() == pytest.approx([32] * 5 + [32 / 0.75] * 4)
 
     unfinished = [*before, {"iteration": 41, "bbox/AP": 12.0}]
@@ -380,9 +417,8 @@ def test_table_1_is_drawn_and_tabulated_beside_the_papers(tmp_path):
     assert (sixth["epoch"], sixth["batch"]) == ("6", "256")
 
 
-def test_the_page_holds_everything_itself(run, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "1"])
-    report.main()
+def test_the_page_holds_everything_itself(run):
+    main(["report", str(run), "--images", "1"])
     page = (run / "report.html").read_text()
     pictures = re.findall(r'<img [^>]*src="([^"]+)"', page)
     assert len(pictures) == 4 and all(p.startswith("data:image/png;base64,") for p in pictures)
@@ -396,10 +432,9 @@ def test_the_page_holds_everything_itself(run, monkeypatch):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 @pytest.mark.parametrize("width", [500, 1440])
-def test_a_browser_shows_the_page(run, tmp_path, monkeypatch, width):
+def test_a_browser_shows_the_page(run, tmp_path, width):
     """On a phone (500 px is the narrowest that a headless Chromium goes) and on a wide screen."""
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--images", "1"])
-    report.main()
+    main(["report", str(run), "--images", "1"])
     probe = (
         "<script>document.title = JSON.stringify([innerWidth, document.documentElement.scrollWidth,"
         " performance.getEntriesByType('resource').length,"

@@ -8,56 +8,39 @@ with ``--collate`` makes the table of what has come back.
 import argparse
 import contextlib
 import itertools
-import json
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .cluster import launch_line, submit
 from .collate import FAILURE, Result, collate, read_result
-from .rows import GPUS_PER_MACHINE, Row, read_rows
-from .training import Training, train_arguments
+from .reduction import reduce_rows
+from .rows import GPUS_PER_MACHINE, Row, differences, read_rows
+from .runs import read_config
+from .training import Training
 
 TAKES_OVERRIDES = True
 POLL_SECONDS = 1.0
-SETTINGS = "settings.json"
+# Of a training's config, what says nothing of its result, or is not the row's.
+MAY_DIFFER = (
+    "MEGDET.ABLATION.",
+    "MEGDET.ACCUMULATION_STEPS",
+    "MODEL.DEVICE",
+    "OUTPUT_DIR",
+    "SEED",
+    "VERSION",
+)
 
 
 def folder_of(output: Path, row: Row, seed: int) -> Path:
     """OUTPUT_DIR of a row's training with this seed."""
     return output / row.name / f"seed{seed}"
-
-
-def launch_line(row: Row, seed: int, folder: Path, script: str, gpus_per_machine: int) -> str:
-    """One shell line that starts a row on a cluster, on every machine of it.
-
-    ``$HOST0`` is the first machine's name; with one machine there is no need of it.
-    """
-    machines, per_machine = _machines(row, gpus_per_machine)
-    if machines == 1:
-        where = "--standalone"
-    else:
-        where = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint $HOST0:29500"
-        # Two trainings whose first machine is the same one do not meet in one rendezvous.
-        where += f" --rdzv-id {shlex.quote(f'{row.name}-seed{seed}')}"
-    words = shlex.join([script, *train_arguments(row, seed, folder)])
-    return f"torchrun {where} --nproc-per-node {per_machine} {words}"
-
-
-def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
-    per_machine = min(row.processes, gpus_per_machine)
-    if row.processes % per_machine:
-        raise ValueError(
-            f"row {row.name} is of {row.processes} processes (MEGDET.ABLATION.GPUS), no whole "
-            f"number of machines of {gpus_per_machine}: change --gpus-per-machine"
-        )
-    return row.processes // per_machine, per_machine
 
 
 def run_all(
@@ -67,40 +50,43 @@ def run_all(
     script: str,
     on_cpu: bool,
     retry: bool,
-    jobs: int = 1,
-    baseline: str | None = None,
-) -> list[Result]:
-    """Trains what is not complete, the first seed of every row first; the table after each.
+    jobs: int,
+    tabulate: Callable[[], str],
+) -> None:
+    """Trains what is not complete, the first seed of every row first.
 
     Args:
         jobs: trainings at a time.
-        baseline: the row that the table compares with.
+        tabulate: is called whenever one has ended.
     """
-    pending, results = [], {}
+    pending = []
     for seed, row in itertools.product(seeds, rows):
         folder = folder_of(output, row, seed)
         if retry:
             (folder / FAILURE).unlink(missing_ok=True)
-        results[row.name, seed] = read_result(row, seed, folder)
-        if _is_open(results[row.name, seed], retry):
+        if _is_open(read_result(row, seed, folder), retry):
             pending.append((row, seed, folder))
     total = sum(row.images for row, _, _ in pending)
     number, running, images = len(pending), [], 0  # images of the trainings that have ended
     with (
-        _sigterm_exits(),
+        _signals_exit(),
         tqdm(total=total, unit=" images", smoothing=0.05, dynamic_ncols=True) as bar,
     ):
         try:
             while pending or running:
                 while pending and len(running) < jobs:
-                    running.append(Training(*pending.pop(0), script, on_cpu, jobs))
+                    row, seed, folder = pending.pop(0)
+                    try:
+                        running.append(Training(row, seed, folder, script, on_cpu, jobs))
+                    except BlockingIOError:
+                        bar.write(f"{folder}: another process trains it; left to that", sys.stderr)
+                        bar.total -= row.images
                     bar.set_description(_under_way(running, number - len(pending), number))
                 time.sleep(POLL_SECONDS)
-                for training in [t for t in running if t.ended()]:
+                for training in [t for t in running if t.poll()]:
                     running.remove(training)
                     row, seed = training.row, training.seed
                     result = read_result(row, seed, training.folder)
-                    results[row.name, seed] = result
                     done = row.images if result.status == "done" else training.images_done()
                     images += done
                     bar.total -= row.images - done  # a failed row is shorter than planned
@@ -108,14 +94,13 @@ def run_all(
                         bar.write(
                             f"{row.name}, seed {seed}: {result.status}: {result.reason}", sys.stderr
                         )
-                    collate(rows, list(results.values()), output, _title(rows), baseline)
+                    tabulate()
                 bar.update(images + sum(t.images_done() for t in running) - bar.n)
         finally:  # we are being stopped: the trainings are not to go on alone
             for training in running:
                 training.stop()
             for training in running:
                 training.wait()
-    return list(results.values())
 
 
 def _is_open(result: Result, retry: bool) -> bool:
@@ -127,24 +112,28 @@ def _under_way(running: list[Training], number: int, of: int) -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_exits():
-    """A scheduler's SIGTERM ends the training under way too, as Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def _signals_exit():
+    """A scheduler's SIGTERM, or a closed terminal, ends the trainings too, as Ctrl-C does."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    previous = [signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _title(rows: list[Row]) -> str:
-    return f"`{shlex.join(['megdet', *sys.argv[1:]])}`, {len(rows)} rows"
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder of configs, or a YAML list of rows")
-    add("--seeds", type=_integers, default=[1], metavar="1,2,3", help="one training a row each")
+    add(
+        "--seeds",
+        type=_integers,
+        default=[1],
+        metavar="1,2,3",
+        help="one training a row each (default 1)",
+    )
     add("--output", type=Path, help="default: output/ablations/SOURCE's name")
     add("--reduced", action="store_true", help="the rows' ratios on the demo's model, on CPU")
     cores = os.cpu_count() or 1
@@ -172,59 +161,96 @@ def _integers(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    on_cpu = args.reduced or not torch.cuda.is_available()
+    _check_flags(args, on_cpu)
+    stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
+    output = args.output or Path("output/ablations") / stem
+    rows = _read(args, args.rows)
+    # What earlier commands have trained into the same folder stays in the table.
+    trained = [path.parent for path in output.glob("*/seed*")]
+    table = _read(args, ",".join([args.rows, *sorted({path.name for path in trained})]))
+    names = [row.name for row in table]
+    if args.baseline is not None and args.baseline not in names:
+        raise ValueError(f"--baseline is {args.baseline}, and the rows are {', '.join(names)}")
+    if args.print:
+        for seed, row in itertools.product(args.seeds, rows):
+            folder = folder_of(output, row, seed)
+            print(launch_line(row, seed, folder, args.script, args.gpus_per_machine))
+        return
+    check_same(table, output)
+    if args.submit:
+        trainings = [
+            (row, seed, folder_of(output, row, seed))
+            for seed, row in itertools.product(args.seeds, rows)
+        ]
+        pending = [t for t in trainings if _is_open(read_result(*t), args.retry)]
+        return submit(args.submit, pending, args.script, args.gpus_per_machine)
+
+    def tabulate() -> str:
+        seeds = sorted({*args.seeds, *find_seeds(table, output)})
+        results = [
+            read_result(row, seed, folder_of(output, row, seed))
+            for seed, row in itertools.product(seeds, table)
+        ]
+        title = f"`{args.line}`, {len(table)} rows"
+        return collate(table, results, output, title, args.baseline)
+
+    if not args.collate:
+        if not Path(args.script).is_file():
+            raise FileNotFoundError(
+                f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
+            )
+        if not on_cpu:
+            _check_gpus(rows)
+        if args.jobs > 1:
+            _check_cores(rows, args.jobs, args.cores)
+        run_all(
+            rows, args.seeds, output, args.script, on_cpu, args.retry, args.jobs, tabulate
+        )  # fmt: skip
+    print(tabulate())
+    print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+
+
+def _check_flags(args: argparse.Namespace, on_cpu: bool) -> None:
     if args.gpus_per_machine < 1:
         raise ValueError(f"--gpus-per-machine is {args.gpus_per_machine}; give 1 or more")
-    on_cpu = args.reduced or not torch.cuda.is_available()
     if not 1 <= args.jobs <= (args.cores if on_cpu else 1):
         raise ValueError(
             f"--jobs is {args.jobs}; trainings at a time are for CPUs, one a core at the most: "
             f"--cores is {args.cores}"
         )
-    cores = args.cores // args.jobs if args.reduced else 0
-    rows = read_rows(args.source, args.opts, cores, args.gpus_per_machine, args.rows)
-    if args.baseline is not None and args.baseline not in [row.name for row in rows]:
-        raise ValueError(
-            f"--baseline is {args.baseline}, and the rows are {', '.join(r.name for r in rows)}"
-        )
-    if args.jobs > 1:
-        _check_cores(rows, args.jobs, args.cores)
-    stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
-    output = args.output or Path("output/ablations") / stem
-    if not args.print:
-        _check_settings(output, {"reduced": args.reduced, "overrides": args.opts})
-    if args.print or args.submit:
-        for seed, row in itertools.product(args.seeds, rows):
-            folder = folder_of(output, row, seed)
-            line = launch_line(row, seed, folder, args.script, args.gpus_per_machine)
-            if args.print:
-                print(line)
-            elif _is_open(read_result(row, seed, folder), args.retry):
-                _submit(args.submit, line, row, seed, args.gpus_per_machine)
-        return
-    if args.collate:
-        results = [
-            read_result(row, seed, folder_of(output, row, seed))
-            for seed, row in itertools.product(args.seeds, rows)
-        ]
-    elif not Path(args.script).is_file():
-        raise FileNotFoundError(
-            f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
-        )
-    else:
-        if not on_cpu:
-            _check_gpus(rows)
-        results = run_all(
-            rows,
-            args.seeds,
-            output,
-            args.script,
-            on_cpu=args.reduced,
-            retry=args.retry,
-            jobs=args.jobs,
-            baseline=args.baseline,
-        )
-    print(collate(rows, results, output, _title(rows), args.baseline))
-    print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError(f"--seeds is {args.seeds}; give different ones, from 0")
+
+
+def _read(args: argparse.Namespace, patterns: str) -> list[Row]:
+    overrides = () if args.reduced else args.opts
+    rows = read_rows(args.source, overrides, args.gpus_per_machine, patterns)
+    return reduce_rows(rows, args.cores // args.jobs, args.opts) if args.reduced else rows
+
+
+def find_seeds(rows: list[Row], output: Path) -> set[int]:
+    """Of the trainings that ``output`` has of the rows."""
+    folders = [path for row in rows for path in (output / row.name).glob("seed*")]
+    return {int(path.name[4:]) for path in folders if path.name[4:].isdecimal()}
+
+
+def check_same(rows: list[Row], output: Path) -> None:
+    """Refuses to take trainings of another config for the rows'.
+
+    Raises:
+        ValueError: which one, the key and both values.
+    """
+    for seed, row in itertools.product(find_seeds(rows, output), rows):
+        folder = folder_of(output, row, seed)
+        if not (folder / "config.yaml").is_file():
+            continue
+        for key, (before, now) in differences(read_config(folder), row.cfg).items():
+            if not key.startswith(MAY_DIFFER):
+                raise ValueError(
+                    f"{folder} is a training with {key} {before}, and row {row.name} now has "
+                    f"{now}: give another --output, or remove that folder"
+                )
 
 
 def _check_cores(rows: list[Row], jobs: int, cores: int) -> None:
@@ -245,35 +271,3 @@ def _check_gpus(rows: list[Row]) -> None:
                 "others by --rows, give them to a scheduler by --submit, or add "
                 f"MEGDET.ABLATION.GPUS {gpus}"
             )
-
-
-def _check_settings(output: Path, settings: dict) -> None:
-    """Refuses to take another command's trainings for this one's."""
-    path = output / SETTINGS
-    if path.is_file() and (before := json.loads(path.read_text())) != settings:
-        raise ValueError(
-            f"{output} holds trainings of {before}, and these are of {settings}: give another "
-            "--output"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
-
-
-def _submit(template: str, line: str, row: Row, seed: int, gpus_per_machine: int) -> None:
-    machines, per_machine = _machines(row, gpus_per_machine)
-    try:
-        command = template.format(
-            line=shlex.quote(line),
-            machines=machines,
-            gpus=per_machine,
-            name=shlex.quote(f"{row.name}-seed{seed}"),
-        )
-    except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"--submit {template}: {error!r}; it may have {{line}}, {{machines}}, {{gpus}} and "
-            "{name}, and doubles every other brace: ${{HOME}}"
-        ) from None
-    try:
-        subprocess.run(command, shell=True, check=True)
-    except subprocess.CalledProcessError as error:
-        raise ValueError(f"{command} ended with exit code {error.returncode}") from None

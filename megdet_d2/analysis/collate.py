@@ -55,20 +55,28 @@ def read_result(row: Row, seed: int, folder: Path) -> Result:
         return Result(row.name, seed, "done", **aps, **rates)
     failure, log = folder / FAILURE, folder / "log.txt"
     if failure.is_file():
-        return Result(row.name, seed, "failed", json.loads(failure.read_text())["reason"])
-    # A launcher of a cluster leaves no failure.json; a training that diverges says so in its log.
-    # What it said before it was started again, or rolled back, is past.
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    latest = text.rpartition("Starting training from iteration")[2]
-    if reason := find_divergence(latest):
+        try:
+            reason = json.loads(failure.read_text())["reason"]
+        except (KeyError, ValueError):
+            reason = f"{failure} cannot be read"
+        return Result(row.name, seed, "failed", reason)
+    # A launcher of a cluster leaves no failure.json; a training that fails says so in its log.
+    reason = find_error(log.read_text(errors="replace")) if log.is_file() else None
+    if reason:
         return Result(row.name, seed, "failed", reason)
     return Result(row.name, seed, "unfinished", "not at its end")
 
 
-def find_divergence(text: str) -> str | None:
-    """The last line in which Detectron2, or this plugin, says that training has diverged."""
-    found = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", text)
-    return found[-1] if found else None
+def find_error(text: str) -> str | None:
+    """What ended a training, from its log: its divergence, or the error of a traceback.
+
+    What it said before it was last started again, or rolled back, is past.
+    """
+    latest = text.rpartition("Starting training from iteration")[2]
+    diverged = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
+    failed = latest.rpartition("Exception during training:")[2] if "Exception d" in latest else ""
+    errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", failed, re.MULTILINE)
+    return next(iter(diverged[-1:] + errors[-1:]), None)
 
 
 def summarize(rows: list[Row], results: list[Result], baseline: str | None = None) -> list[dict]:
@@ -92,7 +100,7 @@ def summarize(rows: list[Row], results: list[Result], baseline: str | None = Non
             "iterations": row.cfg.SOLVER.MAX_ITER,
             "seeds": len(done) + failed,
             "failed": failed,
-            "failure_rate": failed / (len(done) + failed) if own and done or failed else None,
+            "failure_rate": failed / (len(done) + failed) if done or failed else None,
         }
         measured = {measure: [getattr(result, measure) for result in done] for measure in MEASURES}
         if baseline is not None:

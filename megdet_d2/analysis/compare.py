@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .figures import make_figure, tidy
-from .runs import Run
+from .runs import Run, images_per_epoch
 from .samples import PAPER, STAGES, read_samples
 
 # Counters that say how often a guard had to step in, where the run wrote them.
@@ -30,15 +30,16 @@ def plot_accuracy(runs: Sequence[Run], path: Path) -> Path:
     """
     figure = make_figure(11, 4.5)
     over_epochs, over_hours = figure.subplots(1, 2, sharey=True)
-    in_epochs = all(run.epochs(np.ones(1)) is not None for run in runs)
+    in_epochs = all(images_per_epoch(run.cfg) is not None for run in runs)
     for number, (run, label) in enumerate(zip(runs, labels(runs), strict=True)):
         iterations, aps = run.evaluations()
         x = run.epochs(iterations) if in_epochs else iterations
-        steps = np.array(run.cfg.SOLVER.STEPS)
+        last = run.train_rows[-1]["iteration"] if run.train_rows else 0
+        steps = np.array([step for step in run.cfg.SOLVER.STEPS if step <= last])
         decays = run.epochs(steps) if in_epochs else steps
         for axes, at, lines in (
             (over_epochs, x, decays),
-            (over_hours, run.hours(iterations), run.hours(steps)),
+            (over_hours, run.hours_at(iterations), run.hours_at(steps)),
         ):
             axes.plot(at, aps, marker=".", color=f"C{number}", label=label)
             for line in lines if len(aps) else ():

@@ -26,10 +26,10 @@ SCORE_THRESHOLD = 0.5
 _EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
 
 
-def plot_curves(run: str | Path) -> Path:
-    """Draws learning rate, losses and box AP over the iterations into RUN/curves.png.
+def plot_curves(run: str | Path, path: Path) -> Path:
+    """Draws learning rate, losses and box AP over the iterations.
 
-    Over images where the mini-batch has changed.
+    Over the images seen where the mini-batch has changed.
     """
     train_rows, eval_rows = read_metrics(run)
     changed = len({row.get("effective_batch_size") for row in train_rows}) > 1
@@ -57,12 +57,12 @@ def plot_curves(run: str | Path) -> Path:
         if rows and len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     panels[-1].set_xlabel(at.replace("_", " "))
-    figure.savefig(Path(run) / "curves.png")
-    return Path(run) / "curves.png"
+    figure.savefig(path)
+    return path
 
 
-def draw_detections(run: str | Path, num_images: int = 8) -> Path:
-    """Draws ground truth beside detections for the first test images into RUN/detections.png.
+def draw_detections(run: str | Path, path: Path, num_images: int = 8) -> Path:
+    """Draws ground truth beside detections for the first test images.
 
     Raises:
         FileNotFoundError: no config.yaml, or no results of an evaluation.
@@ -106,8 +106,8 @@ def draw_detections(run: str | Path, num_images: int = 8) -> Path:
                 index = to_class.get(result["category_id"], result["category_id"])
                 label = f"{names[index]}  {result['score']:.2f}"
                 _draw_box(detections, result["bbox"], index, label)
-    figure.savefig(Path(run) / "detections.png")
-    return Path(run) / "detections.png"
+    figure.savefig(path)
+    return path
 
 
 def _draw_box(axes, xywh: list[float], index: int, label: str) -> None:
@@ -137,7 +137,6 @@ def summarize(run: str | Path) -> str:
     times = re.findall(r"Total training time: (.+?) \(", log.read_text()) if log.is_file() else []
     lines += [f"Training took {time} (h:mm:ss), evaluation included." for time in times[-1:]]
     lines.append(f"Numbers:  {run / 'metrics.json'}, {log}")
-    lines.append(f"Pictures: {run / 'curves.png'}, {run / 'detections.png'}")
     lines.append(f"Scalars:  {Path(sys.executable).parent / 'tensorboard'} --logdir {run}")
     return "\n".join(lines)
 
@@ -163,13 +162,15 @@ def run(args: argparse.Namespace) -> None:
     samples = plot_samples(runs, output / "samples.png")
     if samples:
         sections.append(("Ratio of positives and negatives (Table 1)", samples))
-    if table1(runs):
-        sections.append(("Table 1, in percent", table1(runs)))
+    if table := table1(runs):
+        sections.append(("Table 1, in percent", table))
     missing = []
-    for each, label in zip(runs, labels(runs), strict=True):
-        sections.append((f"{label}: learning rate, losses, AP", plot_curves(each.path)))
+    for number, (each, label) in enumerate(zip(runs, labels(runs), strict=True), start=1):
+        mark = f"_{number}" if len(runs) > 1 else ""
+        curves = plot_curves(each.path, output / f"curves{mark}.png")
+        sections.append((f"{label}: learning rate, losses, AP", curves))
         try:
-            picture = draw_detections(each.path, args.images)
+            picture = draw_detections(each.path, output / f"detections{mark}.png", args.images)
         except (FileNotFoundError, ValueError) as error:
             missing.append(str(error))
             sections.append((f"{label}: detections", str(error)))
@@ -179,20 +180,7 @@ def run(args: argparse.Namespace) -> None:
     page = write_page(output / "report.html", title, sections)
     for each in runs:
         print(summarize(each.path))
-    print(f"Page:     {page}")
+    pictures = [str(content) for _, content in sections if isinstance(content, Path)]
+    print(f"Pictures: {', '.join(pictures)}\nPage:     {page}")
     if missing:
         raise ValueError("; ".join(missing))
-
-
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m megdet_d2.analysis.report")
-    add_arguments(parser)
-    try:
-        run(parser.parse_args())
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+import yaml
+from detectron2.config import CfgNode
 
-from megdet_d2.config import add_megdet_config
+from megdet_d2.config import load_config
 from megdet_d2.schedule.build import policy_from_config
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,15 @@ def read_config(run: str | Path) -> CfgNode:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it cannot be read, as where a full disk has cut it off.
     """
-    cfg = get_cfg()
-    add_megdet_config(cfg)
+    path = existing(run, "config.yaml", TRAIN)
+    cfg = load_config()
     cfg.set_new_allowed(True)  # another plugin's keys are no obstacle to looking
-    cfg.merge_from_file(str(existing(run, "config.yaml", TRAIN)))
+    try:
+        cfg.merge_from_file(str(path))
+    except (AssertionError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no config ({error}); {TRAIN.format(run=run)}") from None
     return cfg
 
 
@@ -125,7 +130,7 @@ class Run:
 
     def _done(self, row: dict) -> int:
         if "images_seen" in row:
-            # One that was begun is one.
+            # Rounded up: an iteration that was begun counts.
             return int(-(-row["images_seen"] // self.cfg.SOLVER.IMS_PER_BATCH))
         return row["iteration"] + 1
 
@@ -172,18 +177,21 @@ class Run:
 
     @functools.cached_property
     def _clock(self) -> tuple[np.ndarray, np.ndarray]:
-        # Detectron2 writes the seconds of an iteration, evaluations and checkpoints left out. Added
-        # up they are the time of a run that was stopped and resumed, too.
-        done, rate = self.throughput()
-        images = np.diff(done, prepend=0) * self.cfg.SOLVER.IMS_PER_BATCH
-        return np.append(0, done), np.append(0, np.cumsum(images / rate))
+        # Iterations and the seconds until then: without evaluations and checkpoints, and without
+        # what passed between a stop and a resume.
+        done, seconds = self.series("training_time")
+        if not len(done):  # another trainer's: from medians, which leave out what was slow
+            done, rate = self.throughput()
+            seconds = np.cumsum(np.diff(done, prepend=0) * self.cfg.SOLVER.IMS_PER_BATCH / rate)
+        return np.append(0, done), np.append(0, seconds)
 
-    def hours(self, iterations: np.ndarray | None = None) -> np.ndarray | float:
-        """Hours of training until each of ``iterations``, or all; without evaluations."""
-        done, seconds = self._clock
-        if iterations is not None:
-            return np.interp(iterations, done, seconds) / 3600
-        return float(seconds[-1]) / 3600
+    def hours(self) -> float:
+        """Hours of training, without evaluations."""
+        return float(self._clock[1][-1]) / 3600
+
+    def hours_at(self, iterations: np.ndarray) -> np.ndarray:
+        """(n,) hours of training until each of (n,) ``iterations``."""
+        return np.interp(iterations, *self._clock) / 3600
 
     def images_per_second(self) -> float | None:
         """Mean throughput of all processes together; None before it was measured."""

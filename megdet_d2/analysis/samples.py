@@ -185,7 +185,7 @@ class SampleRecorder(HookBase):
         return {"epoch": self._epoch, "since": self._since, "lines": self._lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The other way."""
+        """Restores what ``state_dict`` returned."""
         self._epoch, self._since, self._lines = state["epoch"], state["since"], state["lines"]
 
 
@@ -195,7 +195,8 @@ def read_samples(run: str | Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # cut off
+    return [{key: float(value) for key, value in row.items()} for row in rows]
 
 
 def _nothing() -> list[list[float]]:

@@ -1,5 +1,6 @@
 """One training of an ablation's row, in processes of this machine."""
 
+import fcntl
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from megdet_d2.engine.preempt import REQUEUE
 
-from .collate import FAILURE, find_divergence
+from .collate import FAILURE, find_error
 from .rows import Row
 
 CONSOLE = "console.txt"
@@ -32,6 +33,9 @@ class Training:
     Args:
         on_cpu: hide the GPUs.
         jobs: trainings that share the machine.
+
+    Raises:
+        BlockingIOError: another process trains in ``folder``.
     """
 
     def __init__(self, row: Row, seed: int, folder: Path, script: str, on_cpu: bool, jobs: int = 1):
@@ -49,6 +53,8 @@ class Training:
             threads = max(1, (os.cpu_count() or 1) // (jobs * row.processes))
             env.setdefault("OMP_NUM_THREADS", str(threads))
         with open(folder / CONSOLE, "ab") as console:
+            # Held as long as the training lives, which may be longer than this process.
+            fcntl.flock(console, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._begin = console.tell()  # it may hold what an earlier one printed
             self._process = subprocess.Popen(
                 command, env=env, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
@@ -58,15 +64,17 @@ class Training:
         """Images that it has trained on."""
         return min(iterations_done(self.folder) * self.row.batch_size, self.row.images)
 
-    def ended(self) -> bool:
-        """Whether it has; if with an error, that is written down."""
+    def poll(self) -> bool:
+        """Whether the training has ended; writes failure.json if it has failed."""
         code = self._process.poll()
         # Told to stop, it has saved and is to be resumed: no failure.
         if code not in (None, 0, REQUEUE):
             failure = {"exit_code": code, "reason": failure_reason(self._printed())}
             if code < 0:
                 failure["reason"] = f"killed by signal {-code}"
-            (self.folder / FAILURE).write_text(json.dumps(failure) + "\n")
+            unfinished = self.folder / f"{FAILURE}.tmp"
+            unfinished.write_text(json.dumps(failure) + "\n")
+            unfinished.replace(self.folder / FAILURE)
         return code is not None
 
     def stop(self) -> None:
@@ -85,9 +93,9 @@ class Training:
 
 
 def failure_reason(text: str) -> str:
-    """Why a training ended, from what it printed: its divergence, or its last line."""
+    """Why a training ended, from what it printed: its error, or its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return find_divergence(text) or (lines[-1] if lines else "it printed nothing")
+    return find_error(text) or (lines[-1] if lines else "it printed nothing")
 
 
 def iterations_done(folder: Path) -> int:

@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> None:
             f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval takes 2 pairs, a slope "
             "2 different sizes, from 1"
         )
+    if args.images_per_forward is not None and args.images_per_forward < 1:
+        raise ValueError(f"--images-per-forward is {args.images_per_forward}; give 1 or more")
     cfg = load_config(args.config, args.opts)
     bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
     bn_size = args.images_per_forward or bn_size
@@ -143,14 +145,21 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
     pairs = measure(cfg, args.sizes, args.pairs, bn_size)
-    modules = [WHOLE, *(module for module in pairs if module != WHOLE)]
-    fits = {module: fit(pairs[module]) for module in modules}
     with open(output / "variance.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("module", "images", "half_squared_difference", "dot_product"))
         for module, by_size in pairs.items():
             for size, values in by_size.items():
                 writer.writerows((module, size, *value) for value in values)
+    modules = [WHOLE, *(module for module in pairs if module != WHOLE)]
+    fits = {}
+    for module in modules:
+        try:
+            fits[module] = fit(pairs[module])
+        except ValueError as error:
+            if module == WHOLE:
+                raise
+            print(f"{module} is left out: {error}")
     plot(fits, output / "variance.png")
     text = (
         f"# {args.config}\n\nWeights: {cfg.MODEL.WEIGHTS or 'random'}. {args.pairs} pairs of mini-"
