@@ -206,7 +206,8 @@ def processor() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--processes", type=int, default=2, dest="num_gpus")
+    started = "LOCAL_RANK" in os.environ  # by torchrun, which has its own number of them
+    parser.add_argument("--processes", type=int, default=1 if started else 2, dest="num_gpus")
     parser.add_argument("--threads", type=int, default=1, help="of each process on CPU")
     parser.add_argument("--images", type=int, default=2, help="of each process")
     parser.add_argument("--height", type=int, default=256, help="800 is the paper's")
@@ -220,6 +221,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto")
     arguments = parser.parse_args()
+    if arguments.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the launcher would choose NCCL
     if arguments.fake_group:
         # Collectives that return at once: every norm takes the path of several processes.
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

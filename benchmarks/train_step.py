@@ -14,6 +14,7 @@ JSON.
 
 import argparse
 import functools
+import os
 import statistics
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--processes", type=int, default=2, dest="num_gpus")
+    started = "LOCAL_RANK" in os.environ  # by torchrun, which has its own number of them
+    parser.add_argument("--processes", type=int, default=1 if started else 2, dest="num_gpus")
     parser.add_argument("--threads", type=int, default=1, help="of each process on CPU")
     parser.add_argument("--images", type=int, default=2, help="of each process")
     parser.add_argument("--height", type=int, default=192)

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 ON_DIVERGENCE = ("stop", "half_lr", "longer_warmup")
 # Seconds in which all processes that fail in the same forward get to say so.
 PATIENCE = 30
+# Of a ``GradScaler``, which starts at 2^16 and halves its scale in each step that it skips.
+LEAST_SCALE = 2.0**-16
 
 _FINE, _GRADIENT, _LOSS = range(3)
 
@@ -32,7 +34,7 @@ class DivergenceGuard(HookBase):
     weights nor a checkpoint ever hold what came of it. Registered with Detectron2's inner trainer,
     whose ``after_backward`` is the only one that is called. One wait for the GPU, which the metrics
     need anyway, and one small all-reduce on the CPU. Under a ``GradScaler`` gradients are not
-    looked at: it skips steps in which they overflow.
+    looked at: it skips steps in which they overflow. If it skips all, that is a divergence too.
 
     Every process has to make one, in the same order as its other process groups: it has a group of
     its own, in which a process that failed in forward meets no message of the model's.
@@ -83,7 +85,8 @@ class DivergenceGuard(HookBase):
         names, values = [n for n, _ in self._losses], [loss for _, loss in self._losses]
         gradients = {}
         scaler = getattr(self.trainer, "grad_scaler", None)
-        if scaler is None or not scaler.is_enabled():
+        scaled = scaler is not None and scaler.is_enabled()
+        if not scaled:
             parameters = self.trainer.model.named_parameters()
             gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         # A norm that is finite has finite elements only, and takes a tenth of the time, on a
@@ -98,6 +101,8 @@ class DivergenceGuard(HookBase):
         }
         if losses:
             return _LOSS, ", ".join(sorted(losses))
+        if scaled and scaler.get_scale() < LEAST_SCALE:
+            return _GRADIENT, "gradients were not finite at any scale in mixed precision"
         suspects = [
             g for g, ok in zip(gradients.items(), finite[len(names) :], strict=True) if not ok
         ]

@@ -56,8 +56,9 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     message = parts[0].new_zeros(length + 2)
     torch.cat(parts, out=message[:used])
     stamp = zlib.crc32(f"{layer} {direction}".encode()) % 2**_STAMP_BITS
-    message[length] = stamp
-    message[length + 1] = stamp**2
+    # Slices: older versions of torch wait for the device to set a single element.
+    message[length : length + 1] = stamp
+    message[length + 1 :] = stamp**2
     try:
         dist.all_reduce(message, group=process_group)
     except RuntimeError as error:
@@ -69,8 +70,10 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     if message.is_cuda:
         total, squares = message[length], message[length + 1]
         differ = process_group.size() * squares != total.square()
-        seen = _mismatch.get(group)
-        _mismatch[group] = differ if seen is None else seen | differ
+        # In place, so that a replayed CUDA graph of the layer writes here too.
+        if group not in _mismatch:
+            _mismatch[group] = torch.zeros_like(differ)
+        _mismatch[group].logical_or_(differ)
     else:
         total, squares = message[length:].tolist()
         if process_group.size() * squares != total**2:
@@ -84,9 +87,9 @@ def raise_if_out_of_step() -> None:
     Raises:
         OutOfStepError: processes of a group were in different layers.
     """
-    for group, flag in list(_mismatch.items()):
-        del _mismatch[group]
+    for flag in _mismatch.values():
         if bool(flag):
+            flag.zero_()
             raise OutOfStepError(
                 "CGBN: in this step the processes of a group were in different layers, and their "
                 f"statistics were mixed. {_RULE}"

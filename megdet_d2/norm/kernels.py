@@ -19,10 +19,10 @@ Values of the channels, such as mean or scale, are (C,), contiguous, on x's devi
 
 from __future__ import annotations  # tl.constexpr below need not exist
 
-import functools
 import math
 import os
 import shutil
+import sysconfig
 from typing import NamedTuple
 
 import torch
@@ -48,14 +48,16 @@ PROGRAMS, STAGES = 512, 4
 def available() -> bool:
     """Whether Triton can be imported and compile, and the functions below called on CUDA tensors.
 
-    It builds its launchers with a C compiler, which slim containers do not have.
+    It builds its launchers with a C compiler and Python's headers, which slim containers and
+    distributions without their development packages do not have.
     """
-    return triton is not None and _has_compiler()
+    return triton is not None and _CAN_BUILD
 
 
-@functools.cache
-def _has_compiler() -> bool:
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+# Looked at once: torch.compile cannot trace what asks the file system.
+_CAN_BUILD = bool(
+    os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+) and os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
 # --- for the caller ------------------------------------------------------------------------------

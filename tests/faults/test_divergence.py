@@ -125,7 +125,7 @@ def test_an_overflow_that_a_scaler_skips_is_no_divergence(scaled):
     model = Overflowing()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
     stock = AMPTrainer(
-        model, [[{}], [{}]], torch.optim.SGD(model.parameters(), 0.1), grad_scaler=scaler,
+        model, [[{}]] * 4, torch.optim.SGD(model.parameters(), 0.1), grad_scaler=scaler,
         precision=torch.bfloat16,
     )  # fmt: skip
     trainer = accumulate(stock, 2)
@@ -134,6 +134,9 @@ def test_an_overflow_that_a_scaler_skips_is_no_divergence(scaled):
         if scaled:
             trainer.run_step()
             assert scaler.get_scale() == 512
+            scaler.update(2.0**-17)  # after 33 such steps
+            with pytest.raises(DivergenceError, match="not finite at any scale"):
+                trainer.run_step()
         else:
             with pytest.raises(DivergenceError, match="the gradient of weight is not finite"):
                 trainer.run_step()
