@@ -9,41 +9,6 @@ from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
 
-def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ()) -> CN:
-    """Detectron2's and the plugin's defaults, ``config_file`` over them, and ``opts`` over that.
-
-    Args:
-        opts: overrides, KEY VALUE ..., as on train_net.py's command line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no YAML; a key that there is not, or a value of another type.
-    """
-    cfg = get_cfg()
-    add_megdet_config(cfg)
-    if config_file is not None:
-        path = str(config_file)
-        if "://" not in path and not PathManager.isfile(path):
-            raise FileNotFoundError(
-                f"there is no config {config_file}; correct the path, or run this in a checkout of "
-                "megdet_d2"
-            )
-        try:
-            cfg.merge_from_file(path)
-        except (AssertionError, KeyError, yaml.YAMLError) as error:  # a key that there is not
-            raise ValueError(f"{config_file}: {error}") from None
-    merge_overrides(cfg, opts)
-    return cfg
-
-
-def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
-    """``cfg.merge_from_list``, whose errors are of three kinds, with a ``ValueError`` for all."""
-    try:
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError) as error:
-        raise ValueError(f"Overrides {' '.join(opts)}: {error}") from None
-
-
 def add_megdet_config(cfg: CN) -> None:
     """Adds the plugin's keys to ``cfg``, with defaults that change nothing of stock Detectron2."""
     if "MEGDET" in cfg:
@@ -194,3 +159,42 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
     cfg.DATASETS.DIGITS.NUM_VAL = 200
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
+
+
+def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ()) -> CN:
+    """Detectron2's and the plugin's defaults, ``config_file`` over them, and ``opts`` over that.
+
+    Args:
+        opts: overrides, KEY VALUE ..., as on train_net.py's command line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no YAML; an unknown key, or a value of another type.
+    """
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    if config_file is not None:
+        path = str(config_file)
+        if "://" not in path and not PathManager.isfile(path):
+            raise FileNotFoundError(
+                f"there is no config {config_file}; correct the path, or run this in a checkout of "
+                "megdet_d2"
+            )
+        try:
+            cfg.merge_from_file(path)
+        except (AssertionError, KeyError, yaml.YAMLError) as error:
+            raise ValueError(f"{config_file}: {error}") from None
+    merge_overrides(cfg, opts)
+    return cfg
+
+
+def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
+    """Merges KEY VALUE ... into ``cfg``.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type.
+    """
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError) as error:
+        raise ValueError(f"Overrides {' '.join(opts)}: {error}") from None

@@ -28,7 +28,6 @@ from torch.utils.checkpoint import (
 )
 
 import megdet_d2.norm.functional  # noqa: F401  # its operators, torch.ops.megdet_d2
-from megdet_d2.modeling.context import ContextPooler
 
 RESNET_STAGES = ("res2", "res3", "res4", "res5")
 STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")
@@ -142,7 +141,8 @@ def _segments(model: nn.Module, stage: str) -> Iterator[tuple[nn.Module, str]]:
         found.append(getattr(heads, "res5", None))
         found.append(getattr(heads, "segmentation_head", None))
         pooler = getattr(heads, "box_pooler", None)
-        found.append(pooler if isinstance(pooler, ContextPooler) else None)
+        if pooler is not None and list(pooler.parameters()):  # a ContextPooler
+            found.append(pooler)
         # Their forward computes the loss too, and logs it.
         for head in (getattr(heads, "mask_head", None), getattr(heads, "keypoint_head", None)):
             if hasattr(head, "layers"):
@@ -201,11 +201,8 @@ def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
 
 
 # So that kept_bytes, and users' own hooks, see what segments keep. Older torch has no such option.
-_RESPECT_HOOKS = {
-    name: True
-    for name in inspect.signature(checkpoint).parameters
-    if name == "respect_saved_tensors_hooks"
-}
+_OPTION = "respect_saved_tensors_hooks"
+_RESPECT_HOOKS = {_OPTION: True} if _OPTION in inspect.signature(checkpoint).parameters else {}
 
 
 def _contexts(module: nn.Module, keep: Keep):
@@ -224,8 +221,7 @@ def _contexts(module: nn.Module, keep: Keep):
 class _SecondForward:
     """Kept outputs replace their operators, and what layers write into buffers is dropped.
 
-    Batch norms, torch's, Detectron2's or anybody's, update their running statistics in forward: the
-    second time they do so in copies.
+    Batch norms update their running statistics in forward. The second time they do so in copies.
     """
 
     def __init__(self, module: nn.Module, kept: contextlib.AbstractContextManager):

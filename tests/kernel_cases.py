@@ -172,8 +172,7 @@ def check_layer(device: str, layout: str, relu: bool, addition: bool, padded: bo
         layer = CrossGPUBatchNorm(5, momentum=0.3).double().to(device)
         layer.weight.data = torch.linspace(-1, 2, 5, dtype=torch.float64, device=device)
         if padded:
-            layer.valid_region = ValidRegion()
-            layer.valid_region.set([(6, 4), (5, 7), (3, 3)], (6, 7))
+            layer.valid_region = ValidRegion([(6, 4), (5, 7), (3, 3)], (6, 7))
         case = (3, 5, 6, 7), layout, torch.float64
         x, residual, dy = (make(case, seed).to(device) for seed in range(3))
         inputs = [t.requires_grad_() for t in ([x, residual] if addition else [x])]

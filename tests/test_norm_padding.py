@@ -42,8 +42,7 @@ def reference(xs, dys):
 
 def run_padded(rank, xs, dys, algorithm):
     layer = CrossGPUBatchNorm(3, EPS, momentum=1.0, algorithm=algorithm).double()
-    layer.valid_region = ValidRegion()
-    layer.valid_region.set(SIZES[rank], PADDED[rank])
+    layer.valid_region = ValidRegion(SIZES[rank], PADDED[rank])
     x = xs[rank].requires_grad_()
     y = layer(x)
     y.backward(dys[rank])
@@ -65,8 +64,7 @@ def test_float32_far_from_zero(offset, error):
     x = torch.randn(2, 3, 40, 30, generator=torch.Generator().manual_seed(1)) + offset
     x[0, :, 20:], x[1, :, :, 15:] = float("inf"), 0  # what the border holds must not matter
     layer = CrossGPUBatchNorm(3, EPS, momentum=1.0)
-    layer.valid_region = ValidRegion()
-    layer.valid_region.set([(20, 30), (40, 15)], (40, 30))
+    layer.valid_region = ValidRegion([(20, 30), (40, 15)], (40, 30))
     layer(x)
     right = crops(x, [(20, 30), (40, 15)]).double()
     torch.testing.assert_close(layer.running_var.double(), right.var(1), rtol=error, atol=0)
@@ -75,8 +73,7 @@ def test_float32_far_from_zero(offset, error):
 
 def test_relu_and_residual_beside_padding():
     layer = CrossGPUBatchNorm(3).double()
-    layer.valid_region = ValidRegion()
-    layer.valid_region.set([(2, 4), (5, 3)], (5, 4))
+    layer.valid_region = ValidRegion([(2, 4), (5, 3)], (5, 4))
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     residual = torch.randn_like(x).requires_grad_()
     results = []
@@ -88,13 +85,12 @@ def test_relu_and_residual_beside_padding():
 
 
 def test_region_of_a_strided_feature_map():
-    region = ValidRegion()
-    region.set([(64, 96), (33, 32)], (64, 96))
+    region = ValidRegion([(64, 96), (33, 32)], (64, 96))
     mask = region.mask(torch.zeros(2, 7, 8, 12))  # stride 8
     assert mask.shape == (2, 1, 8, 12) and mask[0].all()
     assert mask[1, 0, :5, :4].all() and mask[1].sum() == 5 * 4, "33 rows need 5 cells of 8"
     assert region.mask(torch.zeros(3, 7, 8, 12)) is None, "three regions, not two images"
-    region.set([(64, 96), (64, 96)], (64, 96))
+    region.sizes = [(64, 96), (64, 96)]
     assert region.mask(torch.zeros(2, 7, 8, 12)) is None, "nothing is padded"
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from detectron2.config import CfgNode
 from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
+from megdet_d2.norm.registry import uses_cgbn
 from megdet_d2.schedule.build import images_per_micro_batch, scale_config
 
 GPUS_PER_MACHINE = 8
-NORMS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Row:
     @property
     def bn_size(self) -> int:
         """Images that a group normalises over; 0 without CGBN, as in the paper's Table 3."""
-        if not _uses_cgbn(self.cfg):
+        if not uses_cgbn(self.cfg):
             return 0
         if self.cfg.MODEL.CGBN.BN_SIZE != -1:
             return self.cfg.MODEL.CGBN.BN_SIZE
@@ -161,7 +160,7 @@ def load_row(
     if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
         register_datasets(cfg)  # an epoch is to be counted in it
     scale_config(cfg, world_size=processes)
-    if _uses_cgbn(cfg):
+    if uses_cgbn(cfg):
         images = images_per_micro_batch(cfg, processes)
         most = _most_of_a_group(cfg, processes, gpus_per_machine)
         ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, most)
@@ -170,10 +169,6 @@ def load_row(
         name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS,
         gpus_per_machine,
     )  # fmt: skip
-
-
-def _uses_cgbn(cfg: CfgNode) -> bool:
-    return any(attrgetter(key)(cfg) == "CGBN" for key in NORMS)
 
 
 def _most_of_a_group(cfg: CfgNode, processes: int, gpus_per_machine: int) -> int:

@@ -114,7 +114,7 @@ def _background(
 
 
 def _ink(rng: np.random.Generator, under: np.ndarray, difficulty: str) -> np.ndarray:
-    """A colour, (3,) in 0 to 255, for a digit over the pixels `under`."""
+    """A colour, (3,) in 0 to 255, for a digit over the pixels ``under``."""
     if difficulty == "easy":
         return rng.uniform(200, 255, size=3)
     # A digit of its background's own colour would be a box without an object.
@@ -154,7 +154,11 @@ def _compose(
 def _folder(
     root: str, split: str, num_images: int, image_size: int, difficulty: str, seed: int
 ) -> Path:
-    """Where a data set lies: the name holds every option. Bad options are refused here."""
+    """The folder of a data set, whose name holds every option.
+
+    Raises:
+        ValueError: a bad option.
+    """
     if split not in PHOTOGRAPHS:
         raise ValueError(f"split is {split!r}: use 'train' or 'val'")
     if difficulty not in DIFFICULTIES:
@@ -178,20 +182,27 @@ def build_digits(
     difficulty: str = "easy",
     seed: int = 0,
 ) -> tuple[str, str]:
-    """Make the data set under `root` unless it is there; any number of processes may ask at once.
+    """Makes the data set under ``root`` unless it is there; many processes may ask at once.
 
     Image i depends on (seed, split, image_size, difficulty, i) alone: a larger set begins with the
     smaller one.
 
     Args:
+        root: folder of all digits data sets; this one gets a folder of its own in it.
         split: "train" or "val".
+        num_images: how many images, at least 1.
         image_size: side of the square images in pixels, at least 48.
         difficulty: "easy" (light ink on dimmed, blurred photographs) or "hard" (ink of any colour
             on sharp photographs).
+        seed: of all random choices, at least 0.
+
     Returns:
         The path of the COCO json and the folder of its images.
+
     Raises:
-        ValueError: a bad option. ImportError: the packages of the `demo` extra are missing.
+        ValueError: a bad option.
+        ImportError: the packages of the ``demo`` extra are missing.
+        FileNotFoundError: a photograph is missing in the installed packages.
     """
     folder = _folder(root, split, num_images, image_size, difficulty, seed)
     with file_lock(str(folder)):
@@ -249,10 +260,14 @@ def register_digits(
     difficulty: str = "easy",
     root: str | None = None,
 ) -> None:
-    """Register `megdet_digits_train` and `megdet_digits_val`, in place of any earlier registration.
+    """Registers ``megdet_digits_train`` and ``megdet_digits_val``, in place of any earlier ones.
 
-    The images are made at the first `DatasetCatalog.get`, under `root`, which by default is
-    $DETECTRON2_DATASETS/megdet_digits.
+    The images are made at the first ``DatasetCatalog.get``.
+
+    Args:
+        image_size, difficulty: as ``build_digits``.
+        num_train, num_val: images of each split, at least 1.
+        root: as ``build_digits``; None for $DETECTRON2_DATASETS/megdet_digits.
 
     Raises:
         ValueError: a bad option.

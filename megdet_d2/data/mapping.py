@@ -14,9 +14,9 @@ class BadImageError(ValueError):
 class CheckedMapper:
     """A mapper of Detectron2 whose every failure is a ``BadImageError``.
 
-    Boxes, and what it returns, are checked too: a box or pixel that is not finite, or a class that
-    the model has not, would be dropped in silence, or surface as a loss of NaN, or on a GPU as an
-    assertion that ends the process.
+    Boxes, and what the mapper returns, are checked too: a box or pixel that is not finite, or a
+    class that the model does not have, would be dropped in silence, or surface as a loss of NaN, or
+    on a GPU as an assertion that ends the process.
 
     Args:
         mapper: takes an entry of the data set, returns a model's input, or None for another image.

@@ -86,7 +86,11 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
 
 
 def accumulate(trainer: SimpleTrainer, steps: int) -> SimpleTrainer:
-    """A trainer of ``steps`` micro-batches an update in place of Detectron2's; it itself for 1."""
+    """A trainer of ``steps`` micro-batches an update; ``trainer`` itself if ``steps`` is 1.
+
+    Args:
+        trainer: Detectron2's, plain or in mixed precision.
+    """
     if steps == 1:
         return trainer
     kind = AMPAccumulationTrainer if isinstance(trainer, AMPTrainer) else AccumulationTrainer

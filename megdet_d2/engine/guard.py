@@ -1,4 +1,4 @@
-"""A training that diverges: noticed by all processes in the same step, and, by key, rolled back."""
+"""Divergence of a training: all processes notice it in the same step, so that all can roll back."""
 
 import logging
 from collections.abc import Iterable
@@ -22,6 +22,11 @@ LEAST_SCALE = 2.0**-16
 
 _FINE, _GRADIENT, _LOSS = range(3)
 
+_FIX = (
+    "The weights are still those before this step. Look at these images, lower MEGDET.LR_FACTOR, "
+    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE to go on by itself"
+)
+
 
 class DivergenceError(FloatingPointError):
     """A loss or a gradient was not finite. Raised in every process, with one message."""
@@ -31,7 +36,7 @@ class DivergenceGuard(HookBase):
     """Raises ``DivergenceError`` in all processes when a loss or a gradient of any is not finite.
 
     After each backward, before the optimizer steps and the metrics are written, so that neither the
-    weights nor a checkpoint ever hold what came of it. Registered with Detectron2's inner trainer,
+    weights nor a checkpoint ever hold its result. Registered with Detectron2's inner trainer,
     whose ``after_backward`` is the only one that is called. One wait for the GPU, which the metrics
     need anyway, and one small all-reduce on the CPU. Under a ``GradScaler`` gradients are not
     looked at: it skips steps in which they overflow. If it skips all, that is a divergence too.
@@ -117,7 +122,7 @@ class DivergenceGuard(HookBase):
         worst = self._agree(kind, patience)
         if worst == _FINE:
             return
-        reports = self._all_gather((kind, f"{fault}; images: {', '.join(images)}"))
+        reports = comm.all_gather((kind, f"{fault}; images: {', '.join(images)}"), self._group)
         # One process's loss makes everyone's averaged gradient what it is.
         lines = [f"rank {rank}: {text}" for rank, (k, text) in enumerate(reports) if k == worst]
         more = f" (and {len(lines) - 4} ranks more)" if len(lines) > 4 else ""
@@ -133,15 +138,6 @@ class DivergenceGuard(HookBase):
         work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True)
         work.wait() if patience is None else work.wait(timedelta(seconds=patience))
         return int(largest)
-
-    def _all_gather(self, report: Any) -> list:
-        return [report] if self._group is None else comm.all_gather(report, self._group)
-
-
-_FIX = (
-    "The weights are still those before this step. Look at these images, lower MEGDET.LR_FACTOR, "
-    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE to go on by itself"
-)
 
 
 def describe_images(batch: Iterable[Any]) -> list[str]:

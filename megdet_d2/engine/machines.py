@@ -14,8 +14,8 @@ class RendezvousError(RuntimeError):
 def meet(url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout: float) -> None:
     """Waits for the launchers of all machines, and compares what they are about to start.
 
-    They use the port of ``url`` and leave it free: what is wrong with it, or with the flags, is an
-    error here, in seconds, and not of some process that waits for others.
+    They use the port of ``url`` and leave it free. So a wrong address or flag is an error here, in
+    seconds, and not a process that waits for others.
 
     Args:
         url: ``--dist-url``; nothing is done unless it is tcp://HOST:PORT.
@@ -27,36 +27,16 @@ def meet(url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout:
         RendezvousError: the port is in use; machine 0, or another, has not come in time; a machine
             rank is given twice; machines disagree on the number of machines or of processes.
     """
-    parts = urlparse(url)
     if not 0 <= machine_rank < num_machines:
         raise ValueError(
             f"--machine-rank is {machine_rank} of --num-machines {num_machines}; ranks count "
             f"from 0 to {num_machines - 1}"
         )
-    if parts.scheme != "tcp":
+    if urlparse(url).scheme != "tcp":
         return
-    if not parts.port:
-        raise ValueError(f"--dist-url is {url!r}; give tcp://HOST:PORT")
-    limit = timedelta(seconds=timeout)
-    address = f"{parts.hostname}:{parts.port}"
+    address = urlparse(url).netloc
     leads = machine_rank == 0
-    try:
-        store = TCPStore(
-            parts.hostname, parts.port, is_master=leads, timeout=limit, wait_for_workers=False
-        )
-    except RuntimeError as error:
-        if leads:
-            raise RendezvousError(
-                f"--dist-url {url}: cannot listen on port {parts.port} ({_first_line(error)}). "
-                "Perhaps another training runs here: choose another port, or, with one machine, "
-                "--dist-url auto"
-            ) from None
-        raise RendezvousError(
-            f"--dist-url {url}: machine 0 did not answer at {address} within {timeout:g} s "
-            "(MEGDET.TIMEOUT). Start the command on it too, with --machine-rank 0, give every "
-            "machine its address, and let the port through"
-        ) from None
-
+    store = _connect(url, leads, timeout)
     mine = {"--num-machines": num_machines, "--num-gpus": num_gpus}
     try:
         twice = store.add(f"came/{machine_rank}", 1) > 1
@@ -74,15 +54,42 @@ def meet(url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout:
     elif twice:
         verdict = f"--machine-rank {machine_rank} is given to two machines; give each its own"
     else:
-        verdict = store.get("verdict").decode() if _wait(store, ["verdict"], timeout) else (
-            f"machine 0 at {address} has gone, or is of another training: no word from it within "
-            f"{timeout:g} s (MEGDET.TIMEOUT)"
-        )  # fmt: skip
+        if _wait(store, ["verdict"], timeout):
+            verdict = store.get("verdict").decode()
+        else:
+            verdict = (
+                f"machine 0 at {address} has gone, or is of another training: no word from it "
+                f"within {timeout:g} s (MEGDET.TIMEOUT)"
+            )
         store.set(f"read/{machine_rank}", "")
         # Until machine 0 has let go of the port: its first process is about to listen there.
         _wait(store, ["never"], min(timeout, 10))
     if verdict:
         raise RendezvousError(f"--dist-url {url}: {verdict}")
+
+
+def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
+    """The store at ``url``: machine 0, which ``leads``, serves it, and the others wait for it."""
+    parts = urlparse(url)
+    if not parts.port:
+        raise ValueError(f"--dist-url is {url!r}; give tcp://HOST:PORT")
+    limit = timedelta(seconds=timeout)
+    try:
+        return TCPStore(
+            parts.hostname, parts.port, is_master=leads, timeout=limit, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        if leads:
+            raise RendezvousError(
+                f"--dist-url {url}: cannot listen on port {parts.port} ({_first_line(error)}). "
+                "Perhaps another training runs here: choose another port, or, with one machine, "
+                "--dist-url auto"
+            ) from None
+        raise RendezvousError(
+            f"--dist-url {url}: machine 0 did not answer at {parts.netloc} within {timeout:g} s "
+            "(MEGDET.TIMEOUT). Start the command on it too, with --machine-rank 0, give every "
+            "machine its address, and let the port through"
+        ) from None
 
 
 def _judge(store: TCPStore, num_machines: int, mine: dict, timeout: float) -> str:

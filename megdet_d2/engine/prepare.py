@@ -15,7 +15,7 @@ from megdet_d2.data import register_datasets
 from megdet_d2.memory import check_stages
 from megdet_d2.modeling.tta import check_tta
 from megdet_d2.norm.functional import ALGORITHMS
-from megdet_d2.norm.registry import group_ranks
+from megdet_d2.norm.registry import group_ranks, uses_cgbn
 from megdet_d2.schedule.build import (
     images_per_micro_batch,
     refuse_solver_overrides,
@@ -68,7 +68,7 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     refuse_solver_overrides(cfg, opts)
     register_datasets(cfg)
     schedule = scale_config(cfg)
-    if _uses_cgbn(cfg):
+    if uses_cgbn(cfg):
         world_size = comm.get_world_size()
         scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
         images_per_gpu = images_per_micro_batch(scaled, world_size)
@@ -115,11 +115,3 @@ def _check_weights(weights: str) -> None:
             f"MODEL.WEIGHTS: there is no file {path!r}; give the path of a checkpoint, or "
             '"" to start from scratch'
         )
-
-
-def _uses_cgbn(node: CfgNode) -> bool:
-    """Whether any NORM key of the config is "CGBN"."""
-    return any(
-        _uses_cgbn(value) if isinstance(value, CfgNode) else (key == "NORM" and value == "CGBN")
-        for key, value in node.items()
-    )

@@ -71,7 +71,7 @@ class StreamSampler(Sampler):
         self.seek({"seed": seed, "size": size, "images_seen": 0, "pending": []})
 
     def seek(self, place: dict[str, Any]) -> None:
-        """Goes to a ``place``; of use before a loader is iterated, whose workers hold copies."""
+        """Goes to a ``place``. Call it before a loader is iterated: its workers hold copies."""
         if place["size"] != self._size:
             logger.warning(
                 f"The training set had {place['size']} images and has {self._size}: the stream "
@@ -85,7 +85,7 @@ class StreamSampler(Sampler):
     def place(self, images_seen: int) -> dict[str, Any]:
         """The place after ``images_seen`` images, as plain numbers for a checkpoint.
 
-        ``images_seen`` is a whole number of micro-batches behind the last place asked for, or it.
+        ``images_seen`` is that of the last place asked for, or whole micro-batches more.
         """
         if self._walk is None:
             self._walk = self._micro_batches()
@@ -126,9 +126,13 @@ class SeededDataset(Dataset):
     """``MapDataset`` by ``Sample``: each image is mapped with random numbers of its own seed.
 
     So its augmentation is the same in whatever process and order it is loaded. Where the mapper
-    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too; so it is
-    with ``skip_bad`` where it raises ``BadImageError``, and the image that is taken instead carries
-    the reasons under the key "skipped", for the training process to count.
+    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too. With
+    ``skip_bad`` another is drawn where it raises ``BadImageError`` as well, and the image taken
+    instead carries the reasons under the key "skipped", for the training process to count.
+
+    Raises:
+        BadImageError: without ``skip_bad``, naming the image and what to do.
+        RuntimeError: 100 images in a row were refused.
     """
 
     def __init__(
@@ -149,7 +153,10 @@ class SeededDataset(Dataset):
                     data = self._mapper(self._dataset[index])
                 except BadImageError as error:
                     if not self._skip_bad:
-                        raise
+                        raise BadImageError(
+                            f"{error}; correct the image or its annotations, or set "
+                            "MEGDET.SKIP_BAD_IMAGES True"
+                        ) from error
                     skipped.append(str(error))
                     data = None
                 if data is not None:
@@ -160,19 +167,19 @@ class SeededDataset(Dataset):
 
 
 def build_stream_loader(
-    images_per_gpu: int, seed: int, *, dataset, sampler, mapper, num_workers: int,
-    aspect_ratio_grouping: bool, total_batch_size: int, skip_bad: bool = False, timeout: float = 0,
+    seed: int, *, dataset, sampler, mapper, total_batch_size: int, aspect_ratio_grouping: bool,
+    num_workers: int, skip_bad: bool = False, timeout: float = 0,
 ) -> DataLoader:  # fmt: skip
     """Detectron2's training loader over a ``StreamSampler``.
 
     Args:
-        images_per_gpu: images of a micro-batch, and so of each list the loader gives.
         seed: of the stream; equal in all processes.
-        dataset, ...: what Detectron2 makes of a config for ``build_detection_train_loader``;
-            ``total_batch_size`` is not used.
+        dataset, ...: as Detectron2's ``build_detection_train_loader`` takes them;
+            ``total_batch_size`` is that of a micro-batch over all processes.
         skip_bad: see ``SeededDataset``.
         timeout: seconds to wait for a worker; 0 for ever.
     """
+    images_per_gpu = total_batch_size // comm.get_world_size()
     buckets = None
     if aspect_ratio_grouping:
         try:
@@ -188,7 +195,7 @@ def build_stream_loader(
         SeededDataset(dataset, mapper, skip_bad),
         mapper=None,
         sampler=StreamSampler(sampler, images_per_gpu, seed, len(dataset), buckets),
-        total_batch_size=images_per_gpu * comm.get_world_size(),
+        total_batch_size=total_batch_size,
         aspect_ratio_grouping=False,  # done in the sampler, whose place can be saved
         num_workers=num_workers,
         timeout=timeout if num_workers else 0,
@@ -202,17 +209,18 @@ def build_train_loader(cfg, images_per_gpu: int) -> DataLoader:
     ``SEED`` seeds the stream; negative, it is a random one that all processes share. A bad image is
     a ``BadImageError``, or with ``MEGDET.SKIP_BAD_IMAGES`` another one is taken. Every process has
     to call it.
+
+    Args:
+        images_per_gpu: images of a micro-batch, and so of each list the loader gives.
     """
     chosen = d2_build._train_loader_from_config(cfg)
     chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
+    chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
     if isinstance(chosen["dataset"], IterableDataset):
-        return d2_build.build_detection_train_loader(
-            **{**chosen, "total_batch_size": images_per_gpu * comm.get_world_size()}
-        )
+        return d2_build.build_detection_train_loader(**chosen)
     shared = comm.shared_random_seed()
     seed = cfg.SEED if cfg.SEED >= 0 else int(shared)
     return build_stream_loader(
-        images_per_gpu,
         seed,
         skip_bad=cfg.MEGDET.SKIP_BAD_IMAGES,
         timeout=cfg.MEGDET.TIMEOUT,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
-from megdet_d2.norm.registry import cgbn_layers
 
 
 @torch.no_grad()
@@ -117,10 +116,9 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
     """The running means and variances of CGBN layers; of plain batch norms rank 0's stand."""
-    ours = set(cgbn_layers(model))
     return {
         f"{name}.{key}": getattr(layer, key)
         for name, layer in _batch_norms(model).items()
-        if layer in ours
+        if isinstance(layer, CrossGPUBatchNorm)
         for key in ("running_mean", "running_var")
     }

@@ -1,3 +1,12 @@
-"""What the paper's appendix adds; importing it registers each technique with Detectron2."""
+"""The appendix's techniques, registered on import, and ResNet blocks with fused CGBN."""
 
-from . import atrous, challenge, large_kernel, maxout, senet  # noqa: F401
+from . import (  # noqa: F401
+    atrous,
+    challenge,
+    context,
+    large_kernel,
+    maxout,
+    ohem,
+    segmentation,
+    senet,
+)

@@ -11,6 +11,6 @@ from .segmentation import SegmentationROIHeads
 class ChallengeROIHeads(OHEMROIHeads, ContextROIHeads, SegmentationROIHeads):
     """All three, each by its own keys: MODEL.OHEM, MODEL.CONTEXT and MODEL.SEGMENTATION.
 
-    Two of them are a class like this one. Each extends ``StandardROIHeads`` in another place:
-    which proposals train, what the box head sees, which losses there are.
+    For two of them write a class like this one with two bases. Each extends ``StandardROIHeads`` in
+    another place: which proposals train, what the box head sees, which losses there are.
     """

@@ -41,7 +41,6 @@ class OHEMROIHeads(StandardROIHeads):
 
     Args:
         batch_size_per_image: B, the proposals kept.
-        positive_fraction: not used.
         ohem_scope: the B hardest of each "image", or of the process's "batch" of N images the
             B N hardest, however they are spread over the images.
         ohem_nms_thresh: the IoU above which the easier of two proposals is dropped.
@@ -56,7 +55,6 @@ class OHEMROIHeads(StandardROIHeads):
         self,
         *,
         batch_size_per_image: int,
-        positive_fraction: float = 1.0,
         ohem_scope: str = "image",
         ohem_nms_thresh: float = 0.7,
         ohem_nms_per_class: bool = False,
@@ -76,8 +74,10 @@ class OHEMROIHeads(StandardROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         keys = cfg.MODEL.OHEM
+        ret = super().from_config(cfg, input_shape)
+        del ret["positive_fraction"]  # losses decide how many are foreground
         return {
-            **super().from_config(cfg, input_shape),
+            **ret,
             "ohem_scope": keys.SCOPE,
             "ohem_nms_thresh": keys.NMS_THRESH,
             "ohem_nms_per_class": keys.NMS_PER_CLASS,
@@ -85,7 +85,7 @@ class OHEMROIHeads(StandardROIHeads):
 
     def forward(self, images, features, proposals, targets=None):
         """See ``ROIHeads.forward``."""
-        # What proposals are sampled by, and Detectron2's sampling is not told of.
+        # For _losses_of: Detectron2 does not pass features to label_and_sample_proposals.
         self._features = [features[name] for name in self.box_in_features]
         try:
             return super().forward(images, features, proposals, targets)
@@ -121,10 +121,10 @@ class OHEMROIHeads(StandardROIHeads):
         return hard
 
     def _losses_of(self, proposals: list[Instances]) -> Tensor:
-        # Layers in evaluation: a norm then takes its running statistics, leaves them alone and
-        # communicates with nobody, so that however many proposals a process has, it stays in step.
-        # Statistics of all proposals, nearly all of them easy background, would not be those of
-        # the B that train, either.
+        # Layers in evaluation: a norm then uses its running statistics, does not update them, and
+        # communicates with nobody, so processes stay in step however many proposals each has.
+        # Besides, batch statistics of all proposals, nearly all of them easy background, would not
+        # be those of the B that train.
         with evaluation(self.box_pooler, self.box_head, self.box_predictor):
             x = self.box_pooler(self._features, [image.proposal_boxes for image in proposals])
             losses = proposal_losses(self.box_predictor, self.box_head(x), proposals)
@@ -227,8 +227,8 @@ def add_fields(proposals: Instances, objects: Instances) -> None:
 def evaluation(*modules: nn.Module) -> Iterator[None]:
     """Within it all layers of ``modules`` are in evaluation; then each is as it was.
 
-    Nor are their forward pre-hooks called: TEST.PRECISE_BN has one at every batch norm, for which
-    a second call in an iteration is an error.
+    Their forward pre-hooks are not called either: TEST.PRECISE_BN has one at every batch norm, for
+    which a second call in an iteration is an error.
     """
     layers = [layer for module in modules for layer in module.modules()]
     before = [(layer, layer.training, layer._forward_pre_hooks) for layer in layers]

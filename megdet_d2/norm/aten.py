@@ -1,8 +1,9 @@
 """The arithmetic of one process, from ATen's primitives: any device, and CPU above all.
 
 Tensors of values are dense, contiguous or channels_last, with channels second; vectors are (C,) in
-the statistics' dtype, float64 for float64 values and float32 for all others. ``kernels`` has the
-same four functions in Triton.
+the statistics' dtype, float64 for float64 values and float32 for all others. ``kernels`` has
+functions of the same four names in Triton; its gradients also undo a ReLU, while here the caller
+has masked dy.
 """
 
 import torch
@@ -18,8 +19,8 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Σ x and Σ x² of each channel, (C,) in float64; x is not empty.
 
     Float64 holds a sum of squares exactly enough to take the variance from it: with a mean of 10⁴
-    deviations 8 of its 16 digits remain, more than a float32 input has. What is rounded before that
-    is not: so the squares are added up around a mean that is near.
+    deviations 8 of its 16 digits remain, more than a float32 input has. But on the CPU ATen's
+    kernel accumulates in float32, so where |μ| > 2σ the sums are taken again around a pivot.
     """
     n = x.numel() // x.shape[1]
     if x.is_cuda:
@@ -29,7 +30,7 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
     # come from the kernel that is meant for gradients.
     sums, squares = _sums_of_products(x, x, None)
-    if bool((sums.square() > 0.8 * n * squares).any()):  # μ beyond 2 σ
+    if bool((sums.square() > 0.8 * n * squares).any()):  # |μ| > 2σ
         pivot = (sums / n).to(statistics_dtype(x))
         centred = x - per_channel(pivot, x)
         pivot = pivot.double()

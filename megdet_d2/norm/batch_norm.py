@@ -166,6 +166,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         return text
 
 
+def cgbn_layers(model: nn.Module) -> list[CrossGPUBatchNorm]:
+    """The CGBN layers of ``model``, in the order of ``model.modules()``."""
+    return [layer for layer in model.modules() if isinstance(layer, CrossGPUBatchNorm)]
+
+
 def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
     """Tells every CGBN layer of ``model`` that ``steps`` forwards make up an update; returns it.
 
@@ -174,9 +179,8 @@ def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
     """
     if steps < 1:
         raise ValueError(f"set_accumulation_steps: steps is {steps}; it counts from 1")
-    for layer in model.modules():
-        if isinstance(layer, CrossGPUBatchNorm):
-            layer.accumulation_steps = steps
+    for layer in cgbn_layers(model):
+        layer.accumulation_steps = steps
     return model
 
 

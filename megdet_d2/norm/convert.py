@@ -6,7 +6,8 @@ from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import BNGroup
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# Who normalises and no more; a subclass with a forward of its own may. The last is Detectron2's.
+# Classes whose ``forward`` only normalises, by the class that defines it. NaiveSyncBatchNorm is
+# Detectron2's.
 _NORMALIZERS = {"_BatchNorm", "SyncBatchNorm", "NaiveSyncBatchNorm"}
 _HOOK_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

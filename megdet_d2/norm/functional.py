@@ -246,7 +246,8 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor]:
     """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (2, C).
 
-    With ``relu`` dy counts where the output was positive: where y is, or where x makes it so.
+    With ``relu`` dy is zeroed where the output was not positive: by y, or without y by the output
+    computed again from x.
     """
     if x.numel() == 0:
         sums = mean.new_zeros(2, x.shape[1])
@@ -307,7 +308,7 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
     if n == 1:
         raise ValueError(
             "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
-            "and the whole mini-batch holds one. Use a larger batch or BN size."
+            "and the whole mini-batch holds one. Raise SOLVER.IMS_PER_BATCH or MODEL.CGBN.BN_SIZE."
         )
     if running_mean is None:
         return
@@ -323,7 +324,7 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
 
 
 def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
-    """The same by `where` for `if`: the host never waits to learn |B|, nor objects to one value."""
+    """The same with `where` for `if`: the host never waits to learn |B|. One value is no error."""
     if running_mean is None:
         return
     n = count.squeeze(0)

@@ -62,7 +62,5 @@ def consecutive_group(size: int) -> BNGroup:
     if key not in _cache:
         # A group of its own even for the whole world: a layer's reduction in backward then waits
         # for none of DDP's, which are in flight on the default group.
-        world = dist.get_world_size()
-        groups = [dist.new_group(list(range(i, i + size))) for i in range(0, world, size)]
-        _cache[key] = groups[dist.get_rank() // size]
+        _cache[key], _ = dist.new_subgroups(size)
     return _cache[key]

@@ -40,8 +40,8 @@ except ImportError:  # torch's wheels for CPU come without
 # four in float32. A tile is one row, or NARROW columns of more rows: a cache line in half
 # precision, and a fair fit for 7x7 regions.
 TILE, NARROW, NUM_WARPS = 2048, 64, 4
-# Programs of a reduction: four for each of the 132 multiprocessors of an H100, which run at once
-# with room in the registers, each with STAGES - 1 tiles on their way.
+# Programs of a reduction: about four for each of the 132 multiprocessors of an H100, which run at
+# once with room in the registers, each with STAGES - 1 tiles on their way.
 PROGRAMS, STAGES = 512, 4
 
 

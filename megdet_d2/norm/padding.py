@@ -6,7 +6,7 @@ are; the border is normalised with their statistics and has no part in them, on 
 """
 
 import functools
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,19 @@ from torch import Tensor, nn
 _WHOLE_IMAGES = ("backbone.", "proposal_generator.", "head.", "roi_heads.segmentation_head.")
 
 
+@dataclass(eq=False)  # two are equal only where they are one: layers share it
 class ValidRegion:
     """Where the images of the current batch are in the padded tensor; shared by a model's layers.
+
+    Written in place before each forward, and kept until the next: a recomputation needs it again.
 
     Attributes:
         sizes: (height, width) of each image, pixels; empty until there is a batch.
         padded: (height, width) of the tensor that holds them.
     """
 
-    def __init__(self):
-        self.sizes: list[tuple[int, int]] = []
-        self.padded: tuple[int, int] = (0, 0)
-
-    def set(self, sizes: Sequence[tuple[int, int]], padded: tuple[int, int]) -> None:
-        """Describes the next batch. Kept until the next call: a recomputation needs it again."""
-        self.sizes, self.padded = [tuple(size) for size in sizes], tuple(padded)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    padded: tuple[int, int] = (0, 0)
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Bool (N, 1, h, w), true on the images; x (N, C, h, w) is a feature map of the batch.

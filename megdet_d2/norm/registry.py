@@ -3,7 +3,7 @@
 ``get_norm`` is a dict inside a function, and a dozen modules of Detectron2, and most projects,
 hold it under their own name from the moment they are imported. So it is wrapped once, and every
 attribute of every loaded module that *is* the stock function is bound to the wrapper; modules
-loaded later find the wrapper at home. This is one of the plugin's two patches of Detectron2.
+loaded later import the wrapper. This is one of the plugin's two patches of Detectron2.
 """
 
 import functools
@@ -11,13 +11,14 @@ import logging
 import sys
 from collections.abc import Callable
 
-import detectron2.layers.batch_norm as home
+import detectron2.layers.batch_norm as d2_batch_norm
+from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
 
-from .batch_norm import CrossGPUBatchNorm, name_layers
+from .batch_norm import CrossGPUBatchNorm, cgbn_layers, name_layers
 from .groups import SELF, BNGroup, consecutive_group, ranks_per_group
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,20 @@ _STOCK_NAMES = "BN, SyncBN, FrozenBN, GN, LN, nnSyncBN, naiveSyncBN, naiveSyncBN
 class CGBN(CrossGPUBatchNorm):
     """The layer that ``NORM: "CGBN"`` stands for: over every image on the machine.
 
-    Detectron2's warning of batch norms that RetinaNet's levels share goes by "BN" in this name.
+    Named with "BN" because Detectron2 finds batch norms shared by RetinaNet's levels by that
+    substring.
     """
 
     def __init__(self, num_features: int):
         super().__init__(num_features, process_group=machine_group())
+
+
+def uses_cgbn(cfg: CfgNode) -> bool:
+    """Whether any ``NORM`` key of the config, in any section, is "CGBN"."""
+    return any(
+        uses_cgbn(value) if isinstance(value, CfgNode) else (key == "NORM" and value == "CGBN")
+        for key, value in cfg.items()
+    )
 
 
 def machine_group() -> BNGroup:
@@ -132,11 +142,6 @@ def separate_retinanet_levels(model: nn.Module) -> nn.Module:
     return model
 
 
-def cgbn_layers(model: nn.Module) -> list[CrossGPUBatchNorm]:
-    """The model's CGBN layers, in its own order."""
-    return [layer for layer in model.modules() if isinstance(layer, CrossGPUBatchNorm)]
-
-
 def images_per_group(model: nn.Module, images_per_gpu: int) -> int:
     """Images that the model's CGBN layers normalise over; 0 where it has none."""
     layers = cgbn_layers(model)
@@ -178,10 +183,10 @@ def _wrap(stock: Callable) -> Callable:
 
 def install() -> None:
     """Binds the wrapped ``get_norm`` wherever the stock one is bound; harmless if repeated."""
-    if hasattr(home.get_norm, "_megdet_stock"):
-        wrapped = home.get_norm
+    if hasattr(d2_batch_norm.get_norm, "_megdet_stock"):
+        wrapped = d2_batch_norm.get_norm
     else:
-        wrapped = _wrap(home.get_norm)
+        wrapped = _wrap(d2_batch_norm.get_norm)
     stock = wrapped._megdet_stock
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
