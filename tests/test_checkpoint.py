@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, checked before they are trusted, each group's statistics."""
 
 import contextlib
+import logging
+import logging.handlers
 import multiprocessing
 import os
 import re
@@ -15,11 +17,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 import megdet_d2
+from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.checkpoint import Checkpointer, claim_run, find_fault
 from megdet_d2.engine.statistics import averaged_statistics, own_statistics
 from megdet_d2.norm.registry import cgbn_layers
 
-from .training import train, write_images
+from .training import config, train, write_images
 
 
 class Progress(types.SimpleNamespace):
@@ -224,6 +227,17 @@ def test_a_checkpoint_that_not_all_machines_see_is_an_error_on_all(pool2, tmp_pa
     assert all("not on the machines of ranks 1; put OUTPUT_DIR where" in error for error in said)
 
 
+def resume_on_rank_0_alone(rank, folder, coco):
+    cfg = config(folder, coco)
+    prepare_config(cfg)
+    with pytest.raises(ValueError, match="--resume is not given on ranks 1; give it on all"):
+        Trainer(cfg).resume_or_load(resume=rank == 0)
+
+
+def test_machines_that_are_told_different_things_stop(pool2, tmp_path):
+    pool2.run(resume_on_rank_0_alone, str(tmp_path / "out"), write_images(tmp_path))
+
+
 def test_a_restart_takes_up_its_own_run_and_no_older_one(tmp_path, caplog):
     folder = str(tmp_path / "run")
     assert not claim_run(["host0 1 100", "host1 1 100"], folder)
@@ -251,6 +265,7 @@ def groups_task(rank, folder):
     checkpointer = make(folder)
     megdet_d2.set_bn_size(checkpointer.model, 2, 1)  # pairs
     fill(checkpointer.model, rank // 2)
+    checkpointer.model[1].loss_normalizer = 100.0 + rank  # as RetinaNet's, of each process
     before = own_statistics(checkpointer.model)
     checkpointer.checkpointables["trainer"].iter = 6
     checkpointer.gather()
@@ -261,6 +276,7 @@ def groups_task(rank, folder):
     again = make(folder, -1)
     megdet_d2.set_bn_size(again.model, 2, 1)
     again.resume_or_load("", resume=True)
+    assert again.model[1].loss_normalizer == 100.0 + rank
     assert again.model[0].running_mean.eq(rank // 2).all()
     assert again.model[0].running_var.eq((rank // 2) ** 2).all()
 
@@ -289,10 +305,18 @@ def stale_task(rank, folder):
     checkpointer = make(folder)
     megdet_d2.set_bn_size(checkpointer.model, 1, 1)
     fill(checkpointer.model, rank + 1)
+    checkpointer.gather()
+    fill(checkpointer.model, rank + 10)
+    checkpointer.checkpointables["trainer"].iter = 1
+    said = logging.handlers.BufferingHandler(100)
+    logging.getLogger("megdet_d2").addHandler(said)
     checkpointer.save("model_best")  # without gather, as a hook on rank 0 alone may
+    logging.getLogger("megdet_d2").removeHandler(said)
     if rank == 0:
         state = torch.load(os.path.join(folder, "model_best.pth"))
-        assert state["model"]["0.running_mean"].eq(1).all() and state["processes"] == {}
+        assert state["model"]["0.running_mean"].eq(10).all() and state["processes"] == {}
+        warning = said.buffer[0].getMessage()
+        assert "model_best.pth has the running statistics of rank 0's BN group" in warning
 
 
 def test_saving_on_one_rank_alone_does_not_hang(pool4, tmp_path):

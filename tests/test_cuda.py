@@ -161,6 +161,18 @@ def test_out_of_step_is_noticed_on_the_device(fake_group):
         collective.raise_if_out_of_step()
 
 
+def test_out_of_step_stays_noticed_when_the_next_layers_match(fake_group, monkeypatch):
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    x = torch.randn(2, 8, 4, 4, device="cuda")
+    layer(x)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))  # in step
+    layer(x)
+    with pytest.raises(collective.OutOfStepError):
+        collective.raise_if_out_of_step()
+    layer(x)
+    collective.raise_if_out_of_step()  # each is raised once
+
+
 @pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
 @pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
 @pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)

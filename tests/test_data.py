@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
@@ -433,10 +434,31 @@ def test_sets_that_are_not_used_are_not_read(train, val):
     check(cfg)
 
 
-def test_detectron2s_own_sets_are_left_to_it():
+def test_a_set_of_detectron2s_has_to_be_there_and_is_left_to_it(tmp_path):
     cfg = config(num_classes=80)
-    cfg.DATASETS.TRAIN = ("coco_2017_train",)
+    cfg.DATASETS.TEST = ("theirs",)
+    annotations, images = tmp_path / "theirs.json", tmp_path / "theirs"
+    register_coco_instances("theirs", {}, str(annotations), str(images))
+    for path, key, make in (
+        (annotations, "json_file", lambda: annotations.write_text("not read")),
+        (images, "image_root", images.mkdir),
+    ):
+        message = refusal(cfg, FileNotFoundError)
+        assert_says(message, f"DATASETS.TEST has 'theirs', and its {key} '{path}' is not there")
+        assert_says(message, "DETECTRON2_DATASETS")
+        make()
     check(cfg)
+
+
+def test_coco_itself_has_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config(num_classes=80)
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    file = MetadataCatalog.get("coco_2017_val").json_file
+    if os.path.isfile(file):
+        pytest.skip("it is there")
+    message = refusal(cfg, FileNotFoundError)
+    assert_says(message, f"DATASETS.TEST has 'coco_2017_val', and its json_file '{file}' is not")
 
 
 def evaluate_perfect_predictions(name, output_dir):
@@ -482,6 +504,49 @@ def test_masks_are_asked_for_where_they_are_trained(train):
         annotation["segmentation"] = []  # as exports of boxes have it
     train.write()
     assert_says(refusal(cfg), "'my_train'", "annotations[0] has an empty segmentation", "MASK_ON")
+
+
+def with_masks(data, mask):
+    for annotation in data.json["annotations"]:
+        annotation["segmentation"] = [[0, 0, 8, 0, 8, 8]]
+    data.json["annotations"][1]["segmentation"] = mask
+    return data.write()
+
+
+def test_an_rle_is_for_bitmasks_in_training_and_for_crowds(train, val):
+    rle = {"size": [HEIGHT, WIDTH], "counts": [0, WIDTH * HEIGHT]}
+    cfg = config([with_masks(train, rle)])
+    cfg.MODEL.MASK_ON = True
+    message = refusal(cfg)
+    assert_says(message, "'my_train'", "annotations[1] has an RLE", "INPUT.MASK_FORMAT bitmask")
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    check(cfg)
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    train.json["annotations"][1]["iscrowd"] = 1  # Detectron2 leaves it out
+    train.write()
+    check(cfg)
+    cfg = config(test=[with_masks(val, rle)])
+    cfg.MODEL.MASK_ON = True
+    check(cfg)
+
+
+@pytest.mark.parametrize(
+    "mask, part",
+    [([[]], "[]"), ([[1, 2]], "[1, 2]"), ([1, 2, 3, 4, 5, 6], "1"), ([[1] * 7], "[1, 1, 1, 1")],
+)
+def test_what_is_no_polygon_is_refused_where_it_is_evaluated(val, mask, part):
+    cfg = config(test=[with_masks(val, mask)])
+    check(cfg)
+    cfg.MODEL.MASK_ON = True
+    message = refusal(cfg)
+    assert_says(message, "'my_val'", f"annotations[1] has {part}", "no polygon", "three points")
+
+
+def test_keypoints_are_refused_without_their_names(train):
+    cfg = config([train.write()])
+    cfg.MODEL.KEYPOINT_ON = True
+    message = refusal(cfg)
+    assert_says(message, "KEYPOINT_ON is True", "'my_train'", "keypoint_names", "keypoint_flip_map")
 
 
 def test_ids_that_are_no_numbers_are_for_training_alone(train, val):

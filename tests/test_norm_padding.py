@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from megdet_d2.engine import Trainer
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 from megdet_d2.norm.padding import ValidRegion, ignore_padding
+
+from . import test_engine, test_registry
 
 EPS = 1e-3
 # Two images a process, and the size they are padded to, which differs between processes.
@@ -122,3 +125,26 @@ def test_a_models_layers_learn_the_sizes_from_its_inputs():
     right = crops(seen[0], [(6, 8), (8, 4)])
     torch.testing.assert_close(layer.running_mean, right.mean(1))
     assert not torch.allclose(layer.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-2)
+
+
+LARGE_KERNEL = ["MODEL.RPN.HEAD_NAME", "LargeKernelRPNHead", "MODEL.LARGE_KERNEL.NORM", "CGBN"]
+
+
+@pytest.mark.parametrize(
+    "cfg, head",
+    [
+        (test_engine.tiny_config(*LARGE_KERNEL), "proposal_generator.rpn_head.conv.norm.3"),
+        (test_registry.retinanet_config("CGBN"), "head.bbox_subnet.4.4"),
+    ],
+    ids=["large kernel", "RetinaNet"],
+)
+def test_what_sees_whole_images_has_the_region_and_box_heads_have_not(cfg, head):
+    cfg.MODEL.CGBN.IGNORE_PADDING = True
+    model = Trainer.build_model(cfg)
+    without = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, CrossGPUBatchNorm) and layer.valid_region is None
+    ]
+    assert all(name.startswith("roi_heads.box_head.") for name in without), without
+    assert model.get_submodule(head).valid_region is not None

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from detectron2.config import LazyCall, get_cfg, instantiate
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 
@@ -112,8 +112,8 @@ def test_installing_again_does_not_wrap_twice():
     assert again is get_norm and not hasattr(get_norm._megdet_stock, "_megdet_stock")
 
 
-def retinanet(norm, device="cpu"):
-    cfg = tiny_config(
+def retinanet_config(norm, device="cpu"):
+    return tiny_config(
         "MODEL.DEVICE", device,
         "MODEL.META_ARCHITECTURE", "RetinaNet",
         "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
@@ -122,7 +122,10 @@ def retinanet(norm, device="cpu"):
         "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]],
         "MODEL.RETINANET.NORM", norm, "MODEL.RETINANET.NUM_CONVS", 2,
     )  # fmt: skip
-    return build_model(cfg)
+
+
+def retinanet(norm, device="cpu"):
+    return build_model(retinanet_config(norm, device))
 
 
 def test_retinanet_warns_of_shared_statistics_where_nobody_separates_them(caplog):
@@ -148,6 +151,12 @@ def test_retinanet_keeps_statistics_apart_by_level():
     assert len(set(variances)) == 5
     assert registry.separate_retinanet_levels(ours) is ours  # again: nothing left to do
     assert len(cgbn_layers(ours.head)) == 2 * 2 * 5
+
+
+def test_the_trainer_separates_retinanets_levels():
+    head = megdet_d2.Trainer.build_model(retinanet_config("CGBN")).head
+    for subnet in (head.cls_subnet, head.bbox_subnet):
+        assert isinstance(subnet[1], CycleBatchNormList) and len(cgbn_layers(subnet[1])) == 5
 
 
 # --- imports, each in a fresh interpreter ---------------------------------------------------------

@@ -1,11 +1,16 @@
 """Learning rate, warm-up and epochs against closed forms, at every iteration."""
 
+import json
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 
 import megdet_d2
+from megdet_d2.engine import prepare_config
 from megdet_d2.schedule.build import refuse_solver_overrides
 from megdet_d2.schedule.scaling import (
     POLICIES,
@@ -14,6 +19,8 @@ from megdet_d2.schedule.scaling import (
     make_schedule,
     scale_lr,
 )
+
+from . import training
 
 
 def make_config(*overrides):
@@ -121,6 +128,42 @@ def test_epochs_to_iterations_is_exact():
     assert epochs_to_iterations(0.1, 1000, 10) == 10  # 0.1 * 1000 / 10 in floats, floored, also
     assert epochs_to_iterations(0.29, 100, 1) == 29  # ... but 0.29 * 100 is 28.999999999999996
     assert epochs_to_iterations(11, 118000, 256) == 5070
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """Of 24 images 8 have no object, and 8 no keypoint that is labelled; also as "points"."""
+    coco = training.write_images(tmp_path)
+    ((_, path, root),) = coco
+    with open(path) as file:
+        content = json.load(file)
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 8]
+    for annotation in content["annotations"]:
+        labelled = annotation["image_id"] > 16
+        annotation |= {"keypoints": [8, 9, 2] if labelled else [0] * 3, "num_keypoints": labelled}
+    with open(path, "w") as file:
+        json.dump(content, file)
+    metadata = {"keypoint_names": ["tip"], "keypoint_flip_map": []}
+    register_coco_instances("points", metadata, path, root)
+    yield coco
+    DatasetCatalog.pop("points")
+    MetadataCatalog.pop("points")
+
+
+@pytest.mark.parametrize(
+    "overrides, images",
+    [
+        ((), 16),
+        (("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False), 24),
+        (("DATASETS.TRAIN", ("points",), "MODEL.KEYPOINT_ON", True), 8),
+        (("DATASETS.TRAIN", ("points",)), 16),
+    ],
+)
+def test_an_epoch_is_of_the_images_that_detectron2_trains_on(sparse, tmp_path, overrides, images):
+    coco = [] if "DATASETS.TRAIN" in overrides else sparse
+    cfg = training.config(tmp_path / "out", coco, *overrides)
+    prepare_config(cfg)
+    assert cfg.SOLVER.MAX_ITER == 2 * images // 8  # MEGDET.EPOCHS, SOLVER.IMS_PER_BATCH
 
 
 def test_no_warmup():

@@ -85,6 +85,36 @@ def test_machines_that_have_counted_different_restarts_meet(tmp_path):
         assert process.returncode == 0 and "together ['0', '1']" in out, out
 
 
+WITHOUT_A_GPU = """
+import argparse, os, time
+from megdet_d2.engine.launch import launch
+def main(args):
+    print("in", os.getpid())
+    time.sleep(3)
+if __name__ == "__main__":
+    args = argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url="auto")
+    launch(main, args, timeout=1)
+    print("still in", os.getpid())
+"""
+
+
+def test_num_gpus_0_is_this_process_and_nothing_ends_it(tmp_path):
+    (tmp_path / "script.py").write_text(WITHOUT_A_GPU)
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    env |= {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(tmp_path / "script.py")], env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    out, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    assert out.splitlines() == [f"in {process.pid}", f"still in {process.pid}"]
+
+
 def test_out_of_step_on_a_gpu_stops_before_the_optimizer(tmp_path, monkeypatch):
     """The flag stands for what CUDA layers note on the device."""
     cfg = training.config(tmp_path, training.write_images(tmp_path))

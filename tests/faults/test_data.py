@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from megdet_d2.data.mapping import BadImageError, CheckedMapper
+from megdet_d2.engine import Trainer, prepare_config
 
-from ..training import train, write_images
+from ..training import config, train, write_images
 from .processes import children
 
 
@@ -221,3 +223,23 @@ def test_a_worker_that_dies_or_hangs(coco, tmp_path, fault, said):
     overrides = ("DATALOADER.NUM_WORKERS", 1, "MEGDET.TIMEOUT", 6)
     with pytest.raises(RuntimeError, match=said):
         train(0, str(tmp_path / "out"), coco, overrides, fault=fault)
+
+
+def test_an_evaluations_worker_outlives_a_schedulers_signal(tmp_path):
+    """Which comes to every process, and from none of them."""
+    overrides = ("DATASETS.TEST", ("mixed",), "DATALOADER.NUM_WORKERS", 1, "MEGDET.TIMEOUT", 50)
+    cfg = config(tmp_path / "out", write_images(tmp_path, images=8), *overrides)
+    prepare_config(cfg, eval_only=True)
+    assert Trainer.build_test_loader(cfg, "mixed").timeout == 50
+    model, workers = Trainer.build_model(cfg), []
+
+    def terminate(module, inputs):
+        if not workers:
+            workers.extend(children(os.getpid()))
+            subprocess.run(["kill", "-TERM", *map(str, workers)], check=True)
+            time.sleep(0.2)
+            assert workers and set(children(os.getpid())) == set(workers)
+
+    model.register_forward_pre_hook(terminate)
+    results = Trainer.test(cfg, model)
+    assert workers and "AP" in results["bbox"]
