@@ -22,7 +22,7 @@ FLOORS = {
     "modeling": 1,
     "data": 1,
     "engine": 2,
-    "analysis": 2,
+    "analysis": 3,
     "cli": 3,
     "env": 3,
     "__init__": 3,

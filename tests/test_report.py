@@ -25,9 +25,10 @@ import megdet_d2
 from megdet_d2 import add_megdet_config
 from megdet_d2.analysis import compare, report
 from megdet_d2.analysis.page import write_page
-from megdet_d2.analysis.runs import Run, images_per_epoch
-from megdet_d2.analysis.samples import COLUMNS
+from megdet_d2.analysis.runs import Run
 from megdet_d2.cli import main
+from megdet_d2.engine.samples import COLUMNS
+from megdet_d2.schedule.build import images_per_epoch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

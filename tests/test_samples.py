@@ -8,7 +8,7 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from megdet_d2.analysis.samples import (
+from megdet_d2.engine.samples import (
     COLUMNS,
     PAPER,
     SampleRecorder,

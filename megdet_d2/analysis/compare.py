@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megdet_d2.engine.samples import PAPER, STAGES, read_samples
+from megdet_d2.schedule.build import images_per_epoch
+
 from .figures import make_figure, tidy
-from .runs import Run, images_per_epoch
-from .samples import PAPER, STAGES, read_samples
+from .runs import Run
 
 # Counters that say how often a guard had to step in, where the run wrote them.
 GUARDS = ("cgbn_skipped_batches", "skipped_images")

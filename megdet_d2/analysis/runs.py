@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from megdet_d2.config import load_config
-from megdet_d2.schedule.build import policy_from_config
+from megdet_d2.schedule.build import images_per_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +91,6 @@ def _count_images(rows: list[dict]) -> None:
 def _comes_before(row: dict, other: dict) -> bool:
     key = "images_seen" if "images_seen" in row and "images_seen" in other else "iteration"
     return row[key] < other[key]
-
-
-def images_per_epoch(cfg: CfgNode) -> float | None:
-    """Images of an epoch as a resolved config has it; None where it knows no epochs."""
-    if cfg.MEGDET.EPOCH_IMAGES:
-        return cfg.MEGDET.EPOCH_IMAGES
-    if not cfg.MEGDET.POLICY:
-        return None
-    return cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / policy_from_config(cfg).epochs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ import torch.multiprocessing
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from megdet_d2.analysis.samples import SampleRecorder
+from .checkpoint import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,13 @@ class StopOnSignal(HookBase):
     Stands before the checkpointer and the evaluation hook: a scheduler grants seconds.
 
     Args:
-        checkpointer: a ``megdet_d2.engine.checkpoint.Checkpointer``.
+        checkpointer: gathers and saves.
+        before_saving: called in every process, for what a checkpoint holds besides.
     """
 
-    def __init__(self, checkpointer):
+    def __init__(self, checkpointer: Checkpointer, before_saving: Callable[[], None]):
         self._checkpointer = checkpointer
+        self._before_saving = before_saving
         self._received = 0  # the signal's number
         self._handlers = {}
 
@@ -55,9 +57,7 @@ class StopOnSignal(HookBase):
         done = self.trainer.iter + 1
         if not number or done >= self.trainer.max_iter:
             return
-        for hook in self.trainer._hooks:
-            if isinstance(hook, SampleRecorder):
-                hook.reduce()  # or the checkpoint would lack what it counted since it last did
+        self._before_saving()
         self._checkpointer.gather()
         self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         comm.synchronize()  # or a launcher might end the process that still writes

@@ -19,8 +19,6 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch import nn
 
-from megdet_d2.analysis.runs import images_per_epoch
-from megdet_d2.analysis.samples import SampleRecorder
 from megdet_d2.data.mapping import CheckedMapper
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
@@ -33,7 +31,7 @@ from megdet_d2.norm.registry import (
     separate_retinanet_levels,
     set_bn_size,
 )
-from megdet_d2.schedule.build import build_lr_scheduler
+from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import accumulate
 from .checkpoint import Checkpointer, GatherStatistics
@@ -43,6 +41,7 @@ from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
 from .launch import limit_waiting
 from .preempt import StopOnSignal, shield_loader_worker
 from .resuming import ResumingTrainer
+from .samples import SampleRecorder
 from .statistics import averaged_statistics
 
 logger = logging.getLogger(__name__)
@@ -251,17 +250,17 @@ class Trainer(ResumingTrainer):
             after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
             ret.insert(after, hooks.EvalHook(0, self._test_with_tta))
         periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        recorder = SampleRecorder(
+            cfg.OUTPUT_DIR,
+            self.layout.batch_size,
+            images_per_epoch(cfg),
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+        )
         ours = [
             BatchScalars(self.layout.batch_size, self.layout.images_per_gpu),
-            # Before what saves: a checkpoint holds its counts.
-            SampleRecorder(
-                cfg.OUTPUT_DIR,
-                self.layout.batch_size,
-                images_per_epoch(cfg),
-                cfg.SOLVER.CHECKPOINT_PERIOD,
-            ),
+            recorder,  # before what saves: a checkpoint holds its counts
             GatherStatistics(self.checkpointer, *periods),
-            StopOnSignal(self.checkpointer),
+            StopOnSignal(self.checkpointer, before_saving=recorder.reduce),
         ]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
             ours.insert(0, CountSkippedImages(self.model))

@@ -86,6 +86,15 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
 
 
+def images_per_epoch(cfg: CfgNode) -> float | None:
+    """Images of an epoch as a resolved config has it; None where it knows no epochs."""
+    if cfg.MEGDET.EPOCH_IMAGES:
+        return cfg.MEGDET.EPOCH_IMAGES
+    if not cfg.MEGDET.POLICY:
+        return None
+    return cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / policy_from_config(cfg).epochs
+
+
 def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
     """Images that a process takes at once: IMS_PER_BATCH / (processes x ACCUMULATION_STEPS).
 
