@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +15,20 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from torch import nn
 
 import megdet_d2
+import train_net
+from megdet_d2.analysis import report
+from megdet_d2.analysis.runs import Run
 from megdet_d2.engine import prepare_config
 from megdet_d2.engine.launch import launch
 from megdet_d2.engine.statistics import average_statistics, own_statistics
 from megdet_d2.norm.registry import cgbn_layers
+
+from . import training
 
 HERE = Path(__file__).parent
 TINY = str(HERE / "data" / "tiny.yaml")
@@ -168,18 +176,83 @@ def test_other_checkpoints_load_into_cgbn(tmp_path, norm):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def detections(output, folder="inference"):
+    found = json.loads((output / folder / "coco_instances_results.json").read_text())
+    return sorted((d["image_id"], round(d["score"], 4), d["category_id"]) for d in found)
+
+
 def test_eval_only_gives_the_same_ap_on_one_process(trained, tmp_path):
     run(
         TRAIN_NET, "--config-file", str(trained / "config.yaml"), "--eval-only",
         "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(trained / "model_final.pth"),
     )  # fmt: skip
-
-    def detections(output):
-        found = json.loads((output / "inference" / "coco_instances_results.json").read_text())
-        return sorted((d["image_id"], round(d["score"], 4), d["category_id"]) for d in found)
-
     assert len(detections(trained)) > 20
     assert detections(tmp_path) == detections(trained)
+
+
+@pytest.fixture
+def loggers():
+    """As they were, once ``default_setup`` has been called in this process."""
+    before = [logging.getLogger(name) for name in ("fvcore", "detectron2", "megdet_d2")]
+    before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in before]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
+
+
+def test_eval_only_resumes_and_leaves_the_trainings_config(trained, tmp_path, loggers):
+    for name in ("model_final.pth", "last_checkpoint", "config.yaml"):
+        shutil.copy(trained / name, tmp_path)
+    config = str(tmp_path / "config.yaml")
+    words = ["--config-file", config, "--eval-only", "--resume", "OUTPUT_DIR", str(tmp_path)]
+    train_net.main(default_argument_parser().parse_args(words))
+    assert detections(tmp_path) == detections(trained)
+    assert (tmp_path / "config.yaml").read_bytes() == (trained / "config.yaml").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two_test_sets(tmp_path_factory):
+    """A training that is evaluated on two sets: of small objects, and of medium ones."""
+    output, coco = tmp_path_factory.mktemp("two_test_sets"), []
+    for name, shift, side in (("mixed", 0, 20), ("other", 100, 40)):
+        folder = tmp_path_factory.mktemp(name)
+        ((_, path, root),) = training.write_images(folder, images=8)
+        content = json.loads(Path(path).read_text())
+        for image in content["images"]:
+            image["id"] += shift
+        for annotation in content["annotations"]:
+            annotation["image_id"] += shift
+            annotation |= {"bbox": [4, 4, side, side], "area": side**2}
+        Path(path).write_text(json.dumps(content))
+        coco.append([name, path, root])
+    overrides = ("DATASETS.TEST", ("mixed", "other"))
+    rows = training.train(0, str(output), coco, overrides)["rows"]
+    cfg = training.config(output, coco, *overrides)
+    prepare_config(cfg)
+    (output / "config.yaml").write_text(cfg.dump())
+    return output, rows
+
+
+def test_each_test_set_has_a_folder_of_its_own(two_test_sets):
+    output, _ = two_test_sets
+    for name, ids in (("mixed", range(1, 9)), ("other", range(101, 109))):
+        found = detections(output, f"inference/{name}")
+        assert {image for image, *_ in found} == set(ids)
+
+
+def test_the_ap_of_a_run_is_of_the_first_of_its_test_sets(two_test_sets):
+    output, rows = two_test_sets
+    run = Run.read(output)
+    assert run.final() == rows[-1]["mixed/bbox/AP"]
+    assert math.isfinite(run.final("APs")) and math.isnan(run.final("APm"))
+    assert math.isfinite(rows[-1]["other/bbox/APm"])
+
+
+def test_detections_of_the_first_test_set_are_drawn(two_test_sets):
+    pytest.importorskip("matplotlib", reason="the report needs the demo extra")
+    picture = report.draw_detections(two_test_sets[0], num_images=2)
+    assert picture.stat().st_size > 10_000
 
 
 def test_evaluation_needs_no_training_images(trained):
@@ -295,6 +368,22 @@ def test_checkpoints_hold_the_mean_of_the_groups_statistics(pool2, tmp_path):
                 assert own[key].equal(saved[key])
 
 
+def build_over_machines(rank, output, coco):
+    from megdet_d2.engine import Trainer
+
+    overrides = ("MODEL.CGBN.BN_SIZE", 8)  # of 8 images, on four processes
+    with pytest.raises(ValueError, match="BN_SIZE is 8.*work: 2 and 4.*CGBN.CROSS_MACHINE"):
+        prepare_config(training.config(output, coco, *overrides))
+    cfg = training.config(output, coco, *overrides, "MODEL.CGBN.CROSS_MACHINE", True)
+    prepare_config(cfg)
+    return {layer.group_size() for layer in cgbn_layers(Trainer(cfg).model)}
+
+
+def test_cross_machine_lets_a_group_span_two_machines(two_machines, tmp_path):
+    coco = training.write_images(tmp_path)
+    assert two_machines.run(build_over_machines, str(tmp_path / "out"), coco) == [{4}] * 4
+
+
 def test_a_config_without_the_plugins_keys_is_named():
     from megdet_d2.engine import Trainer
 
@@ -386,14 +475,19 @@ def test_bad_input_is_refused_before_work_starts(overrides, message):
         prepare_config(tiny_config(*overrides))
 
 
+def test_a_schedule_on_the_command_line_is_refused_beside_a_policy(tmp_path):
+    """Detectron2's own default among them, which the config cannot show."""
+    words = ["--config-file", TINY, "OUTPUT_DIR", str(tmp_path), "SOLVER.BASE_LR", "0.001"]
+    with pytest.raises(ValueError, match="SOLVER.BASE_LR is set on the command line"):
+        train_net.setup(default_argument_parser().parse_args(words))
+
+
 def test_evaluation_needs_no_training_keys():
     cfg = tiny_config("MODEL.CGBN.BN_SIZE", 3, "SOLVER.AMP.ENABLED", True)
     assert prepare_config(cfg, eval_only=True) == ""
 
 
 def test_flags_that_contradict_torchrun(monkeypatch):
-    from detectron2.engine import default_argument_parser
-
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     args = default_argument_parser().parse_args(["--num-gpus", "8"])
