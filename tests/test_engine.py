@@ -251,7 +251,9 @@ def test_the_ap_of_a_run_is_of_the_first_of_its_test_sets(two_test_sets):
 
 def test_detections_of_the_first_test_set_are_drawn(two_test_sets):
     pytest.importorskip("matplotlib", reason="the report needs the demo extra")
-    picture = report.draw_detections(two_test_sets[0], num_images=2)
+    picture = report.draw_detections(
+        two_test_sets[0], two_test_sets[0] / "detections.png", num_images=2
+    )
     assert picture.stat().st_size > 10_000
 
 
