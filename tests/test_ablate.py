@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
-from megdet_d2.analysis import training
+from megdet_d2.analysis import ablate, training
 from megdet_d2.analysis.collate import Result, collate, read_result, summarize
 from megdet_d2.analysis.reduction import CARRIED, reduce_rows
 from megdet_d2.analysis.rows import read_rows
@@ -605,6 +605,23 @@ def test_mean_deviation_and_failure_rate(listed, tmp_path):
     assert half["ap"] is None and half["failure_rate"] is None and none["seeds"] == 0
     table = collate(ours, results, tmp_path, "title")
     assert "| 31.5 ± 2.1 |" in table and "| 1/3 " in table and "linear, seed 3: why" in table
+
+
+def test_a_closed_terminal_ends_the_trainings_unless_nohup_says_no():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGHUP, handler)
+            with ablate._signals_exit():
+                if handler is signal.SIG_DFL:
+                    with pytest.raises(SystemExit):
+                        os.kill(os.getpid(), signal.SIGHUP)
+                        time.sleep(5)
+                else:
+                    os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_scheduler_that_stops_the_command_stops_its_training(listed, tmp_path):

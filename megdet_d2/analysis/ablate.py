@@ -115,11 +115,14 @@ def _under_way(running: list[Training], number: int, of: int) -> str:
 def _signals_exit():
     """A scheduler's SIGTERM, or a closed terminal, ends the trainings too, as Ctrl-C does."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    previous = [signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in numbers]
+    previous = {n: signal.getsignal(n) for n in numbers}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -243,9 +246,11 @@ def check_same(rows: list[Row], output: Path) -> None:
     """
     for seed, row in itertools.product(find_seeds(rows, output), rows):
         folder = folder_of(output, row, seed)
-        if not (folder / "config.yaml").is_file():
+        try:
+            trained = read_config(folder)
+        except (FileNotFoundError, ValueError):  # not begun, or cut off by a full disk
             continue
-        for key, (before, now) in differences(read_config(folder), row.cfg).items():
+        for key, (before, now) in differences(trained, row.cfg).items():
             if not key.startswith(MAY_DIFFER):
                 raise ValueError(
                     f"{folder} is a training with {key} {before}, and row {row.name} now has "
