@@ -24,6 +24,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from megdet_d2.engine.hooks import is_due
+
 WHOLE = "all"
 
 
@@ -200,8 +202,7 @@ class GradientNoise(HookBase):
 
     def after_step(self):
         self._steps += 1
-        done = self.trainer.iter + 1
-        if done % self._period and done < self.trainer.max_iter:
+        if not is_due(self.trainer, self._period):
             return
         world_size = comm.get_world_size()
         sums = torch.stack(self._parts).sum(0)

@@ -12,6 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from .hooks import is_due
 from .statistics import (
     load_normalizers,
     load_statistics,
@@ -127,7 +128,7 @@ class Checkpointer(DetectionCheckpointer):
     def step_back(self) -> None:
         """Makes the newest good checkpoint before the last one the last; for rank 0 to call."""
         last = self.get_checkpoint_file()
-        others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+        others = self._newest_first()
         if last in others:
             older = (path for path in others[others.index(last) + 1 :] if not find_fault(path))
             self.tag_last_checkpoint(os.path.basename(next(older, last)))
@@ -142,12 +143,15 @@ class Checkpointer(DetectionCheckpointer):
         if normalizers:  # of another number of processes, any is as good
             load_normalizers(self.model, normalizers[rank % len(normalizers)])
 
+    def _newest_first(self) -> list[str]:
+        return sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+
     def _newest_good(self) -> tuple[str, str]:
         """The checkpoint to resume from, or "" and what to say."""
         last = self.get_checkpoint_file()
         if "://" in last:  # not ours to look into
             return os.path.basename(last), ""
-        others = sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
+        others = self._newest_first()
         wrong = []
         for path in [last, *(other for other in others if other != last)]:
             fault = find_fault(path)
@@ -170,11 +174,10 @@ class GatherStatistics(HookBase):
 
     def __init__(self, checkpointer: Checkpointer, checkpoint_period: int, eval_period: int):
         self._checkpointer = checkpointer
-        self._periods = [period for period in (checkpoint_period, eval_period) if period > 0]
+        self._periods = checkpoint_period, eval_period
 
     def after_step(self):
-        done = self.trainer.iter + 1
-        if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+        if is_due(self.trainer, *self._periods):
             self._checkpointer.gather()
 
     def after_train(self):

@@ -60,7 +60,7 @@ class BatchScalars(HookBase):
 
     def after_step(self):
         self._seconds += time.perf_counter() - self._began
-        if is_due(self.trainer):
+        if is_due(self.trainer, PERIOD):
             before, self._skipped = self._skipped, self._count()
             self._warn(before)
             self.trainer.storage.put_scalar(
@@ -114,7 +114,7 @@ class CountSkippedImages(HookBase):
                 logger.warning(f"MEGDET.SKIP_BAD_IMAGES: skipped {reason}")
 
     def after_step(self):
-        if is_due(self.trainer):
+        if is_due(self.trainer, PERIOD):
             count = sum(comm.all_gather(self._count))
             self.trainer.storage.put_scalar("skipped_images", count, smoothing_hint=False)
 
@@ -122,7 +122,7 @@ class CountSkippedImages(HookBase):
         self._handle.remove()
 
 
-def is_due(trainer: TrainerBase) -> bool:
-    """Whether after this step counters are looked at: every ``PERIOD`` steps, and in the last."""
+def is_due(trainer: TrainerBase, *periods: int) -> bool:
+    """Whether the step that was made is the last, or ends a period; one of 0 never ends."""
     done = trainer.iter + 1
-    return done % PERIOD == 0 or done >= trainer.max_iter
+    return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)

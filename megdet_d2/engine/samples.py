@@ -18,6 +18,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .hooks import is_due
+
 # epoch: {mini-batch: the paper's ratio in percent}
 PAPER = {1: {16: 5.58, 256: 9.82}, 6: {16: 11.77, 256: 16.11}, 12: {16: 16.59, 256: 16.91}}
 STAGES = ("rpn", "rcnn")
@@ -87,7 +89,7 @@ class SampleRecorder(HookBase):
         self._batch_size = batch_size
         self._images_per_epoch = images_per_epoch
         self._period = period
-        self._reduce_after = [p for p in (period, checkpoint_period) if p > 0]
+        self._checkpoint_period = checkpoint_period
         self._pending: dict[str, Tensor] = {}
         self._epoch: list[list[float]] = _nothing()
         self._since: list[list[float]] = _nothing()  # the last scalars
@@ -128,9 +130,9 @@ class SampleRecorder(HookBase):
         ends_epoch = self._epochs(done) != self._epochs(done - 1)
         if not self._restore:
             return
-        if is_last or ends_epoch or any(done % period == 0 for period in self._reduce_after):
+        if ends_epoch or is_due(self.trainer, self._period, self._checkpoint_period):
             self.reduce()
-        if is_last or done % self._period == 0:
+        if is_due(self.trainer, self._period):
             self._write_scalars()
         if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
             self._write_epoch(self._epochs(done - 1) + 1)
