@@ -170,8 +170,9 @@ def run(args: argparse.Namespace) -> None:
     output = args.output or Path("output/ablations") / stem
     rows = _read(args, args.rows)
     # What earlier commands have trained into the same folder stays in the table.
-    trained = [path.parent for path in output.glob("*/seed*")]
-    table = _read(args, ",".join([args.rows, *sorted({path.name for path in trained})]))
+    trained = {path.parent.name for path in output.glob("*/seed*")}
+    others = sorted(trained - {row.name for row in rows})
+    table = _read(args, ",".join([args.rows, *others])) if others else rows
     names = [row.name for row in table]
     if args.baseline is not None and args.baseline not in names:
         raise ValueError(f"--baseline is {args.baseline}, and the rows are {', '.join(names)}")
