@@ -52,7 +52,7 @@ test-slow: setup
 
 # On a machine with a GPU.
 test-gpu: setup
-	MEGDET_TEST_GPU=1 $(PY) -m pytest tests/test_cuda.py
+	MEGDET_TEST_GPU=1 $(PY) -m pytest tests/norm/test_cuda.py
 
 # On a machine with a GPU: correct first, then timed beside the peers, into docs/results/.
 bench-gpu: test-gpu

@@ -19,6 +19,7 @@ except ImportError as error:
         "or, in a checkout of megdet_d2, run `make setup`, which installs them all into .venv."
     ) from error
 
+from . import _moved
 from . import modeling as _modeling  # noqa: F401
 from ._version import __version__
 from .config import add_megdet_config
@@ -41,6 +42,7 @@ __all__ = [
     "set_bn_size",
 ]
 
+_moved.install()
 _registry.install()
 
 

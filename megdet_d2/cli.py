@@ -8,7 +8,10 @@ import argparse
 import shlex
 import sys
 
-from megdet_d2.analysis import ablate, ensemble, report, variance
+from megdet_d2.ablation import command as ablate
+from megdet_d2.ensemble import command as ensemble
+from megdet_d2.gradient_noise import command as variance
+from megdet_d2.report import command as report
 
 COMMANDS = {
     "ablate": (ablate, "train every row of an ablation over seeds, and tabulate"),

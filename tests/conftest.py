@@ -8,7 +8,7 @@ if "MEGDET_TEST_GPU" not in os.environ:
 import pytest
 import torch
 
-from .gloo_pool import GlooPool
+from tests.helpers.gloo_pool import GlooPool
 
 
 @pytest.fixture(autouse=True)

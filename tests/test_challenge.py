@@ -5,11 +5,11 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 LOSSES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_segmentation"}
 # The challenge's configs as they are, but thin, on digits of 48 px, and 36 iterations long.
 SMALL = """

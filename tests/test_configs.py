@@ -14,8 +14,8 @@ from detectron2.solver import LRMultiplier, build_optimizer
 import megdet_d2
 from megdet_d2.norm.groups import ranks_per_group
 from megdet_d2.norm.registry import cgbn_layers
+from tests.helpers.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 GPUS_PER_MACHINE = 8
 
 # iterations = floor(epochs x 118,000 / batch); learning rate = 0.02 x batch / 16.

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 CONFIG = "configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml"
 
 

@@ -3,18 +3,17 @@
 import functools
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
 
 from megdet_d2 import add_megdet_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 SECTIONS = "MODEL|MEGDET|SOLVER|TEST|INPUT|DATASETS|DATALOADER"
 FOLDERS = "configs|tests|benchmarks|docs|megdet_d2"
-MODULES = "modeling|analysis|engine|norm|schedule|data"
+MODULES = "ablation|data|engine|ensemble|gradient_noise|modeling|norm|report|schedule"
 
 
 def found(pattern, page):

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +22,8 @@ from megdet_d2.engine import prepare_config
 from megdet_d2.memory import STAGES, checkpoint_modules, checkpoint_stages, kept_bytes
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.norm.registry import separate_retinanet_levels
+from tests.helpers.paths import CONFIGS, TINY
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-TINY = str(Path(__file__).parent / "data" / "tiny.yaml")
 DEFAULT = ("res2", "res3", "res4", "res5", "fpn")
 NORMS = [
     "MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"

@@ -42,13 +42,13 @@ class CheckedMapper:
             raise
         except Exception as error:  # PIL alone raises OSError, ValueError, SyntaxError and more
             raise BadImageError(f"{name}: {type(error).__name__}: {error}") from error
-        fault = find_fault(mapped, self._num_classes) if mapped is not None else ""
+        fault = find_invalid(mapped, self._num_classes) if mapped is not None else ""
         if fault:
             raise BadImageError(f"{name}: {fault}")
         return mapped
 
 
-def find_fault(mapped: dict[str, Any], num_classes: int | None) -> str:
+def find_invalid(mapped: dict[str, Any], num_classes: int | None) -> str:
     """What is wrong with a model's input, or ""."""
     image, instances = mapped.get("image"), mapped.get("instances")
     if torch.is_tensor(image) and image.is_floating_point() and not image.isfinite().all():

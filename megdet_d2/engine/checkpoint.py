@@ -12,8 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from .hooks import is_due
-from .statistics import (
+from megdet_d2.norm.running_statistics import (
     load_normalizers,
     load_statistics,
     mean_statistics,
@@ -21,6 +20,8 @@ from .statistics import (
     own_statistics,
     processes_per_group,
 )
+
+from .hooks import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
         last = self.get_checkpoint_file()
         others = self._newest_first()
         if last in others:
-            older = (path for path in others[others.index(last) + 1 :] if not find_fault(path))
+            older = (path for path in others[others.index(last) + 1 :] if not find_damage(path))
             self.tag_last_checkpoint(os.path.basename(next(older, last)))
 
     def _load_processes(self, processes: dict[str, Any]) -> None:
@@ -154,7 +155,7 @@ class Checkpointer(DetectionCheckpointer):
         others = self._newest_first()
         wrong = []
         for path in [last, *(other for other in others if other != last)]:
-            fault = find_fault(path)
+            fault = find_damage(path)
             if not fault:
                 if wrong:
                     logger.warning("%s. Resuming from %s instead.", "; ".join(wrong), path)
@@ -185,7 +186,7 @@ class GatherStatistics(HookBase):
             self._checkpointer.gather()
 
 
-def find_fault(path: str) -> str:
+def find_damage(path: str) -> str:
     """What is wrong with a checkpoint file, or "".
 
     torch writes zip archives with a checksum for every tensor, and never looks at it on loading.

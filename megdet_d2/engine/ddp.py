@@ -8,8 +8,10 @@ from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from megdet_d2._moved import renamed
 
-def settle_buckets(model: nn.Module) -> None:
+
+def finalize_ddp_buckets(model: nn.Module) -> None:
     """Makes DDP put gradients into buckets now as it will in every step.
 
     It would do so after its first step, and what three or more processes sum depends, in the last
@@ -36,3 +38,6 @@ def ddp_without_device_ids(cfg: CfgNode):
         yield
     finally:
         d2_defaults.create_ddp_model = stock
+
+
+__getattr__ = renamed(__name__, settle_buckets="finalize_ddp_buckets")

@@ -22,8 +22,10 @@ from detectron2.engine import launch as d2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from .machines import meet
-from .preempt import REQUEUE, forwarded_signals
+from megdet_d2._moved import renamed
+
+from .rendezvous import rendezvous
+from .signals import REQUEUE, forwarded_signals
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
     Raises:
         ValueError: more processes than GPUs; flags that contradict torchrun's; machines of
             different numbers of processes under torchrun.
-        RendezvousError: see ``machines.meet``.
+        RendezvousError: see ``rendezvous``.
         SystemExit: stopped by a signal.
     """
     if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
@@ -72,7 +74,7 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
     if args.num_gpus * args.num_machines <= 1:  # 0 is one process without a GPU
         with leaving_within(timeout):
             return start(main)  # in this process
-    meet(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
+    rendezvous(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
     with forwarded_signals() as received:
         try:
             return start(functools.partial(_run, main, os.getpid(), timeout))
@@ -117,7 +119,7 @@ def limit_waiting(seconds: float) -> None:
             set_timeout(timedelta(seconds=seconds), group)
 
 
-def end_with(parent: int, timeout: float) -> None:
+def exit_with_parent(parent: int, timeout: float) -> None:
     """Ends this process when its parent has gone, so that no orphan keeps a GPU.
 
     First by SIGTERM, upon which a training saves and stops; after ``timeout`` seconds at once.
@@ -135,11 +137,11 @@ def end_with(parent: int, timeout: float) -> None:
         logger.error(f"Still here {timeout:g} s after the launcher (MEGDET.TIMEOUT): ending")
         os._exit(1)
 
-    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
+    threading.Thread(target=watch, name="exit_with_launcher", daemon=True).start()
 
 
 def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace):
-    end_with(launcher, timeout)
+    exit_with_parent(launcher, timeout)
     with leaving_within(timeout):
         try:
             return main(args)
@@ -161,7 +163,7 @@ def leaving_within(timeout: float) -> Iterator[None]:
 
 
 def _join(main: Callable, args: argparse.Namespace, timeout: float):
-    end_with(os.getppid(), timeout)
+    exit_with_parent(os.getppid(), timeout)
     local_rank, local_size = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if args.num_gpus not in (1, local_size) or args.num_machines != 1:
         raise ValueError(
@@ -237,3 +239,6 @@ def _check_local_sizes(local_size: int) -> None:
             "BN groups and Detectron2 count on equal ones: give all the same --nproc-per-node, or "
             "leave the odd machine out"
         )
+
+
+__getattr__ = renamed(__name__, end_with="exit_with_parent")

@@ -10,11 +10,12 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
+from megdet_d2.data.stream import build_train_loader, find_stream, step_seed
 from megdet_d2.schedule.build import images_per_micro_batch
 from megdet_d2.schedule.scaling import NEAR_ZERO
 
 from .checkpoint import claim_run
-from .guard import Relief
+from .divergence import ScheduleBackoff
 from .launch import find_launcher, may_restart
 from .progress import (
     Layout,
@@ -24,7 +25,6 @@ from .progress import (
     restore_scalars,
     updates_done,
 )
-from .sampler import build_train_loader, find_stream, step_seed
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class ResumingTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode):
         self.images_seen = 0
-        self.relief = Relief()
+        self.relief = ScheduleBackoff()
         # The last iteration in the checkpoint, as counted then: -1 before any, None without one.
         self._saved_iter: int | None = None
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
@@ -131,7 +131,7 @@ class ResumingTrainer(DefaultTrainer):
             self._scalars = saved["scalars"]
 
         was = self.scheduler.base_lrs[0]
-        saved_relief = Relief(**saved.get("relief", {}))
+        saved_relief = ScheduleBackoff(**saved.get("relief", {}))
         self.relief = max(self.relief, saved_relief, key=lambda relief: relief.rollbacks)
         configured = self._ease_schedule()
         if self.cfg.MEGDET.POLICY or self.relief.rollbacks:

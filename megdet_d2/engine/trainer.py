@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from megdet_d2.data.mapping import CheckedMapper
+from megdet_d2.data.stream import shield_loader_worker
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.modeling.tta import build_tta
@@ -31,18 +32,18 @@ from megdet_d2.norm.registry import (
     separate_retinanet_levels,
     set_bn_size,
 )
+from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import accumulate
 from .checkpoint import Checkpointer, GatherStatistics
-from .ddp import ddp_without_device_ids, settle_buckets
-from .guard import DivergenceError, DivergenceGuard
+from .ddp import ddp_without_device_ids, finalize_ddp_buckets
+from .divergence import DivergenceError, DivergenceGuard
 from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
 from .launch import limit_waiting
-from .preempt import StopOnSignal, shield_loader_worker
 from .resuming import ResumingTrainer
-from .samples import SampleRecorder
-from .statistics import averaged_statistics
+from .sample_ratio import SampleRecorder
+from .signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Trainer(ResumingTrainer):
         self._built = list(self._hooks)  # whoever uses the trainer may add more
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         if cfg.MODEL.DEVICE == "cpu":
-            settle_buckets(self.model)
+            finalize_ddp_buckets(self.model)
         # A forward is of one micro-batch, so that is what the layers normalise over.
         images_per_gpu = self.layout.images_per_gpu
         layers = cgbn_layers(self.model)

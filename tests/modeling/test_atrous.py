@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 
-from .step import ATROUS, THIN_R50, build, check_two_steps, config, with_gradient
+from tests.helpers.step import ATROUS, THIN_R50, build, check_two_steps, config, with_gradient
 
 DC5 = [
     *THIN_R50, "MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.RES5_DILATION", 2,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ..test_memory import STAGES, compare_detectors
-from .step import ATROUS, check_two_steps, with_gradient
+from tests.helpers.step import ATROUS, check_two_steps, with_gradient
+from tests.test_memory import STAGES, compare_detectors
 
 TOGETHER = [
     "MODEL.ATROUS.BOTTOM_UP", "build_se_resnet_backbone", "MODEL.RESNETS.NUM_GROUPS", 4,

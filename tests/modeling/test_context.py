@@ -9,8 +9,7 @@ from detectron2.structures import Boxes
 from torch.nn import functional as F
 
 from megdet_d2.modeling.context import ContextPooler, ContextROIHeads, enlarge
-
-from ..test_memory import build, config, images
+from tests.test_memory import build, config, images
 
 
 def pooler(**kwargs):

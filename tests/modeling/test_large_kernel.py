@@ -7,8 +7,7 @@ from detectron2.modeling.roi_heads.box_head import build_box_head
 from torch.nn import functional as F
 
 from megdet_d2.modeling.large_kernel import LargeKernel, LargeKernelBoxHead, LargeKernelRPNHead
-
-from .step import build, check_two_steps, config, with_gradient
+from tests.helpers.step import build, check_two_steps, config, with_gradient
 
 RPN = ["MODEL.RPN.HEAD_NAME", "LargeKernelRPNHead", "MODEL.LARGE_KERNEL.MID_CHANNELS", 8]
 BOX = ["MODEL.ROI_BOX_HEAD.NAME", "LargeKernelBoxHead"]

@@ -6,8 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.box_head import build_box_head
 
 from megdet_d2.modeling.maxout import Maxout
-
-from .step import build, check_two_steps, config, with_gradient
+from tests.helpers.step import build, check_two_steps, config, with_gradient
 
 MAXOUT = ["MODEL.ROI_BOX_HEAD.NAME", "MaxoutBoxHead", "MODEL.MAXOUT.PIECES", 3]
 

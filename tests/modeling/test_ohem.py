@@ -13,8 +13,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 
 from megdet_d2.modeling.ohem import hardest, proposal_losses
-
-from ..test_memory import build, config, images, with_norm
+from tests.test_memory import build, config, images, with_norm
 
 CLASSES = 3
 

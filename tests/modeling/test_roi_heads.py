@@ -7,8 +7,7 @@ from detectron2.engine.defaults import create_ddp_model
 
 from megdet_d2.memory import STAGES, checkpoint_stages
 from megdet_d2.norm.registry import cgbn_layers
-
-from ..test_memory import build, config, differing, images, train_step
+from tests.test_memory import build, config, differing, images, train_step
 
 NAMES = ["OHEMROIHeads", "ContextROIHeads", "SegmentationROIHeads", "ChallengeROIHeads"]
 

@@ -8,8 +8,7 @@ from detectron2.utils.events import EventStorage
 
 from megdet_d2.modeling.segmentation import IGNORED, segmentation_loss, semantic_labels
 from megdet_d2.norm.padding import ignore_padding
-
-from ..test_memory import build, config, images
+from tests.test_memory import build, config, images
 
 CLASSES, STRIDE, GRID = 4, 4, (8, 10)
 

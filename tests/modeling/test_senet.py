@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.modeling.senet import OPEN
-
-from .step import THIN_R50, build, check_two_steps, config, with_gradient
+from tests.helpers.step import THIN_R50, build, check_two_steps, config, with_gradient
 
 SE = ["MODEL.BACKBONE.NAME", "build_se_resnet_fpn_backbone"]
 RESNEXT = ["MODEL.RESNETS.NUM_GROUPS", 4, "MODEL.RESNETS.WIDTH_PER_GROUP", 4]

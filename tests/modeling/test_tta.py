@@ -1,7 +1,6 @@
 """Test-time augmentation on CPU, alone and on two processes; scale jitter; ROIAlign everywhere."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from detectron2.modeling import build_model
 
 import megdet_d2
 import train_net
-from megdet_d2.analysis.runs import Run
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.modeling.tta import TrainedFlipMapperTTA, build_tta, check_tta
-
-from .. import training
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from megdet_d2.report.run import Run
+from tests.helpers import training
+from tests.helpers.paths import CONFIGS
 
 
 @pytest.fixture(scope="module")

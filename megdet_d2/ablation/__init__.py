@@ -1,0 +1,1 @@
+"""Trains the rows of an ablation over seeds and tabulates them."""

@@ -1,0 +1,217 @@
+"""What became of an ablation's trainings, beside the paper's figures: Markdown, CSV and a plot."""
+
+import csv
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from megdet_d2.report.run import Run
+from megdet_d2.report.style import make_figure, tidy
+
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training. ``status`` is "done", "failed" or "unfinished"; AP in percent, or None."""
+
+    row: str
+    seed: int
+    status: str
+    reason: str = ""
+    ap: float | None = None
+    ap50: float | None = None
+    ap75: float | None = None
+    hours: float | None = None
+    images_per_second: float | None = None
+
+
+# In OUTPUT_DIR, from whoever started a training that failed: its exit code and the reason.
+FAILURE = "failure.json"
+MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
+
+
+def read_result(row: Row, seed: int, folder: Path) -> Result:
+    """What ``folder`` says of a row's training; it may be running, on another machine too.
+
+    One that has come to its end is done, whatever had happened before.
+    """
+    try:
+        run = Run.read(folder)
+    except (FileNotFoundError, ValueError):
+        run = None
+    if run is not None and run.final() is not None:
+        aps = {name.lower(): run.final(name) for name in ("AP", "AP50", "AP75")}
+        if math.isnan(aps["ap"]):  # Detectron2's word for a detector that detects nothing
+            return Result(row.name, seed, "failed", "no detection on the test set")
+        rates = {"hours": run.hours(), "images_per_second": run.images_per_second()}
+        return Result(row.name, seed, "done", **aps, **rates)
+    failure, log = folder / FAILURE, folder / "log.txt"
+    if failure.is_file():
+        try:
+            reason = json.loads(failure.read_text())["reason"]
+        except (KeyError, ValueError):
+            reason = f"{failure} cannot be read"
+        return Result(row.name, seed, "failed", reason)
+    # A launcher of a cluster leaves no failure.json; a training that fails says so in its log.
+    reason = find_error(log.read_text(errors="replace")) if log.is_file() else None
+    if reason:
+        return Result(row.name, seed, "failed", reason)
+    return Result(row.name, seed, "unfinished", "not at its end")
+
+
+def find_error(text: str) -> str | None:
+    """What ended a training, from its log: its divergence, or the error of a traceback.
+
+    What it said before it was last started again, or rolled back, is past.
+    """
+    latest = text.rpartition("Starting training from iteration")[2]
+    diverged = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
+    failed = latest.rpartition("Exception during training:")[2] if "Exception d" in latest else ""
+    errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", failed, re.MULTILINE)
+    return next(iter(diverged[-1:] + errors[-1:]), None)
+
+
+def summarize(rows: list[Row], results: list[Result], baseline: str | None = None) -> list[dict]:
+    """A dict a row: mean and sample deviation over the seeds that came to an end, and failures.
+
+    ``gain`` is AP less that of the row ``baseline``, seed by seed: trainings of one seed draw the
+    same images, so that this deviates less than the difference of two means.
+    """
+    reference = {r.seed: r.ap for r in results if r.row == baseline and r.status == "done"}
+    summary = []
+    for row in rows:
+        own = [result for result in results if result.row == row.name]
+        done = [result for result in own if result.status == "done"]
+        failed = sum(result.status == "failed" for result in own)
+        line = {
+            "row": row.name,
+            "batch": row.batch_size,
+            "bn_size": row.bn_size,
+            "processes": row.processes,
+            "lr": row.cfg.SOLVER.BASE_LR,
+            "iterations": row.cfg.SOLVER.MAX_ITER,
+            "seeds": len(done) + failed,
+            "failed": failed,
+            "failure_rate": failed / (len(done) + failed) if done or failed else None,
+        }
+        measured = {measure: [getattr(result, measure) for result in done] for measure in MEASURES}
+        if baseline is not None:
+            pairs = [(result.ap, reference.get(result.seed)) for result in done]
+            measured["gain"] = [ap - other for ap, other in pairs if other is not None]
+        for measure, values in measured.items():
+            values = [value for value in values if value is not None]
+            line[measure] = statistics.fmean(values) if values else None
+            line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
+        summary.append(line)
+    return summary
+
+
+def collate(
+    rows: list[Row],
+    results: list[Result],
+    output: Path,
+    title: str,
+    baseline: str | None = None,
+) -> str:
+    """Writes results.md, results.csv, results.png and runs.csv to ``output``; returns the table.
+
+    ``baseline`` is the row that each is compared with, if any.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    summary = summarize(rows, results, baseline)
+    table = to_markdown(summary, results, baseline)
+    head = (
+        f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds; hours "
+        "are of training, without evaluations. The paper's figures are of COCO on its GPUs.\n\n"
+    )
+    (output / "results.md").write_text(head + table + "\n")
+    _write_csv(output / "results.csv", list(summary[0]), summary)
+    _write_csv(output / "runs.csv", [f.name for f in fields(Result)], map(asdict, results))
+    plot(summary, output / "results.png")
+    return table
+
+
+def to_markdown(summary: list[dict], results: list[Result], baseline: str | None = None) -> str:
+    """The table as a reader wants it, and below it why trainings failed."""
+    lines = [
+        {
+            "row": line["row"],
+            "batch": line["batch"],
+            "BN size": line["bn_size"],
+            "processes": line["processes"],
+            "LR": f"{line['lr']:.6g}",
+            "AP": _cell(line, "ap", 1),
+            **({f"gain on {baseline}": _cell(line, "gain", 1, "+")} if baseline else {}),
+            "AP50": _cell(line, "ap50", 1),
+            "AP75": _cell(line, "ap75", 1),
+            "hours": _cell(line, "hours", 2),
+            "images/s": _cell(line, "images_per_second", 1),
+            "failed": f"{line['failed']}/{line['seeds']}" if line["seeds"] else "",
+            "paper AP": "" if line["paper_ap"] is None else str(line["paper_ap"]),
+            "paper hours": "" if line["paper_hours"] is None else str(line["paper_hours"]),
+        }
+        for line in summary
+    ]
+    text = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
+    notes = [
+        f"* {result.row}, seed {result.seed}: {result.reason}"
+        for result in results
+        if result.status == "failed"
+    ]
+    return "\n".join([text, *(["", "Failed:", "", *notes] if notes else [])])
+
+
+def plot(summary: list[dict], path: Path) -> None:
+    """Measured AP with its deviation, and in a panel of its own the paper's where it has any."""
+    has_paper = any(line["paper_ap"] is not None for line in summary)
+    figure = make_figure(9 if has_paper else 7, 1.2 + 0.3 * len(summary))
+    panels = figure.subplots(1, 2 if has_paper else 1, sharey=True, squeeze=False)[0]
+    y = range(len(summary))
+    for axes, key, title in zip(panels, ("ap", "paper_ap"), ("here", "the paper"), strict=False):
+        for i, line in enumerate(summary):
+            value = line[key]
+            failed = value == "failed" or (key == "ap" and value is None and line["failed"])
+            if isinstance(value, (int, float)):
+                deviation = line["ap_std"] or 0 if key == "ap" else 0
+                axes.errorbar(value, i, xerr=deviation, fmt="o", color="C0", capsize=3)
+            elif failed:
+                axes.text(0.02, i, "failed", transform=axes.get_yaxis_transform(), va="center")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("box AP (%)")
+        tidy(axes)
+    panels[0].set_yticks(y, [line["row"] for line in summary])
+    panels[0].set_ylim(len(summary) - 0.5, -0.5)
+    figure.savefig(path)
+
+
+def _cell(line: dict, measure: str, digits: int, sign: str = "-") -> str:
+    mean, deviation = line[measure], line[f"{measure}_std"]
+    if mean is None:
+        return "failed" if line["failed"] and measure == "ap" else ""
+    spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}{spread}"
+
+
+def _write_csv(path: Path, columns: list[str], lines) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _hardware() -> str:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return (
+        f"Tabulated on {', '.join(gpus) or 'no GPU'}, {os.cpu_count()} cores "
+        f"({platform.machine()}), torch {torch.__version__}"
+    )

@@ -1,1 +1,0 @@
-"""What became of a training: curves, detections and numbers from its OUTPUT_DIR."""

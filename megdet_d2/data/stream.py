@@ -1,0 +1,287 @@
+"""The training images as one endless stream with a position: what makes a resume exact.
+
+Every process walks the same stream in index space and takes its own part; nothing in it depends on
+the number of loader workers, and only the cutting depends on the batch. A place in the stream is
+the seed, the images that training has seen, and the few that grouping by aspect ratio has drawn
+and still holds back.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from detectron2.data import DatasetFromList
+from detectron2.data import build as d2_build
+from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from .coco import num_classes
+from .mapping import BadImageError, CheckedMapper
+
+logger = logging.getLogger(__name__)
+
+_AUGMENTATION, _STEP = 1, 2  # two families of seeds that never meet
+
+
+class Sample(NamedTuple):
+    """An image to load: its place in the data set, and the seed of its augmentation."""
+
+    index: int
+    seed: int
+
+
+class StreamSampler(Sampler):
+    """This process's part of the stream, as ``Sample``s, from the current place on.
+
+    The stream is cut into micro-batches of ``images_per_gpu``; process r of W takes the r-th of
+    every W. With ``buckets`` a micro-batch is of one bucket, as Detectron2's aspect-ratio grouping
+    has it, but over all processes at once.
+
+    Args:
+        stock: a training sampler of Detectron2; its indices before they are dealt to processes are
+            the stream, in its own shuffling or weighting, by ``seed``.
+        images_per_gpu: images of a micro-batch.
+        seed: equal in all processes.
+        size: images of the data set.
+        buckets: for each image of the data set the bucket it belongs to; None for one bucket.
+    """
+
+    def __init__(
+        self,
+        stock: Sampler,
+        images_per_gpu: int,
+        seed: int,
+        size: int,
+        buckets: Sequence[int] | None = None,
+    ):
+        self._stock = stock
+        self._images_per_gpu = images_per_gpu
+        self._size = size
+        self._buckets = buckets
+        # Here and not in __iter__: in a loader's worker there is no process group to ask.
+        self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
+        self.seek({"seed": seed, "size": size, "images_seen": 0, "pending": []})
+
+    def seek(self, place: dict[str, Any]) -> None:
+        """Goes to a ``place``. Call it before a loader is iterated: its workers hold copies."""
+        if place["size"] != self._size:
+            logger.warning(
+                f"The training set had {place['size']} images and has {self._size}: the stream "
+                "goes on at the same place, in another shuffling"
+            )
+            place = place | {"size": self._size, "pending": []}
+        self.seed = self._stock._seed = place["seed"]
+        self._place = place
+        self._walk = None
+
+    def place(self, images_seen: int) -> dict[str, Any]:
+        """The place after ``images_seen`` images, as plain numbers for a checkpoint.
+
+        ``images_seen`` is that of the last place asked for, or whole micro-batches more.
+        """
+        if self._walk is None:
+            self._walk = self._micro_batches()
+        while self._place["images_seen"] < images_seen:
+            batch, pending = next(self._walk)
+            seen = self._place["images_seen"] + len(batch)
+            self._place = self._place | {"images_seen": seen, "pending": pending}
+        return self._place
+
+    def __iter__(self) -> Iterator[Sample]:
+        if get_worker_info() is not None:
+            shield_loader_worker()
+        micro_batches = self._micro_batches()
+        for batch, _ in itertools.islice(micro_batches, self._rank, None, self._world_size):
+            for position, index in batch:
+                yield Sample(index, fold_seed(_AUGMENTATION, self.seed, position))
+
+    def _micro_batches(self) -> Iterator[tuple[list, list]]:
+        """Micro-batches of (position, index) in order, each with those still pending after it."""
+        pending = [tuple(image) for image in self._place["pending"]]
+        drawn = self._place["images_seen"] + len(pending)
+        fresh = itertools.islice(self._stock._infinite_indices(), drawn, None)
+        images = itertools.chain(pending, enumerate(fresh, drawn))
+        waiting: dict[int, list] = {}
+        ahead = len(pending)  # carried images that the new cutting has not yet looked at
+        for position, index in images:
+            bucket = waiting.setdefault(self._buckets[index] if self._buckets else 0, [])
+            bucket.append((position, index))
+            ahead -= 1
+            if len(bucket) == self._images_per_gpu:
+                batch = bucket.copy()
+                bucket.clear()
+                held = [image for images in waiting.values() for image in images]
+                yield batch, sorted(held + (pending[-ahead:] if ahead > 0 else []))
+
+
+class SeededDataset(Dataset):
+    """``MapDataset`` by ``Sample``: each image is mapped with random numbers of its own seed.
+
+    So its augmentation is the same in whatever process and order it is loaded. Where the mapper
+    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too. With
+    ``skip_bad`` another is drawn where it raises ``BadImageError`` as well, and the image taken
+    instead carries the reasons under the key "skipped", for the training process to count.
+
+    Raises:
+        BadImageError: without ``skip_bad``, naming the image and what to do.
+        RuntimeError: 100 images in a row were refused.
+    """
+
+    def __init__(
+        self, dataset: Dataset, mapper: Callable[[dict], dict | None], skip_bad: bool = False
+    ):
+        self._dataset = dataset
+        self._mapper = PicklableWrapper(mapper)  # so that a lambda reaches the workers too
+        self._skip_bad = skip_bad
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, sample: Sample) -> dict:
+        with seeded(sample.seed):
+            index, skipped = sample.index, []
+            for _ in range(100):
+                try:
+                    data = self._mapper(self._dataset[index])
+                except BadImageError as error:
+                    if not self._skip_bad:
+                        raise BadImageError(
+                            f"{error}; correct the image or its annotations, or set "
+                            "MEGDET.SKIP_BAD_IMAGES True"
+                        ) from error
+                    skipped.append(str(error))
+                    data = None
+                if data is not None:
+                    return data | {"skipped": skipped} if skipped else data
+                index = random.randrange(len(self._dataset))
+        last = f"the last: {skipped[-1]}" if skipped else "by returning None"
+        raise RuntimeError(f"the mapper refused 100 images in a row, {last}")
+
+
+def build_stream_loader(
+    seed: int, *, dataset, sampler, mapper, total_batch_size: int, aspect_ratio_grouping: bool,
+    num_workers: int, skip_bad: bool = False, timeout: float = 0,
+) -> DataLoader:  # fmt: skip
+    """Detectron2's training loader over a ``StreamSampler``.
+
+    Args:
+        seed: of the stream; equal in all processes.
+        dataset, ...: as Detectron2's ``build_detection_train_loader`` takes them;
+            ``total_batch_size`` is that of a micro-batch over all processes.
+        skip_bad: see ``SeededDataset``.
+        timeout: seconds to wait for a worker; 0 for ever.
+    """
+    images_per_gpu = total_batch_size // comm.get_world_size()
+    buckets = None
+    if aspect_ratio_grouping:
+        try:
+            buckets = bytes(image["width"] > image["height"] for image in dataset)
+        except KeyError as error:
+            logger.warning(
+                "DATALOADER.ASPECT_RATIO_GROUPING is True, and the data set does not say every "
+                f"image's {error}: not grouping. Add width and height to its entries."
+            )
+    if isinstance(dataset, list):
+        dataset = DatasetFromList(dataset, copy=False)
+    return d2_build.build_detection_train_loader(
+        SeededDataset(dataset, mapper, skip_bad),
+        mapper=None,
+        sampler=StreamSampler(sampler, images_per_gpu, seed, len(dataset), buckets),
+        total_batch_size=total_batch_size,
+        aspect_ratio_grouping=False,  # done in the sampler, whose place can be saved
+        num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
+        seed=seed,  # or each new loader would draw from the process's random numbers
+    )
+
+
+def build_train_loader(cfg, images_per_gpu: int) -> DataLoader:
+    """The training loader of a config: data set, mapper and sampler are Detectron2's choice.
+
+    ``SEED`` seeds the stream; negative, it is a random one that all processes share. A bad image is
+    a ``BadImageError``, or with ``MEGDET.SKIP_BAD_IMAGES`` another one is taken. Every process has
+    to call it.
+
+    Args:
+        images_per_gpu: images of a micro-batch, and so of each list the loader gives.
+    """
+    chosen = d2_build._train_loader_from_config(cfg)
+    chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
+    chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
+    if isinstance(chosen["dataset"], IterableDataset):
+        return d2_build.build_detection_train_loader(**chosen)
+    shared = comm.shared_random_seed()
+    seed = cfg.SEED if cfg.SEED >= 0 else int(shared)
+    return build_stream_loader(
+        seed,
+        skip_bad=cfg.MEGDET.SKIP_BAD_IMAGES,
+        timeout=cfg.MEGDET.TIMEOUT,
+        **chosen,
+    )
+
+
+def find_stream(loader: Any) -> StreamSampler | None:
+    """The stream of a loader that ``build_train_loader`` made; None for any other loader."""
+    sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
+    return sampler if isinstance(sampler, StreamSampler) else None
+
+
+def step_seed(seed: int, images_seen: int, rank: int) -> int:
+    """The seed of a process's random numbers in the update that follows ``images_seen`` images."""
+    return fold_seed(_STEP, seed, images_seen, rank)
+
+
+def fold_seed(*numbers: int) -> int:
+    """One 32-bit seed of several numbers from 0; unlike their sum, no two agree but by chance."""
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Python's, NumPy's and torch's CPU random numbers from ``seed``; left as they were found."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+
+
+def shield_loader_worker(worker: int = 0) -> None:
+    """Called in a worker of a data loader, makes it leave both signals to the training process.
+
+    Schedulers send them to every process, and a worker that dies is an error of the training. Only
+    its parent may end it, as it does when it exits itself.
+
+    Args:
+        worker: its number, which a ``DataLoader`` gives to its ``worker_init_fn``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # On Linux it goes with its parent, even stopped; elsewhere torch's own watchdog looks.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # on macOS nobody can tell who sent a signal
+    parent = os.getppid()
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    # Blocked here, and in threads to come: the one that waits is who gets it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()

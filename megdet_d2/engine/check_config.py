@@ -1,0 +1,117 @@
+"""Everything between merging a config and freezing it: bad input ends here, not in training."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from megdet_d2.data import register_datasets
+from megdet_d2.memory import check_stages
+from megdet_d2.modeling.tta import check_tta
+from megdet_d2.norm.functional import ALGORITHMS
+from megdet_d2.norm.registry import group_ranks, uses_cgbn
+from megdet_d2.schedule.build import (
+    images_per_micro_batch,
+    refuse_solver_overrides,
+    scale_config,
+)
+
+from .divergence import ON_DIVERGENCE
+from .launch import limit_waiting
+from .same_config import check_same_config
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = ()) -> str:
+    """Chooses the device, registers and checks the data sets, checks values, resolves the schedule.
+
+    Args:
+        cfg: with ``add_megdet_config``'s keys, not frozen; changed in place.
+        eval_only: leave alone what only training uses.
+        opts: the command line's overrides, KEY VALUE ..., as merged into ``cfg``.
+
+    Returns:
+        ``scale_config``'s table, for the log once there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, its value and the fix; processes that differ
+            in config or code.
+    """
+    _check_faults(cfg)
+    limit_waiting(cfg.MEGDET.TIMEOUT)
+    schedule = _prepare(cfg, eval_only, opts)
+    check_same_config(cfg, eval_only=eval_only)
+    return schedule
+
+
+def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
+    _check_device(cfg, eval_only)
+    if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():  # to be resumed, perhaps
+        _check_weights(cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
+        raise ValueError(
+            f"MODEL.CGBN.ALGORITHM is {cfg.MODEL.CGBN.ALGORITHM!r}; "
+            f"use one of {', '.join(ALGORITHMS)}"
+        )
+    check_stages(cfg.MODEL.SUBLINEAR.STAGES)
+    check_tta(cfg)
+    if eval_only:
+        register_datasets(cfg, ("TEST",))
+        return ""
+    refuse_solver_overrides(cfg, opts)
+    register_datasets(cfg)
+    schedule = scale_config(cfg)
+    if uses_cgbn(cfg):
+        world_size = comm.get_world_size()
+        scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+        images_per_gpu = images_per_micro_batch(scaled, world_size)
+        # For its error alone: the groups are made when there is a model.
+        group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
+    return schedule
+
+
+def _check_faults(cfg: CfgNode) -> None:
+    keys = cfg.MEGDET
+    if keys.ON_DIVERGENCE not in ON_DIVERGENCE:
+        raise ValueError(
+            f"MEGDET.ON_DIVERGENCE is {keys.ON_DIVERGENCE!r}; use one of {', '.join(ON_DIVERGENCE)}"
+        )
+    if keys.MAX_ROLLBACKS < 0:
+        raise ValueError(f"MEGDET.MAX_ROLLBACKS is {keys.MAX_ROLLBACKS}; give 0 or more")
+    if keys.TIMEOUT < 1:
+        raise ValueError(f"MEGDET.TIMEOUT is {keys.TIMEOUT}; give seconds, from 1 (default: 600)")
+
+
+def _check_device(cfg: CfgNode, eval_only: bool) -> None:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        if comm.is_main_process():
+            logger.warning("MODEL.DEVICE is %r and there is no GPU: using cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        raise ValueError(
+            "MODEL.DEVICE is 'cpu', and this machine's GPUs have made the launcher choose NCCL, "
+            "which moves no CPU tensor; hide them: CUDA_VISIBLE_DEVICES= python train_net.py ..."
+        )
+    if cfg.SOLVER.AMP.ENABLED and not eval_only:
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
+            "needs; set it False"
+        )
+
+
+def _check_weights(weights: str) -> None:
+    path = weights.split("?")[0]  # Detectron2 takes options behind the path
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS: there is no file {path!r}; give the path of a checkpoint, or "
+            '"" to start from scratch'
+        )

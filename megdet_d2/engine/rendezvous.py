@@ -1,0 +1,130 @@
+"""The launchers of all machines meet before any starts a process."""
+
+import json
+from datetime import timedelta
+from urllib.parse import urlparse
+
+from torch.distributed import TCPStore
+
+from megdet_d2._moved import renamed
+
+
+class RendezvousError(RuntimeError):
+    """The machines of a training did not meet, or do not fit together."""
+
+
+def rendezvous(
+    url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout: float
+) -> None:
+    """Waits for the launchers of all machines, and compares what they are about to start.
+
+    They use the port of ``url`` and leave it free. So a wrong address or flag is an error here, in
+    seconds, and not a process that waits for others.
+
+    Args:
+        url: ``--dist-url``; nothing is done unless it is tcp://HOST:PORT.
+        machine_rank, num_machines, num_gpus: the flags of this machine.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        ValueError: a machine rank out of range; a URL without a port.
+        RendezvousError: the port is in use; machine 0, or another, has not come in time; a machine
+            rank is given twice; machines disagree on the number of machines or of processes.
+    """
+    if not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--machine-rank is {machine_rank} of --num-machines {num_machines}; ranks count "
+            f"from 0 to {num_machines - 1}"
+        )
+    if urlparse(url).scheme != "tcp":
+        return
+    address = urlparse(url).netloc
+    leads = machine_rank == 0
+    store = _connect(url, leads, timeout)
+    mine = {"--num-machines": num_machines, "--num-gpus": num_gpus}
+    try:
+        twice = store.add(f"came/{machine_rank}", 1) > 1
+        store.set(f"twice/{machine_rank}" if twice else f"flags/{machine_rank}", json.dumps(mine))
+    except RuntimeError:
+        raise RendezvousError(
+            f"--dist-url {url}: machine 0 at {address} went as this one came. Perhaps all had met "
+            f"by then, and --machine-rank {machine_rank} is given to two machines; give each its "
+            "own"
+        ) from None
+    if leads:
+        verdict = _judge(store, num_machines, mine, timeout)
+        store.set("verdict", verdict)
+        _wait(store, [f"read/{rank}" for rank in range(1, num_machines)], min(timeout, 10))
+    elif twice:
+        verdict = f"--machine-rank {machine_rank} is given to two machines; give each its own"
+    else:
+        if _wait(store, ["verdict"], timeout):
+            verdict = store.get("verdict").decode()
+        else:
+            verdict = (
+                f"machine 0 at {address} has gone, or is of another training: no word from it "
+                f"within {timeout:g} s (MEGDET.TIMEOUT)"
+            )
+        store.set(f"read/{machine_rank}", "")
+        # Until machine 0 has let go of the port: its first process is about to listen there.
+        _wait(store, ["never"], min(timeout, 10))
+    if verdict:
+        raise RendezvousError(f"--dist-url {url}: {verdict}")
+
+
+def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
+    """The store at ``url``: machine 0, which ``leads``, serves it, and the others wait for it."""
+    parts = urlparse(url)
+    if not parts.port:
+        raise ValueError(f"--dist-url is {url!r}; give tcp://HOST:PORT")
+    limit = timedelta(seconds=timeout)
+    try:
+        return TCPStore(
+            parts.hostname, parts.port, is_master=leads, timeout=limit, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        if leads:
+            raise RendezvousError(
+                f"--dist-url {url}: cannot listen on port {parts.port} ({_first_line(error)}). "
+                "Perhaps another training runs here: choose another port, or, with one machine, "
+                "--dist-url auto"
+            ) from None
+        raise RendezvousError(
+            f"--dist-url {url}: machine 0 did not answer at {parts.netloc} within {timeout:g} s "
+            "(MEGDET.TIMEOUT). Start the command on it too, with --machine-rank 0, give every "
+            "machine its address, and let the port through"
+        ) from None
+
+
+def _judge(store: TCPStore, num_machines: int, mine: dict, timeout: float) -> str:
+    """What is wrong with the machines that came, or ""."""
+    came = {0: mine}
+    for rank in range(1, num_machines):
+        if not _wait(store, [f"flags/{rank}"], timeout):
+            return (
+                f"machine {rank} of {num_machines} did not come within {timeout:g} s "
+                f"(MEGDET.TIMEOUT). Start the command on every machine, with --machine-rank 0 to "
+                f"{num_machines - 1}"
+            )
+        came[rank] = json.loads(store.get(f"flags/{rank}"))
+    for flag in mine:
+        values = {rank: flags[flag] for rank, flags in came.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"machine {rank}: {value}" for rank, value in values.items())
+            return f"the machines differ in {flag} ({listed}); give all the same"
+    return ""
+
+
+def _wait(store: TCPStore, keys: list[str], timeout: float) -> bool:
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError:  # too late, or the other end has gone
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+__getattr__ = renamed(__name__, meet="rendezvous")

@@ -1,0 +1,1 @@
+"""Evaluates several detectors and fuses their boxes."""

@@ -1,0 +1,177 @@
+"""``megdet variance``: measures Equations 2 to 4 on a config's data, at given weights.
+
+megdet variance configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml \\
+    MODEL.WEIGHTS output/demo/model_final.pth
+"""
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
+from tqdm import tqdm
+
+from megdet_d2.config import load_config
+from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.report.style import make_figure, tidy
+
+from .estimate import WHOLE, Fit, fit, measure_pairs
+
+TAKES_OVERRIDES = True
+SIZES = [1, 2, 4, 8, 16, 32, 64]
+
+
+def measure(
+    cfg: CfgNode, sizes: list[int], pairs: int, bn_size: int
+) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    """Pairs by module and N: see ``noise.measure_pairs``. Shows a bar of the images done.
+
+    Args:
+        cfg: prepared; MODEL.WEIGHTS "" measures at the random initialisation.
+        bn_size: images of a forward.
+    """
+    seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 0)
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    # One at a time, so that a mini-batch of any size is drawn from the one shuffled stream.
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    images = itertools.chain.from_iterable(build_detection_train_loader(cfg))
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    with tqdm(total=2 * pairs * sum(sizes), unit=" images", dynamic_ncols=True) as bar:
+        for size, sums in measure_pairs(model, images, sizes, pairs, bn_size):
+            for module, pair in sums.items():
+                found.setdefault(module, {}).setdefault(size, []).append(pair)
+            bar.update(2 * size)
+    return found
+
+
+def to_table(fits: dict[str, Fit]) -> str:
+    """A row a module: slope and noise scale, each with its interval of 95 %."""
+    rows = [
+        {
+            "module": module,
+            "slope (the paper: -1)": f"{f.slope:.3f}",
+            "95 %": f"{f.interval[0]:.3f} to {f.interval[1]:.3f}",
+            "noise scale, images": f"{f.noise_scale:.3g}",
+            "95 % ": f"{f.noise_interval[0]:.3g} to {f.noise_interval[1]:.3g}",
+        }
+        for module, f in fits.items()
+    ]
+    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def to_update_table(whole: Fit) -> str:
+    """A row a mini-batch: Var(g_N), and whether r̂ = k r keeps the variance of the update."""
+    linear = whole.update_variances()
+    least = min(linear)
+    rows = [
+        {
+            "N": n,
+            "Var(g_N)": f"{whole.variances[n]:.4g} ± {whole.errors[n]:.1g}",
+            "k": f"{n / least:g}",
+            "r̂ = k r (Eq. 4: 1)": f"{ratio:.3f}",
+            "r̂ = √k r": f"{ratio / (n / least):.3f}",
+            "r̂ = r": f"{ratio / (n / least) ** 2:.3g}",
+        }
+        for n, ratio in linear.items()
+    ]
+    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def plot(fits: dict[str, Fit], path: Path) -> None:
+    """Var(g_N) against N with error bars and the paper's slope, and the update's variance."""
+    figure = make_figure(11, 4.5)
+    variance, update = figure.subplots(1, 2)
+    for number, (module, f) in enumerate(fits.items()):
+        sizes, values = np.array(list(f.variances)), np.array(list(f.variances.values()))
+        style = {"color": f"C{number % 10}", "linewidth": 2.5 if module == WHOLE else 1}
+        label = f"{module}: {f.slope:.2f}"
+        variance.errorbar(sizes, values, yerr=list(f.errors.values()), label=label, **style)
+        update.plot(sizes, list(f.update_variances().values()), **style)
+    whole = fits[WHOLE]
+    sizes = np.array(list(whole.variances))
+    line = whole.variances[int(sizes[0])] * sizes[0] / sizes
+    variance.plot(sizes, line, "k--", linewidth=0.8, label="Eq. 2: -1")
+    update.axhline(1, color="k", linestyle="--", linewidth=0.8)
+    variance.set_title("Var(g_N)", loc="left")
+    update.set_title("r̂² Var(g_kN) / (k r² Var(g_N)), r̂ = k r", loc="left")
+    variance.set_yscale("log")
+    for axes in (variance, update):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("images N")
+        tidy(axes)
+    figure.legend(frameon=False, fontsize=8, title="slope", loc="outside right upper")
+    update.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a config file; weights are its MODEL.WEIGHTS")
+    add("--sizes", type=_integers, default=SIZES, metavar="1,2,4", help="N (default 1 to 64)")
+    add("--pairs", type=int, default=8, help="pairs of mini-batches for each N (default 8)")
+    add(
+        "--images-per-forward",
+        type=int,
+        help="what CGBN normalises over, and what has to fit into memory (default: the config's BN "
+        "size, or all N)",
+    )
+    add("--output", type=Path, help="folder (default: OUTPUT_DIR/variance)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    if args.pairs < 2 or len(set(args.sizes)) < 2 or min(args.sizes) < 1:
+        raise ValueError(
+            f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval takes 2 pairs, a slope "
+            "2 different sizes, from 1"
+        )
+    if args.images_per_forward is not None and args.images_per_forward < 1:
+        raise ValueError(f"--images-per-forward is {args.images_per_forward}; give 1 or more")
+    cfg = load_config(args.config, args.opts)
+    bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
+    bn_size = args.images_per_forward or bn_size
+    # Of the training's mini-batch and processes: here N is the mini-batch, on one process.
+    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY = -1, ""
+    prepare_config(cfg, opts=args.opts)
+    output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
+    output.mkdir(parents=True, exist_ok=True)
+    pairs = measure(cfg, args.sizes, args.pairs, bn_size)
+    with open(output / "variance.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("module", "images", "half_squared_difference", "dot_product"))
+        for module, by_size in pairs.items():
+            for size, values in by_size.items():
+                writer.writerows((module, size, *value) for value in values)
+    modules = [WHOLE, *(module for module in pairs if module != WHOLE)]
+    fits = {}
+    for module in modules:
+        try:
+            fits[module] = fit(pairs[module])
+        except ValueError as error:
+            if module == WHOLE:
+                raise
+            print(f"{module} is left out: {error}")
+    plot(fits, output / "variance.png")
+    text = (
+        f"# {args.config}\n\nWeights: {cfg.MODEL.WEIGHTS or 'random'}. {args.pairs} pairs of mini-"
+        f"batches for each N, forward in parts of up to {bn_size} images.\n\n{to_table(fits)}\n\n"
+        "The critical batch is about the noise scale: far below it a k times larger mini-batch "
+        "needs k times fewer steps, far above it nearly as many.\n\n"
+        f"{to_update_table(fits[WHOLE])}\n"
+    )
+    (output / "variance.md").write_text(text)
+    print(text)
+    print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

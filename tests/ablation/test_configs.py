@@ -1,0 +1,209 @@
+"""Every row of Tables 2 and 3 resolves to the paper's numbers at its real world size."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import megdet_d2
+from megdet_d2.ablation.rows import read_rows
+from megdet_d2.norm import groups
+from megdet_d2.norm.registry import cgbn_layers, describe_norms
+from tests.test_configs import CONFIGS, GPUS_PER_MACHINE, LONG, NORMAL, build, load
+
+# batch, factor on the learning rate, mmAP, hours
+TABLE2 = {
+    "1_b16_frozen": (16, 1, 36.2, 33.2),
+    "2_b32_frozen": (32, 1, 36.4, 15.1),
+    "3_b64_frozen": (64, 1, "failed", None),
+    "4_b64_frozen_half_lr": (64, 0.5, 36.0, 7.5),
+    "5_b128_frozen_half_lr": (128, 0.5, "failed", None),
+}
+# batch, BN size, GPUs, mmAP, hours
+TABLE3 = {
+    "01_b16_base": (16, 0, 8, 36.2, 33.2),
+    "02_b2_bn2": (2, 2, 2, 31.5, 131.2),
+    "03_b4_bn4": (4, 4, 4, 34.9, 91.4),
+    "04_b8_bn8": (8, 8, 8, 35.9, 71.5),
+    "05_b16_bn2": (16, 2, 8, 31.0, 45.6),
+    "06_b16_bn16": (16, 16, 8, 37.0, 39.5),
+    "07_b32_bn32": (32, 32, 8, 37.3, 45.5),
+    "08_b64_bn64": (64, 64, 8, 35.3, 40.9),
+    "09_b64_bn32": (64, 32, 16, 37.1, 19.6),
+    "10_b64_bn16": (64, 16, 32, 37.1, 11.2),
+    "11_b128_bn32": (128, 32, 32, 37.1, 11.3),
+    "12_b128_bn16": (128, 16, 64, 37.0, 6.5),
+    "13_b256_bn32": (256, 32, 64, 37.1, 7.2),
+    "14_b256_bn16": (256, 16, 128, 37.1, 4.1),
+    "15_b16_bn16_long": (16, 16, 8, 37.7, 65.2),
+    "16_b32_bn32_long": (32, 32, 8, 37.8, 60.3),
+    "17_b64_bn32_long": (64, 32, 16, 37.6, 30.1),
+    "18_b128_bn32_long": (128, 32, 32, 37.6, 15.8),
+    "19_b256_bn32_long": (256, 32, 64, 37.7, 9.4),
+    "20_b256_bn16_long": (256, 16, 128, 37.7, 5.4),
+}
+# Batches below the reference: their warm-up is of one height, min(r, r̂) = r̂.
+SMALL = {
+    2: (2, 0.0025, 649000, (472000, 590000), 59000, 1.0),
+    4: (4, 0.005, 324500, (236000, 295000), 29500, 1.0),
+    8: (8, 0.01, 162250, (118000, 147500), 14750, 1.0),
+}
+ROWS = {
+    **{f"table2/{n}": (b, 0, b // 2, f, ap, h) for n, (b, f, ap, h) in TABLE2.items()},
+    **{f"table3/{n}": (b, bn, g, 1, ap, h) for n, (b, bn, g, ap, h) in TABLE3.items()},
+}
+# What is not a row of a table: GPUs, BN size, learning rate, warm-up's start, CGBN layers.
+BACKBONE, FPN, HEADS = 42, 8, 4
+OTHERS = {
+    "warmup/1_b64_frozen_reference": (32, 0, 0.08, 0.25, 0),
+    "warmup/2_b64_frozen_zero": (32, 0, 0.08, 0.001, 0),
+    "warmup/3_b128_frozen_reference": (64, 0, 0.16, 0.125, 0),
+    "warmup/4_b128_frozen_zero": (64, 0, 0.16, 0.001, 0),
+    "warmup/5_b256_frozen_reference": (128, 0, 0.32, 0.0625, 0),
+    "warmup/6_b256_frozen_zero": (128, 0, 0.32, 0.001, 0),
+    "warmup/7_b256_bn16_reference": (128, 16, 0.32, 0.0625, BACKBONE + FPN),
+    "warmup/8_b256_bn16_zero": (128, 16, 0.32, 0.001, BACKBONE + FPN),
+    **{
+        f"bn_size/{n}": (gpus, bn, 0.08, 0.25, BACKBONE + FPN)
+        for n, gpus, bn in (
+            ("1_b64_bn2", 32, 2),
+            ("2_b64_bn4", 32, 4),
+            ("3_b64_bn8", 32, 8),
+            ("4_b64_bn16", 32, 16),
+            ("5_b64_bn32", 16, 32),
+            ("6_b64_bn64", 8, 64),
+        )
+    },
+    "scaling/1_b256_linear": (128, 16, 0.32, 0.0625, BACKBONE + FPN),
+    "scaling/2_b256_sqrt": (128, 16, 0.08, 0.25, BACKBONE + FPN),
+    "scaling/3_b256_none": (128, 16, 0.02, 1.0, BACKBONE + FPN),
+    "algorithm/1_one_reduce": (8, 16, 0.02, 1.0, BACKBONE + FPN),
+    "algorithm/2_two_pass": (8, 16, 0.02, 1.0, BACKBONE + FPN),
+    "placement/1_backbone": (8, 16, 0.02, 1.0, BACKBONE),
+    "placement/2_backbone_fpn": (8, 16, 0.02, 1.0, BACKBONE + FPN),
+    "placement/3_backbone_fpn_heads": (8, 16, 0.02, 1.0, BACKBONE + FPN + HEADS),
+}
+
+
+@pytest.fixture
+def fake_world():
+    """Starts a world of so many ranks in this one process: no message is sent, groups are real."""
+
+    def start(world_size: int) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        comm.create_local_process_group(min(GPUS_PER_MACHINE, world_size))
+
+    yield start
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm.create_local_process_group.cache_clear()
+    groups._cache.clear()
+
+
+def test_every_row_is_here_and_no_other():
+    found = (CONFIGS / "ablations").glob("*/*.yaml")
+    # The appendix's rows, of the reduced detector alone, are in test_challenge_rows.
+    rows = {f"{p.parent.name}/{p.stem}" for p in found if p.parent.name != "challenge"}
+    assert rows == set(ROWS) | set(OTHERS)
+    assert (len(TABLE2), len(TABLE3)) == (5, 20)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_is_the_papers(name, fake_world):
+    batch, bn_size, gpus, factor, ap, hours = ROWS[name]
+    cfg = load(f"ablations/{name}")
+    assert (
+        cfg.MEGDET.ABLATION.GPUS,
+        cfg.MEGDET.ABLATION.PAPER_AP,
+        cfg.MEGDET.ABLATION.PAPER_HOURS,
+    ) == (gpus, ap, hours)
+    fake_world(gpus)
+    megdet_d2.scale_config(cfg)
+    policy = LONG if name.endswith("_long") else NORMAL | SMALL
+    _, lr, max_iter, steps, warmup, start = policy[batch]
+    solver = cfg.SOLVER
+    assert solver.IMS_PER_BATCH == batch
+    assert solver.BASE_LR == pytest.approx(lr * factor, rel=1e-12)
+    assert (solver.MAX_ITER, tuple(solver.STEPS)) == (max_iter, steps)
+    assert solver.WARMUP_ITERS == warmup
+    assert solver.WARMUP_FACTOR == pytest.approx(min(1, start / factor))
+    epochs = 18 if name.endswith("_long") else 11
+    period = cfg.TEST.EVAL_PERIOD
+    assert period == solver.CHECKPOINT_PERIOD
+    assert (epochs - 1) * period < max_iter <= epochs * period
+    assert cfg.OUTPUT_DIR == f"output/{name}"
+    # "When the BN size >= 32, the sublinear memory is applied."
+    assert cfg.MODEL.SUBLINEAR.ENABLED == (bn_size >= 32)
+    check_groups(cfg, gpus, bn_size, BACKBONE + FPN if bn_size else 0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_variation_is_what_its_name_says(name, fake_world):
+    gpus, bn_size, lr, warmup_start, layers = OTHERS[name]
+    batch_size = 64 if name.startswith("bn_size") else 2 * gpus
+    cfg = load(f"ablations/{name}")
+    assert cfg.MEGDET.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == batch_size
+    fake_world(gpus)
+    megdet_d2.scale_config(cfg)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(lr)
+    assert cfg.SOLVER.WARMUP_FACTOR == pytest.approx(warmup_start)
+    assert cfg.SOLVER.MAX_ITER == NORMAL[batch_size][2]
+    assert cfg.OUTPUT_DIR == f"output/{name}"
+    assert (cfg.MODEL.CGBN.ALGORITHM == "two_pass") == name.endswith("two_pass")
+    check_groups(cfg, gpus, bn_size, layers)
+
+
+# On the reduced detector: ResNet-18 has 20 convolutions with a norm; the thin ResNet-50, whose res2
+# is as wide as the stem and needs no shortcut, 52; the FPN 8, and the box head one.
+R18, THIN_R50 = 20 + 8 + 1, 52 + 8 + 1
+CHALLENGE = {
+    "01_baseline": R18,
+    "02_ohem": R18,
+    "03_context": R18 + 1,
+    "04_segmentation": R18 + 1,
+    "05_se_resnet18": R18,
+    "06_large_kernel_rpn": R18,
+    "07_large_kernel_box": R18,
+    "08_noc": R18 + 2,
+    "09_maxout": R18,
+    "10_multi_scale": R18,
+    "11_tta": R18,
+    "12_thin_baseline": THIN_R50,
+    "13_thin_atrous": THIN_R50 - 2 + 1,
+    "14_thin_dc5": THIN_R50 - 8,
+    "15_thin_resnext": THIN_R50,
+    "16_thin_se_resnext": THIN_R50,
+}
+
+
+def test_challenge_rows():
+    """Each row is the reduced detector with one technique, and the norm is where it should be."""
+    rows = {row.name: row for row in read_rows(CONFIGS / "ablations" / "challenge")}
+    assert list(rows) == list(CHALLENGE)
+    solvers = {str(row.cfg.SOLVER) for row in rows.values()}
+    assert len(solvers) == 1 and len({str(row.cfg) for row in rows.values()}) == len(rows)
+    for name, layers in CHALLENGE.items():
+        row = rows[name]
+        assert (row.batch_size, row.bn_size, row.processes) == (8, 8, 2)
+        assert len(cgbn_layers(build(row.cfg))) == layers, name
+
+
+def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
+    """The model's groups, as the trainer would make them, are of ``bn_size`` images."""
+    model = build(cfg)
+    layers = cgbn_layers(model)
+    assert len(layers) == num_layers
+    if not bn_size:
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+        return
+    images = cfg.SOLVER.IMS_PER_BATCH // gpus
+    megdet_d2.set_bn_size(model, cfg.MODEL.CGBN.BN_SIZE, images)
+    sizes = {layer.group_size() for layer in layers}
+    assert sizes == {bn_size // images}
+    assert f"each over {bn_size} images" in describe_norms(model, images)
+    # The groups cut the world into whole parts: BN sizes over the mini-batch, none left over.
+    ranks = sizes.pop()
+    assert gpus // ranks * bn_size == cfg.SOLVER.IMS_PER_BATCH and gpus % ranks == 0
+    made = [group for group in groups._cache.values() if group is not groups.SELF]
+    assert all(dist.get_world_size(group) == ranks for group in made)

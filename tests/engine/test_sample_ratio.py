@@ -1,0 +1,155 @@
+"""Table 1's recorder: its arithmetic by hand, its counts against Detectron2's own, by process."""
+
+import math
+
+import pytest
+import torch
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from megdet_d2.engine.sample_ratio import (
+    COLUMNS,
+    PAPER,
+    SampleRecorder,
+    count_samples,
+    ratios,
+    read_samples,
+)
+from tests.engine.test_trainer import tiny_config
+
+COUNTERS = {
+    "rpn": ("rpn/num_pos_anchors", "rpn/num_neg_anchors"),
+    "rcnn": ("roi_head/num_fg_samples", "roi_head/num_bg_samples"),
+}
+
+
+def masks(positives, negatives, ignored=0):
+    labels = torch.tensor([1] * positives + [0] * negatives + [-1] * ignored)
+    return labels == 1, labels == 0
+
+
+def test_sums_and_ratios_by_hand():
+    sums = count_samples([masks(1, 9), masks(30, 70, 5)])
+    assert sums.tolist() == [2, 31, 79, pytest.approx(1 / 9 + 3 / 7), 2]
+    of_sums, of_ratios = ratios(sums.tolist())
+    assert of_sums == pytest.approx(100 * 31 / 79)
+    assert of_ratios == pytest.approx(100 * (1 / 9 + 3 / 7) / 2)
+
+
+def test_an_image_without_negatives_has_no_ratio_of_its_own():
+    sums = count_samples([masks(4, 0), masks(1, 4)])
+    assert ratios(sums.tolist()) == (pytest.approx(125), pytest.approx(25))
+    assert all(math.isnan(value) for value in ratios(count_samples([masks(3, 0)]).tolist()))
+
+
+def test_the_papers_table():
+    """Table 1: epoch, batch size, ratio (%)."""
+    table = [(1, 16, 5.58), (1, 256, 9.82), (6, 16, 11.77), (6, 256, 16.11)]
+    table += [(12, 16, 16.59), (12, 256, 16.91)]
+    found = [(epoch, n, ratio) for epoch, row in PAPER.items() for n, ratio in row.items()]
+    assert sorted(found) == table
+
+
+class Spy(HookBase):
+    """What Detectron2 itself counted in this process, image by image of its mean."""
+
+    def __init__(self, images):
+        self._images, self.counts = images, []
+
+    def after_step(self):
+        latest = self.trainer.storage.latest()
+        self.counts.append(
+            {
+                stage: [latest[key][0] * self._images for key in keys]
+                for stage, keys in COUNTERS.items()
+            }
+        )
+
+
+def make_batch(images, generator):
+    def image():
+        corner = 40 * torch.rand(3, 2, generator=generator)
+        size = 8 + 16 * torch.rand(3, 2, generator=generator)
+        truth = Instances((64, 64), gt_boxes=Boxes(torch.cat([corner, corner + size], 1)))
+        truth.gt_classes = torch.randint(10, (3,), generator=generator)
+        pixels = torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+        return {"image": pixels, "instances": truth, "height": 64, "width": 64}
+
+    return [image() for _ in range(images)]
+
+
+def train(rank, output, iterations, images_per_epoch, period, state=None, start=0, saves=0):
+    """Trains rank + 1 images a step, so that a mean over processes is no mean over images."""
+    torch.manual_seed(rank)
+    norms = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD")]
+    model = build_model(tiny_config(*(word for key in norms for word in (key, "BN"))))
+    generator = torch.Generator().manual_seed(rank)
+    batches = [make_batch(rank + 1, generator) for _ in range(iterations)][start:]
+    trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1e-4))
+    images = sum(len(batch) for batch in batches[:1])
+    recorder = SampleRecorder(output, 3, images_per_epoch, saves, period)
+    if state:
+        recorder.load_state_dict(state)
+    spy = Spy(images)
+    reductions = []
+    reduce = recorder.reduce
+    recorder.reduce = lambda: (reductions.append(trainer.iter), reduce())
+    trainer.register_hooks([recorder, spy])
+    trainer.train(start, iterations)
+    for module in (model.proposal_generator, model.roi_heads):
+        assert not [name for name in vars(module) if name.startswith("label_and_sample")]
+    latest = {k: v for k, (v, _) in trainer.storage.latest().items() if k.startswith("samples/")}
+    return spy.counts, latest, reductions, recorder.state_dict()
+
+
+def test_counts_are_detectron2s_over_all_processes(pool2, tmp_path):
+    # 3 images a step, 12 an epoch: epochs end after steps 4 and 8, the third is cut off after 10.
+    replies = pool2.run(train, str(tmp_path), 10, 12.0, 3)
+    lines = read_samples(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["images"] for line in lines] == [12, 12, 6]
+    assert set(lines[0]) == set(COLUMNS)
+    for line, steps in zip(lines, (range(4), range(4, 8), range(8, 10)), strict=True):
+        for stage in COUNTERS:
+            positives, negatives = (
+                sum(counts[step][stage][i] for counts, *_ in replies for step in steps)
+                for i in range(2)
+            )
+            assert line[f"{stage}_positives"] == pytest.approx(positives) and positives > 0
+            assert line[f"{stage}_negatives"] == pytest.approx(negatives) and negatives > 0
+            assert line[f"{stage}_ratio"] == pytest.approx(100 * positives / negatives)
+            assert line[f"{stage}_mean_ratio"] > 0
+    (_, latest, reductions, _), (_, others, *_) = replies
+    assert latest == others and set(latest) == {
+        f"samples/{stage}_{kind}" for stage in COUNTERS for kind in ("ratio", "mean_ratio")
+    }
+    # By period and at the ends of epochs and of training, not every step.
+    assert reductions == [2, 3, 5, 7, 8, 9]
+    # The scalars are of the images since those before: the last step.
+    positives, negatives = (sum(counts[9]["rpn"][i] for counts, *_ in replies) for i in range(2))
+    assert latest["samples/rpn_ratio"] == pytest.approx(100 * positives / negatives)
+
+
+def test_one_process_resumed_within_an_epoch(tmp_path):
+    _, _, _, state = train(0, str(tmp_path), 6, 12.0, 2)  # an epoch of 4 steps, and 2 of the next
+    # As in a checkpoint after step 6 of more: training has not ended, and the epoch goes on.
+    open_epoch = [[2.0, 3.0, 4.0, 0.5, 2.0], [2.0, 1.0, 4.0, 0.5, 2.0]]
+    state = {"epoch": open_epoch, "since": open_epoch, "lines": state["lines"][:1]}
+    first = read_samples(tmp_path)[0]
+    train(0, str(tmp_path), 8, 12.0, 2, state, start=6)
+    lines = read_samples(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[0] == first
+    assert lines[1]["images"] == 4 and lines[1]["rpn_positives"] > 3
+
+
+def test_checkpoints_hold_all_until_them_and_change_no_scalar(tmp_path):
+    _, plain, _, _ = train(0, str(tmp_path), 6, None, 6)
+    _, saved, reductions, _ = train(0, str(tmp_path), 6, None, 6, saves=2)
+    assert saved == pytest.approx(plain) and reductions == [1, 3, 5]
+
+
+def test_without_epochs_there_are_scalars_alone(tmp_path):
+    _, latest, reductions, _ = train(0, str(tmp_path), 3, None, 2)
+    assert len(latest) == 4 and reductions == [1, 2]
+    assert read_samples(tmp_path) == []

@@ -1,0 +1,93 @@
+"""A training step of a small detector: two processes, one of them without a proposal."""
+
+import contextlib
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import megdet_d2
+from megdet_d2.memory import checkpoint_stages
+from tests.helpers.paths import CONFIGS
+
+SIDE = 48
+# Detectron2 dilates and groups bottlenecks alone, hence a thin ResNet-50.
+THIN_R50 = [
+    "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8,
+]  # fmt: skip
+ATROUS = [
+    *THIN_R50, "MODEL.BACKBONE.NAME", "build_atrous_resnet_fpn_backbone",
+    "MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res5"],
+    "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res5"],
+]  # fmt: skip
+
+
+def config(*overrides):
+    """The ablations' reduced detector, smaller."""
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / "ablations" / "Base-reduced.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    if cfg.MODEL.SUBLINEAR.ENABLED:
+        checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
+    return model
+
+
+def image(boxes):
+    instances = Instances((SIDE, SIDE))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+    pixels = torch.randint(0, 255, (3, SIDE, SIDE), dtype=torch.uint8)
+    return {"image": pixels, "instances": instances, "height": SIDE, "width": SIDE}
+
+
+def train_two_steps(rank, overrides, half=False):
+    """Two steps under DDP, the second of which fails where a parameter had no gradient.
+
+    Rank 1 has an image without a box and no proposal. Returns the sums of all gradients, equal on
+    all ranks, by name, and how many regions came to the box head.
+    """
+    model = build(config(*overrides))
+    boxes = [[6, 6, 22, 26], [20, 18, 40, 44]]
+    if rank == 1:
+        model.proposal_generator.post_nms_topk[True] = 0
+        boxes = []
+    regions = []
+    model.roi_heads.box_head.register_forward_pre_hook(lambda _, x: regions.append(len(x[0])))
+    ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    autocast = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
+    for _ in range(2):
+        model.zero_grad()
+        with EventStorage(), autocast:
+            losses = ddp([image(boxes), image(boxes)])
+        sum(losses.values()).backward()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad.isfinite().all() for _, p in trained)
+    return {n: p.grad.double().sum().item() for n, p in trained}, regions[0]
+
+
+def check_two_steps(pool, overrides, half=False):
+    """Runs ``train_two_steps`` and checks what it returns; the gradients' sums by name."""
+    (sums, regions), (others, none) = pool.run(train_two_steps, list(overrides), half, timeout=120)
+    assert regions > 0 and none == 0
+    assert sums == others
+    return sums
+
+
+def with_gradient(sums, part):
+    """Whether every parameter whose name contains ``part`` has a gradient, and there are some."""
+    found = [value for name, value in sums.items() if part in name]
+    return bool(found) and all(value != 0 for value in found)

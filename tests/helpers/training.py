@@ -1,0 +1,138 @@
+"""Small trainings for tests: a config, images of two shapes, what a run has seen and made."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from tests.helpers.paths import TINY
+
+
+def write_images(folder: Path, images: int = 24, shape=None) -> list[list[str]]:
+    """Noise with two boxes each, half of it wide and half tall, as DATASETS.COCO takes it."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    for i in range(images):
+        size = shape or ((48, 64) if rng.random() < 0.5 else (64, 48))
+        cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        coco["images"].append(
+            {"id": i + 1, "file_name": f"{i}.png", "height": size[0], "width": size[1]}
+        )
+        for j in range(2):
+            box = [4 + 20 * j, 6, 20, 24]
+            coco["annotations"].append(
+                {"id": 2 * i + j + 1, "image_id": i + 1, "category_id": 1, "bbox": box,
+                 "area": 480, "iscrowd": 0}
+            )  # fmt: skip
+    (folder / "images.json").write_text(json.dumps(coco))
+    return [["mixed", str(folder / "images.json"), str(folder)]]
+
+
+def config(output, coco, *overrides):
+    """The tiny config on those images, random scale, crop and flip; not resolved."""
+    from detectron2.config import get_cfg
+
+    import megdet_d2
+
+    cfg = get_cfg()
+    megdet_d2.add_megdet_config(cfg)
+    cfg.merge_from_file(TINY)
+    cfg.merge_from_list([
+        "DATASETS.COCO", coco, "DATASETS.TRAIN", ("mixed",), "DATASETS.TEST", (),
+        "MODEL.ROI_HEADS.NUM_CLASSES", 1, "INPUT.MIN_SIZE_TRAIN", (48, 56, 64),
+        "INPUT.CROP.ENABLED", True, "TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 1,
+        "MEGDET.EPOCHS", 2.0, "MEGDET.DECAY_EPOCHS", (1,), "MEGDET.DECAY_FACTORS", (0.1,),
+        "OUTPUT_DIR", str(output), *overrides,
+    ])  # fmt: skip
+    return cfg
+
+
+def train(rank, output, coco, overrides=(), resume=False, fault=None):
+    """Trains to the end; what this process has seen and made, comparable bit by bit.
+
+    ``fault(trainer)``, if given, breaks something before training starts.
+    """
+    from detectron2.utils.env import seed_all_rng
+
+    from megdet_d2.engine import Trainer, prepare_config
+
+    cfg = config(output, coco, *overrides)
+    prepare_config(cfg)
+    os.makedirs(output, exist_ok=True)
+    seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    images = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: images.append(_look(inputs[0])))
+    if fault:
+        fault(trainer)
+    trainer.train()
+    histories = trainer.storage.histories()
+    model = trainer.checkpointer.model
+    return {
+        "start": trainer.start_iter,
+        "images_seen": trainer.images_seen,
+        "images": images,
+        "loss": dict((i, v) for v, i in histories["total_loss"].values()) if rank == 0 else None,
+        "lr": dict((i, v) for v, i in histories["lr"].values()),
+        "state": _digests(model.state_dict()),
+        "momentum": _digests(
+            {
+                str(i): state["momentum_buffer"]
+                for i, state in trainer.optimizer.state_dict()["state"].items()
+            }
+        ),
+        "rows": read_rows(output) if rank == 0 else None,
+    }
+
+
+def settle(model):
+    """Gives an untrained detector's norms statistics; with 0 and 1 its scores would be 0 or 1."""
+    import torch
+
+    with torch.no_grad():
+        for _ in range(30):
+            noise = torch.randint(0, 256, (3, 48, 72), dtype=torch.uint8)
+            model.backbone(model.preprocess_image([{"image": noise}] * 2).tensor)
+            model.roi_heads.box_head(torch.randn(64, 16, 4, 4))
+    return model
+
+
+def read_rows(output):
+    """metrics.json, without what is measured in seconds."""
+    lines = Path(output, "metrics.json").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if "time" not in k and k != "eta_seconds"}
+        for line in lines
+    ]
+
+
+def copy_checkpoint(source, output, name):
+    """A folder as a kill right after saving ``name`` would have left it."""
+    os.makedirs(output)
+    shutil.copy(os.path.join(source, name), output)
+    Path(output, "last_checkpoint").write_text(name)
+    if os.path.exists(os.path.join(source, "metrics.json")):
+        shutil.copy(os.path.join(source, "metrics.json"), output)
+
+
+def _look(batch):
+    return [(image["image_id"], _digest(image["image"])) for image in batch]
+
+
+def _digest(tensor):
+    return hashlib.sha1(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
+def _digests(tensors):
+    return {name: _digest(tensor) for name, tensor in tensors.items()}
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Names under which two dicts of digests differ."""
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))

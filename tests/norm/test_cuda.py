@@ -1,0 +1,351 @@
+"""The layer on a GPU against the layer on the CPU; `make test-gpu`, on a machine that has one."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megdet_d2 import CrossGPUBatchNorm
+from megdet_d2.norm import collective, kernels
+from tests.helpers.kernel_cases import (
+    ACTIVATIONS,
+    CASES,
+    INNERMOST,
+    OUTERMOST,
+    check_all,
+    check_layer,
+    check_moments_are_robust,
+    check_relu_masks_agree,
+    moments,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU, or hidden from the tests: `make test-gpu`"
+)
+
+# (rtol, atol) of outputs and gradients.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-5),
+    torch.bfloat16: (2e-2, 6e-2),
+    torch.float16: (2e-3, 1e-2),
+}
+INPUTS = {
+    "plain": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64) * 2 + 3,
+    "constant channel": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64).index_fill(
+        1, torch.tensor([2]), 5.0
+    ),
+    "far from zero": lambda: torch.randn(4, 7, 9, 11, dtype=torch.float64) + 1000,
+    "2-D": lambda: torch.randn(16, 7, dtype=torch.float64),
+    "5-D": lambda: torch.randn(2, 7, 3, 4, 5, dtype=torch.float64),
+    "empty": lambda: torch.zeros(0, 7, 9, 11, dtype=torch.float64),
+    "non-contiguous": lambda: torch.randn(4, 7, 18, 11, dtype=torch.float64)[:, :, ::2],
+}
+
+
+def run(layer, x, dy):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    parameters = (layer.weight.grad, layer.bias.grad)
+    return [t.cpu() for t in (y.detach(), x.grad, *parameters, *layer.buffers())]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_equals_the_cpu(name, dtype, layout):
+    x = INPUTS[name]().to(dtype)
+    if layout is torch.channels_last:
+        if x.dim() != 4:
+            pytest.skip("channels_last is a layout of 4-D tensors")
+        x = x.contiguous(memory_format=layout)
+    layer = CrossGPUBatchNorm(7, eps=1e-3)
+    layer.weight.data, layer.bias.data = torch.linspace(-1, 2, 7), torch.linspace(1, -1, 7)
+    if dtype == torch.float64:
+        layer.double()
+    twin = copy.deepcopy(layer).cuda()
+    dy = torch.randn(x.shape, dtype=torch.float64).to(dtype)
+    rtol, atol = TOLERANCES[dtype]
+    if name == "far from zero" and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("a half has no digits left there")
+    expected = run(layer, x, dy)
+    if name == "far from zero":  # where the CPU's own float32 has an error of 4e-5
+        exact = run(copy.deepcopy(layer).double(), x.double(), dy.double())
+        expected = [e.to(o.dtype) for e, o in zip(exact, expected, strict=True)]
+    for ours, reference in zip(run(twin, x.cuda(), dy.cuda()), expected, strict=True):
+        scale = 1 + float(x.numel() > 0) * 30 * float(ours.dim() == 1)  # sums over the batch
+        torch.testing.assert_close(ours, reference, rtol=rtol, atol=atol * scale)
+
+
+def test_one_value_gives_beta_and_is_counted():
+    layer = CrossGPUBatchNorm(5).cuda()
+    layer.bias.data = torch.arange(5.0, device="cuda")
+    before = copy.deepcopy(layer.state_dict())
+    y = layer(torch.randn(1, 5, 1, 1, device="cuda"))
+    torch.testing.assert_close(y.flatten(), layer.bias.data)
+    assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
+    assert layer.num_batches_skipped == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_host_never_waits(dtype, momentum):
+    layer = CrossGPUBatchNorm(8, momentum=momentum).cuda()
+    x = torch.randn(2, 8, 16, 16, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def fake_group():
+    """A group of two whose collectives return at once, so that one GPU takes the whole path."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield dist.group.WORLD
+    collective._mismatch.clear()  # nobody answers: every message looks out of step
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", [{}, {"relu": True}, {"relu": True, "residual": True}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
+    layer = CrossGPUBatchNorm(64, process_group=fake_group).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda").to(memory_format=layout).requires_grad_()
+    residual = torch.randn_like(x) if activation.get("residual") else None
+    relu = activation.get("relu", False)
+    layer(x, residual, relu).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, residual, relu).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_step_a_group_normalises_over_both_halves(fake_group, layout, monkeypatch):
+    """The other process has the same images: what it would have sent is what this one sends."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))
+    layer = CrossGPUBatchNorm(16, process_group=fake_group).cuda()
+    reference = torch.nn.BatchNorm2d(16).cuda()
+    x = torch.randn(3, 16, 9, 7, device="cuda").to(memory_format=layout).requires_grad_()
+    both = torch.cat([x.detach(), x.detach()]).requires_grad_()
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)
+    y = layer(x)
+    expected = reference(both)
+    expected.backward(torch.cat([dy, dy]))
+    torch.testing.assert_close(y, reference(both)[:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad, both.grad[:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.running_mean, reference.running_mean)
+    torch.testing.assert_close(layer.running_var, reference.running_var)
+    collective.raise_if_out_of_step()  # nothing
+
+
+def test_out_of_step_is_noticed_on_the_device(fake_group):
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    layer(torch.randn(2, 8, 4, 4, device="cuda"))
+    with pytest.raises(collective.OutOfStepError):
+        collective.raise_if_out_of_step()
+
+
+def test_out_of_step_stays_noticed_when_the_next_layers_match(fake_group, monkeypatch):
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    x = torch.randn(2, 8, 4, 4, device="cuda")
+    layer(x)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))  # in step
+    layer(x)
+    with pytest.raises(collective.OutOfStepError):
+        collective.raise_if_out_of_step()
+    layer(x)
+    collective.raise_if_out_of_step()  # each is raised once
+
+
+@pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+@pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
+@pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_on_the_kernels(layout, relu, addition, padded):
+    check_layer("cuda", layout, relu, addition, padded)
+
+
+def test_a_layer_in_a_cuda_graph():
+    layer = CrossGPUBatchNorm(64).cuda()
+    x = torch.randn(2, 64, 20, 24, device="cuda", requires_grad=True)
+    twin = copy.deepcopy(layer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(layer(x).square().sum(), x)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.load_state_dict(twin.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    with torch.no_grad():
+        x.normal_(mean=3)
+    graph.replay()
+    expected = twin(x)
+    (dx_expected,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, dx_expected)
+    torch.testing.assert_close(layer.running_var, twin.running_var)
+
+
+def test_autocast():
+    layer = CrossGPUBatchNorm(8).cuda()
+    convolution = torch.nn.Conv2d(3, 8, 3).cuda()
+    with torch.autocast("cuda", dtype=torch.float16):
+        y = layer(convolution(torch.randn(2, 3, 16, 16, device="cuda")))
+    assert y.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
+    y.float().sum().backward()
+    assert convolution.weight.grad.isfinite().all()
+
+
+# --- the Triton kernels; what they must satisfy is in kernel_cases.py ----------------------------
+
+with_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+# Besides those that the interpreter can do: real sizes, which take many programs and waves.
+LARGE_CASES = [
+    ((2, 64, 200, 336), OUTERMOST, torch.bfloat16),
+    ((2, 64, 200, 336), INNERMOST, torch.bfloat16),
+    ((2, 256, 25, 42), OUTERMOST, torch.float16),
+    ((2, 256, 25, 42), INNERMOST, torch.float16),
+    ((257, 65, 7, 7), OUTERMOST, torch.float32),
+    ((257, 65, 7, 7), INNERMOST, torch.float32),
+    ((2, 257, 50, 84), OUTERMOST, torch.float64),
+]
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES + LARGE_CASES)
+def test_kernels_equal_float64(case):
+    check_all("cuda", case)
+
+
+@with_triton
+@pytest.mark.parametrize("innermost", [False, True])
+def test_kernels_moments_hold_far_from_zero(innermost):
+    check_moments_are_robust("cuda", innermost)
+
+
+@with_triton
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_kernels_mask_alike_forward_and_backward(dtype):
+    check_relu_masks_agree("cuda", dtype)
+
+
+@with_triton
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_reach_past_two_gib_elements(layout):
+    """Offsets of 64 bits: the last channel's last value, at 2^31 + 2^26 elements."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 16 * 2**30:
+        pytest.skip("16 GiB of GPU memory are not free")
+    x = torch.zeros(33, 64, 1024, 1024, dtype=torch.float16, device="cuda")
+    x = x.contiguous(memory_format=layout)
+    x[-1, -1, -1, -1] = 1024
+    mean, var = moments(x)
+    n = x.numel() // 64
+    torch.testing.assert_close(mean[-1].item(), 1024 / n, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var[-1].item(), 1024**2 / n, rtol=1e-5, atol=0)
+    ones = torch.ones(64, device="cuda")
+    y = kernels.normalize(x, 0 * ones, 2 * ones, ones)
+    assert y[-1, -1, -1, -1] == 2048  # 2049 in float16
+    assert y[-1, -1, -1, -2] == 1 and y[0, 0, 0, 0] == 1
+
+
+@with_triton
+def test_kernels_in_a_cuda_graph_and_the_host_never_waits():
+    x = torch.randn(2, 64, 100, 168, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn_like(x)
+    bias = torch.zeros(64, device="cuda")
+
+    def step():
+        mean, var = moments(x)
+        invstd = (var + 1e-5).rsqrt()
+        y = kernels.normalize(x, mean, invstd, bias, relu=True)
+        sums = kernels.gradient_sums(dy, x, mean, invstd, invstd, bias, relu=True)
+        means = [s / (x.numel() // 64) for s in sums]
+        dx, _ = kernels.input_gradient(dy, x, mean, invstd, invstd, bias, *means, relu=True)
+        return mean, var, y, *sums, dx
+
+    torch.cuda.synchronize()
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.normal_(mean=5)
+    dy.normal_()
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)  # sums have one order, too
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_compiles_into_one_graph(relu):
+    layer = CrossGPUBatchNorm(8).cuda()
+    twin = copy.deepcopy(layer)
+    x = torch.randn(2, 8, 6, 5, device="cuda")
+    y = torch.compile(layer, fullgraph=True)(x, relu=relu)
+    torch.testing.assert_close(y, twin(x, relu=relu))
+    torch.testing.assert_close(layer.running_var, twin.running_var)
+
+
+def one_of_two(rank, port, images):
+    """The part of a batch that ``images[rank]`` is, against batch norm of all of it in float64."""
+    torch.cuda.set_device(rank)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("nccl", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    whole, dy = torch.randn(2, sum(images), 7, 9, 11).unbind()
+    reference = nn.BatchNorm2d(7).double()
+    all_x = whole.double().requires_grad_()
+    all_y = reference(all_x)
+    all_y.backward(dy.double())
+    begin = sum(images[:rank])
+    mine = slice(begin, begin + images[rank])
+
+    layer = CrossGPUBatchNorm(7).cuda()
+    x = whole[mine].cuda().requires_grad_()
+    y = layer(x)
+    y.backward(dy[mine].cuda())
+    gradients = torch.stack([layer.weight.grad, layer.bias.grad])
+    dist.all_reduce(gradients)
+    collective.raise_if_out_of_step()
+    for ours, expected in (
+        (y, all_y[mine]),
+        (x.grad, all_x.grad[mine]),
+        (gradients, torch.stack([reference.weight.grad, reference.bias.grad])),
+        (layer.running_mean, reference.running_mean),
+        (layer.running_var, reference.running_var),
+    ):
+        torch.testing.assert_close(ours.cpu(), expected.float(), rtol=1e-4, atol=1e-4)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two processes of NCCL take two GPUs")
+@pytest.mark.parametrize("images", [(3, 2), (5, 0)])
+def test_two_gpus_normalise_as_one(images):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(one_of_two, args=(port, images), nprocs=2)
