@@ -7,4 +7,4 @@ CONFIGS = ROOT / "configs"
 TRAIN_NET = str(ROOT / "train_net.py")
 HELPERS = Path(__file__).parent
 # Seconds a run: a thin ResNet-50 FPN on 64-pixel digits.
-TINY = str(HELPERS / "tiny.yaml")
+TINY = str(ROOT / "tests" / "data" / "tiny.yaml")
