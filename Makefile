@@ -6,7 +6,7 @@ DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 TODAY := $(shell date +%F)
 
-.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint
+.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint types
 
 setup: $(VENV)/.ready
 
@@ -66,3 +66,6 @@ bench-gpu: test-gpu
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+types: setup
+	@$(PY) -m mypy
