@@ -8,7 +8,6 @@ with ``--collate`` makes the table of what has come back.
 import argparse
 import contextlib
 import itertools
-import os
 import signal
 import sys
 import time
@@ -24,9 +23,8 @@ from .cluster import launch_line, submit
 from .local import Training
 from .reduced import reduce_rows
 from .results import FAILURE, Result, collate, read_result
-from .rows import GPUS_PER_MACHINE, Row, differences, read_rows
+from .rows import Row, differences, read_rows
 
-TAKES_OVERRIDES = True
 POLL_SECONDS = 1.0
 # Of a training's config, what says nothing of its result, or is not the row's.
 MAY_DIFFER = (
@@ -125,42 +123,6 @@ def _signals_exit():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="a folder of configs, or a YAML list of rows")
-    add(
-        "--seeds",
-        type=_integers,
-        default=[1],
-        metavar="1,2,3",
-        help="one training a row each (default 1)",
-    )
-    add("--output", type=Path, help="default: output/ablations/SOURCE's name")
-    add("--reduced", action="store_true", help="the rows' ratios on the demo's model, on CPU")
-    cores = os.cpu_count() or 1
-    add("--cores", type=int, default=cores, help=f"for --reduced, --jobs (default {cores})")
-    add("--jobs", type=int, default=1, help="on CPU: trainings at a time, sharing the cores")
-    add("--rows", metavar="PATTERN", default="*", help='only the rows that fit: "0[6-9]*,1*"')
-    add("--baseline", metavar="ROW", help="give each row's gain in AP on this one, seed by seed")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--print", action="store_true", help="one launch line a training, and no more")
-    how.add_argument(
-        "--submit",
-        metavar="COMMAND",
-        help="run this for each training instead, with {line}, {machines}, {gpus} (of a machine) "
-        "and {name} filled in: docs/experiments.md has one for SLURM",
-    )
-    how.add_argument("--collate", action="store_true", help="only make the table again")
-    add("--gpus-per-machine", type=int, default=GPUS_PER_MACHINE, help="default 8")
-    add("--script", default="train_net.py", help="what to train with (default train_net.py)")
-    add("--retry", action="store_true", help="train again what has failed")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> None:

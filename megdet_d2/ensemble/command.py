@@ -33,7 +33,6 @@ from .fusion import IOU_THRESHOLDS, fuse, load_ensemble_boxes
 
 logger = logging.getLogger(__name__)
 
-TAKES_OVERRIDES = True
 RESULTS = "coco_instances_results.json"  # Detectron2's name for them
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _SOURCE = "a run's folder, CONFIG.yaml:WEIGHTS, or a json of COCO results"
@@ -205,26 +204,6 @@ def to_table(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
     return tabulate(lines, headers, "pipe", disable_numparse=True, colalign=align)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    # argparse would put the flags first, and overrides behind the sources would pass for sources.
-    parser.usage = "%(prog)s SOURCE [SOURCE ...] --output OUTPUT [FLAG ...]"
-    add = parser.add_argument
-    add("sources", metavar="SOURCE", nargs="+", help=_SOURCE)
-    add("--output", type=Path, required=True, help=f"folder for {RESULTS}, ensemble.md, models")
-    add(
-        "--fusion", choices=IOU_THRESHOLDS, default="wbf", help="default wbf, weighted boxes fusion"
-    )
-    defaults = ", ".join(f"{value} for {method}" for method, value in IOU_THRESHOLDS.items())
-    add("--iou-threshold", type=float, help=f"the same object above it (default: {defaults})")
-    add("--weights", type=_numbers, metavar="1,1,2", help="one a source (default: all 1)")
-    add("--skip-box-threshold", type=float, default=0.0, help="leave out lower scores (default 0)")
-    add("--detections-per-image", type=int, default=100, help="that are kept (default 100)")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--dataset", metavar="NAME", help="default: the first config's test set")
-    where.add_argument("--annotations", type=Path, metavar="JSON", help="for result files alone")
-
-
 def run(args: argparse.Namespace) -> None:
     """The command. Everything is read and checked before the first model is evaluated."""
     load_ensemble_boxes()
@@ -353,7 +332,3 @@ def _are_numbers(values, count: int) -> bool:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]

@@ -23,9 +23,6 @@ from megdet_d2.report.style import make_figure, tidy
 
 from .estimate import WHOLE, Fit, fit, measure_pairs
 
-TAKES_OVERRIDES = True
-SIZES = [1, 2, 4, 8, 16, 32, 64]
-
 
 def measure(
     cfg: CfgNode, sizes: list[int], pairs: int, bn_size: int
@@ -112,21 +109,6 @@ def plot(fits: dict[str, Fit], path: Path) -> None:
     figure.savefig(path)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    add = parser.add_argument
-    add("config", metavar="CONFIG", help="a config file; weights are its MODEL.WEIGHTS")
-    add("--sizes", type=_integers, default=SIZES, metavar="1,2,4", help="N (default 1 to 64)")
-    add("--pairs", type=int, default=8, help="pairs of mini-batches for each N (default 8)")
-    add(
-        "--images-per-forward",
-        type=int,
-        help="what CGBN normalises over, and what has to fit into memory (default: the config's BN "
-        "size, or all N)",
-    )
-    add("--output", type=Path, help="folder (default: OUTPUT_DIR/variance)")
-
-
 def run(args: argparse.Namespace) -> None:
     """The command."""
     if args.pairs < 2 or len(set(args.sizes)) < 2 or min(args.sizes) < 1:
@@ -171,7 +153,3 @@ def run(args: argparse.Namespace) -> None:
     (output / "variance.md").write_text(text)
     print(text)
     print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -21,7 +21,6 @@ from .plots import labels, overview, plot_accuracy, plot_health, plot_samples, t
 from .run import Run, existing, read_config, read_metrics
 from .style import make_figure, tidy
 
-TAKES_OVERRIDES = False
 SCORE_THRESHOLD = 0.5
 _EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
 
@@ -139,14 +138,6 @@ def summarize(run: str | Path) -> str:
     lines.append(f"Numbers:  {run / 'metrics.json'}, {log}")
     lines.append(f"Scalars:  {Path(sys.executable).parent / 'tensorboard'} --logdir {run}")
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", help="OUTPUT_DIR of a training")
-    add("--images", type=int, default=8, help="how many to draw of each run (default 8)")
-    add("--output", type=Path, help="folder (default: RUN, or output/report for several)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,5 @@
+"""Runs ``megdet`` as ``python -m megdet_cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,64 @@
+"""The megdet command: help without torch, without a warning, and the words that it takes."""
+
+import subprocess
+import sys
+
+import pytest
+
+import megdet_cli
+from megdet_cli.ensemble import IOU_THRESHOLDS
+from megdet_d2.ensemble import fusion
+from tests.helpers.paths import ROOT
+
+HEAVY = ("torch", "detectron2", "numpy", "megdet_d2")
+HELP = f"""
+import sys
+import megdet_cli
+try:
+    megdet_cli.main(sys.argv[1:])
+finally:
+    found = set(sys.modules) & set({HEAVY})
+    assert not found, found
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], *([name, "--help"] for name in megdet_cli.COMMANDS)],
+    ids=lambda words: words[0],
+)
+def test_help_imports_nothing_heavy_and_warns_of_nothing(words):
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: megdet ")
+
+
+@pytest.mark.parametrize("words", [["repart", "x"], ["report"], ["ablate", "x", "--seeds", "a"]])
+def test_a_mistyped_line_is_refused_as_fast(words):
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("usage: megdet ") and "error: " in result.stderr
+
+
+@pytest.mark.parametrize("module", ["megdet_cli", "megdet_d2.cli"])
+def test_the_command_runs_as_a_module(module):
+    command = [sys.executable, "-m", module, "report", "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("error: There is no nowhere/config.yaml; train first")
+    if module == "megdet_cli":  # the other imports torch before it can ignore anything
+        assert len(lines) == 1, result.stderr
+
+
+def test_every_commands_help_begins_with_a_sentence():
+    for name, command in megdet_cli.COMMANDS.items():
+        assert command.__doc__.partition("\n")[0].endswith("."), name
+
+
+def test_the_fusions_are_those_of_the_package():
+    assert IOU_THRESHOLDS == fusion.IOU_THRESHOLDS
