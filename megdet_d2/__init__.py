@@ -25,8 +25,9 @@ from ._version import __version__
 from .config import add_megdet_config
 from .norm import registry as _registry
 from .norm.batch_norm import CrossGPUBatchNorm
+from .norm.configure import configure_cgbn, set_bn_size
 from .norm.convert import convert_cgbn, revert_cgbn
-from .norm.registry import NORM_REGISTRY, set_bn_size
+from .norm.registry import NORM_REGISTRY
 from .schedule.build import build_lr_scheduler, scale_config
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "add_megdet_config",
     "build_lr_scheduler",
+    "configure_cgbn",
     "convert_cgbn",
     "revert_cgbn",
     "scale_config",

@@ -47,14 +47,17 @@ def renamed(module: str, **names: str) -> Callable[[str], Any]:
 
     Args:
         module: the module's ``__name__``.
-        names: old names, each with the new one in the same module.
+        names: old names, each with the new one: a name in the same module, or with dots the full
+            name in another.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name}", f"{module}.{names[name]}", stacklevel=3)
-        return getattr(sys.modules[module], names[name])
+        home, _, new = names[name].rpartition(".")
+        home = home or module
+        _warn(f"{module}.{name}", f"{home}.{new}", stacklevel=3)
+        return getattr(importlib.import_module(home), new)
 
     return find
 

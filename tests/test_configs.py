@@ -12,8 +12,8 @@ from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_optimizer
 
 import megdet_d2
+from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.groups import ranks_per_group
-from megdet_d2.norm.registry import cgbn_layers
 from tests.helpers.paths import CONFIGS
 
 GPUS_PER_MACHINE = 8

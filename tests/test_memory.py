@@ -21,7 +21,7 @@ import megdet_d2
 from megdet_d2.engine import prepare_config
 from megdet_d2.memory import STAGES, checkpoint_modules, checkpoint_stages, kept_bytes
 from megdet_d2.modeling.fused_resnet import fuse_activations
-from megdet_d2.norm.registry import separate_retinanet_levels
+from megdet_d2.norm.retinanet import separate_retinanet_levels
 from tests.helpers.paths import CONFIGS, TINY
 
 DEFAULT = ("res2", "res3", "res4", "res5", "fpn")

@@ -8,6 +8,7 @@ import pytest
 
 from megdet_d2 import _moved
 from megdet_d2.engine import ddp, divergence
+from megdet_d2.norm import batch_norm, configure, registry, retinanet
 
 
 @pytest.mark.parametrize("old", _moved.MODULES)
@@ -26,6 +27,23 @@ def test_a_renamed_function_is_the_new_one():
         assert ddp.settle_buckets is ddp.finalize_ddp_buckets
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
         _ = ddp.nothing_of_this_name
+
+
+@pytest.mark.parametrize(
+    "name, home",
+    [
+        ("set_bn_size", configure),
+        ("describe_norms", configure),
+        ("group_ranks", configure),
+        ("images_per_group", configure),
+        ("separate_retinanet_levels", retinanet),
+        ("cgbn_layers", batch_norm),
+    ],
+)
+def test_a_function_that_moved_to_another_module_is_the_new_one(name, home):
+    match = f"megdet_d2.norm.registry.{name} is now {home.__name__}.{name}$"
+    with pytest.warns(DeprecationWarning, match=match):
+        assert getattr(registry, name) is getattr(home, name)
 
 
 def test_old_module_and_old_name_together():

@@ -14,8 +14,9 @@ from detectron2.utils.file_io import PathManager
 from megdet_d2.data import register_datasets
 from megdet_d2.memory import check_stages
 from megdet_d2.modeling.tta import check_tta
+from megdet_d2.norm.configure import group_ranks
 from megdet_d2.norm.functional import ALGORITHMS
-from megdet_d2.norm.registry import group_ranks, uses_cgbn
+from megdet_d2.norm.registry import uses_cgbn
 from megdet_d2.schedule.build import (
     images_per_micro_batch,
     refuse_solver_overrides,

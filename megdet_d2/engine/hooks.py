@@ -8,8 +8,9 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch import nn
 
+from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.collective import raise_if_out_of_step
-from megdet_d2.norm.registry import cgbn_layers, images_per_group
+from megdet_d2.norm.configure import images_per_group
 
 logger = logging.getLogger(__name__)
 

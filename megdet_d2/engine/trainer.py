@@ -24,14 +24,10 @@ from megdet_d2.data.stream import shield_loader_worker
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.modeling.tta import build_tta
-from megdet_d2.norm.batch_norm import set_accumulation_steps
+from megdet_d2.norm.batch_norm import cgbn_layers, set_accumulation_steps
+from megdet_d2.norm.configure import describe_norms, set_bn_size
 from megdet_d2.norm.padding import ignore_padding
-from megdet_d2.norm.registry import (
-    cgbn_layers,
-    describe_norms,
-    separate_retinanet_levels,
-    set_bn_size,
-)
+from megdet_d2.norm.retinanet import separate_retinanet_levels
 from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 

@@ -43,6 +43,7 @@ _FUSED = {
     BasicBlock: FusedBasicBlock,
     BottleneckBlock: FusedBottleneckBlock,
 }
+_UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
 
 
 def fuse_activations(model: nn.Module) -> int:
@@ -62,6 +63,13 @@ def fuse_activations(model: nn.Module) -> int:
             block.__class__ = _FUSED[type(block)]
             fused += 1
     return fused
+
+
+def unfuse_activations(model: nn.Module) -> nn.Module:
+    """Undoes ``fuse_activations``, in place; returns the model."""
+    for block in model.modules():
+        block.__class__ = _UNFUSED.get(type(block), type(block))
+    return model
 
 
 def _conv_norm_relu(conv: Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:

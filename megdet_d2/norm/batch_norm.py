@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from .functional import ALGORITHMS, cross_gpu_batch_norm
 from .groups import SELF, BNGroup
@@ -185,8 +186,12 @@ def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
 
 
 def name_layers(model: nn.Module) -> nn.Module:
-    """Calls every CGBN layer of ``model`` by its name there, on this process; returns the model."""
-    for name, layer in model.named_modules():
+    """Gives every CGBN layer the name that it has in ``model``, in place; returns the model.
+
+    The names have no "module." prefix where ``model`` is a ``DistributedDataParallel``.
+    """
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, layer in bare.named_modules():
         if isinstance(layer, CrossGPUBatchNorm):
             layer.name = name or layer.name
     return model

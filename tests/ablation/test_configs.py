@@ -9,7 +9,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import megdet_d2
 from megdet_d2.ablation.rows import read_rows
 from megdet_d2.norm import groups
-from megdet_d2.norm.registry import cgbn_layers, describe_norms
+from megdet_d2.norm.batch_norm import cgbn_layers
+from megdet_d2.norm.configure import describe_norms
 from tests.test_configs import CONFIGS, GPUS_PER_MACHINE, LONG, NORMAL, build, load
 
 # batch, factor on the learning rate, mmAP, hours

@@ -226,7 +226,7 @@ def test_epochs_and_metrics_count_updates(coco, tmp_path):
 
 def test_the_layers_know_how_many_forwards_make_an_update(coco, tmp_path):
     from megdet_d2.engine import Trainer, prepare_config
-    from megdet_d2.norm.registry import cgbn_layers
+    from megdet_d2.norm.batch_norm import cgbn_layers
 
     cfg = config(tmp_path, coco, "MEGDET.ACCUMULATION_STEPS", 4)
     prepare_config(cfg)

@@ -23,7 +23,7 @@ import megdet_d2
 import train_net
 from megdet_d2.engine import prepare_config
 from megdet_d2.engine.launch import launch
-from megdet_d2.norm.registry import cgbn_layers
+from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.running_statistics import average_statistics, own_statistics
 from megdet_d2.report import command as report
 from megdet_d2.report.run import Run

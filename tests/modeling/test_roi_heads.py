@@ -6,7 +6,7 @@ import torch
 from detectron2.engine.defaults import create_ddp_model
 
 from megdet_d2.memory import STAGES, checkpoint_stages
-from megdet_d2.norm.registry import cgbn_layers
+from megdet_d2.norm.batch_norm import cgbn_layers
 from tests.test_memory import build, config, differing, images, train_step
 
 NAMES = ["OHEMROIHeads", "ContextROIHeads", "SegmentationROIHeads", "ChallengeROIHeads"]

@@ -12,7 +12,7 @@ from torch import nn
 
 import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
-from megdet_d2.norm.registry import cgbn_layers
+from megdet_d2.norm.batch_norm import cgbn_layers
 from tests.norm.test_batch_norm import counted_all_reduces
 from tests.norm.test_registry import tiny_config
 

@@ -16,7 +16,9 @@ from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm import registry
-from megdet_d2.norm.registry import cgbn_layers, describe_norms
+from megdet_d2.norm.batch_norm import cgbn_layers
+from megdet_d2.norm.configure import describe_norms
+from megdet_d2.norm.retinanet import separate_retinanet_levels
 
 TINY = [
     "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.WIDTH_PER_GROUP", 8,
@@ -136,21 +138,41 @@ def test_retinanet_warns_of_shared_statistics_where_nobody_separates_them(caplog
 def test_retinanets_levels_stay_on_the_models_device():
     with torch.device("meta"):
         model = retinanet("CGBN", "meta")
-    registry.separate_retinanet_levels(model.eval())
+    separate_retinanet_levels(model.eval())
     assert {t.device.type for t in model.head.state_dict().values()} == {"meta"}
     assert not any(m.training for m in model.head.modules())
 
 
 def test_retinanet_keeps_statistics_apart_by_level():
-    stock, ours = retinanet("SyncBN"), registry.separate_retinanet_levels(retinanet("CGBN"))
+    stock, ours = retinanet("SyncBN"), separate_retinanet_levels(retinanet("CGBN"))
     assert ours.state_dict().keys() == stock.state_dict().keys()
     assert len(cgbn_layers(ours.head)) == 2 * 2 * 5
     levels = [torch.randn(2, 16, 8, 8) * (i + 1) for i in range(5)]
     ours.head(levels)
     variances = [layer.running_var.mean().item() for layer in ours.head.cls_subnet[1]]
     assert len(set(variances)) == 5
-    assert registry.separate_retinanet_levels(ours) is ours  # again: nothing left to do
+    assert separate_retinanet_levels(ours) is ours  # again: nothing left to do
     assert len(cgbn_layers(ours.head)) == 2 * 2 * 5
+
+
+def test_separated_levels_keep_parameters_and_start_from_the_shared_statistics():
+    cfg = retinanet_config("CGBN")
+    cfg.merge_from_list(["MODEL.CGBN.ALGORITHM", "two_pass", "MODEL.CGBN.IGNORE_PADDING", True])
+    model = build_model(cfg)
+    shared = model.head.cls_subnet[1]
+    shared.running_mean.fill_(3.0)
+    parameters = dict(model.named_parameters())  # as an optimizer has them
+    for _ in range(2):
+        megdet_d2.configure_cgbn(model, cfg, images_per_gpu=2)
+        now = dict(model.named_parameters())
+        assert now.keys() == parameters.keys()
+        assert all(now[name] is parameters[name] for name in now)
+        levels = model.head.cls_subnet[1]
+        assert len(levels) == 5 and all((level.running_mean == 3).all() for level in levels)
+        assert levels[0].running_mean is not levels[1].running_mean
+        assert [level.name for level in levels] == [f"head.cls_subnet.1.{i}" for i in range(5)]
+        for level in levels:
+            assert level.algorithm == "two_pass" and level.valid_region is not None
 
 
 def test_the_trainer_separates_retinanets_levels():

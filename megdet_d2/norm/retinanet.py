@@ -1,0 +1,59 @@
+"""Separate CGBN statistics for the pyramid levels of RetinaNet's heads."""
+
+import logging
+
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import nn
+
+from .batch_norm import CrossGPUBatchNorm
+
+logger = logging.getLogger(__name__)
+
+
+def separate_retinanet_levels(model: nn.Module) -> nn.Module:
+    """Gives RetinaNet's heads separate CGBN statistics per pyramid level; levels share γ and β.
+
+    Detectron2 does so for "BN" and "SyncBN" only, because it compares the name of the norm. With
+    any other norm, levels of different statistics share one running mean, and Detectron2 warns
+    that this may not work well. Here γ and β stay the same parameters, and each level starts from
+    the shared running statistics. Buffer names become those of RetinaNet with "SyncBN".
+
+    Args:
+        model: changed in place; other models, and heads already separated, stay as they are.
+
+    Returns:
+        the model.
+    """
+    for head in model.modules():
+        if not isinstance(head, RetinaNetHead):
+            continue
+        replaced = 0
+        for subnet in (head.cls_subnet, head.bbox_subnet):
+            for name, layer in subnet.named_children():
+                if isinstance(layer, CrossGPUBatchNorm):
+                    subnet.add_module(name, _levels(layer, head._num_features))
+                    replaced += 1
+        if replaced:
+            logger.info(f"CGBN: separate statistics for RetinaNet's {head._num_features} levels")
+    return model
+
+
+def _levels(layer: CrossGPUBatchNorm, length: int) -> CycleBatchNormList:
+    levels = CycleBatchNormList(
+        length=length,
+        bn_class=CrossGPUBatchNorm,
+        num_features=layer.num_features,
+        eps=layer.eps,
+        momentum=layer.momentum,
+        process_group=layer.process_group,
+        algorithm=layer.algorithm,
+    ).to(layer.weight)
+    # The same objects, so that an optimizer or DDP built before still has them.
+    levels.weight, levels.bias = layer.weight, layer.bias
+    for level in levels:
+        for name, buffer in level.named_buffers():
+            buffer.copy_(getattr(layer, name))
+        level.accumulation_steps = layer.accumulation_steps
+        level.valid_region = layer.valid_region
+    return levels.train(layer.training)
