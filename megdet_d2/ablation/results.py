@@ -16,6 +16,7 @@ from tabulate import tabulate
 from megdet_d2.report.run import Run
 from megdet_d2.report.style import make_figure, tidy
 
+from .job import Job
 from .rows import Row
 
 
@@ -39,11 +40,12 @@ FAILURE = "failure.json"
 MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
 
 
-def read_result(row: Row, seed: int, folder: Path) -> Result:
-    """What ``folder`` says of a row's training; it may be running, on another machine too.
+def read_result(job: Job) -> Result:
+    """Returns what the files of a job say; it may still be running, also on another machine.
 
-    One that has come to its end is done, whatever had happened before.
+    A finished training is "done", whatever errors it had before.
     """
+    row, seed, folder = job.row, job.seed, job.folder
     try:
         run = Run.read(folder)
     except (FileNotFoundError, ValueError):

@@ -19,8 +19,8 @@ from tests.helpers.paths import ROOT
 
 pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
-from megdet_d2.ablation import command as ablate
-from megdet_d2.ablation import local as training
+from megdet_d2.ablation import local
+from megdet_d2.ablation.job import Job
 from megdet_d2.ablation.reduced import CARRIED, reduce_rows
 from megdet_d2.ablation.results import Result, collate, read_result, summarize
 from megdet_d2.ablation.rows import read_rows
@@ -268,7 +268,7 @@ def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
     ],
 )
 def test_failure_reason(text, reason):
-    assert training.failure_reason(text) == reason
+    assert local.failure_reason(text) == reason
 
 
 # Stands in for a training in the tests of the loop: what it leaves is as Detectron2 writes it.
@@ -466,33 +466,34 @@ def test_other_overrides_are_not_taken_for_these(listed, tmp_path):
 def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
     """It rolled back, or was started again; and one at its end is done whatever had happened."""
     row = read_rows(listed)[0]
+    job = Job(row, 1, tmp_path)
     log = tmp_path / "log.txt"
     start, error = "Starting training from iteration 20\n", "DivergenceError: loss is nan\n"
     log.write_text(start + error + start)
-    assert read_result(row, 1, tmp_path).status == "unfinished"
+    assert read_result(job).status == "unfinished"
     log.write_text(start + error)
-    assert read_result(row, 1, tmp_path).status == "failed"
+    assert read_result(job).status == "failed"
     log.write_text(
         start + "[01/01 ERROR]: Exception during training:\nTraceback (most recent call last):\n"
         '  File "x.py", line 3, in f\n    raise ValueError\n'
         "torch.OutOfMemoryError: CUDA out of memory\n[01/01 INFO]: Total training time\n"
     )
-    assert read_result(row, 1, tmp_path).reason == "torch.OutOfMemoryError: CUDA out of memory"
+    assert read_result(job).reason == "torch.OutOfMemoryError: CUDA out of memory"
     (tmp_path / "failure.json").write_text("")  # a full disk
-    assert "failure.json cannot be read" in read_result(row, 1, tmp_path).reason
+    assert "failure.json cannot be read" in read_result(job).reason
     (tmp_path / "failure.json").write_text('{"reason": "no GPU"}')
-    assert read_result(row, 1, tmp_path).reason == "no GPU"
+    assert read_result(job).reason == "no GPU"
     (tmp_path / "config.yaml").write_text(row.cfg.dump())
     last = {"iteration": row.cfg.SOLVER.MAX_ITER, "bbox/AP": 30, "bbox/AP50": 50, "bbox/AP75": 30}
     training = {"iteration": 19, "total_loss": 1.0, "time": 0.5}
     lines = [json.dumps(training), json.dumps(last)]
     (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
-    result = read_result(row, 1, tmp_path)
+    result = read_result(job)
     assert (result.status, result.ap) == ("done", 30)
     last["bbox/AP"] = math.nan  # as Detectron2 writes where nothing was detected
     lines = [json.dumps(training), json.dumps(last)]
     (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
-    result = read_result(row, 1, tmp_path)
+    result = read_result(job)
     assert (result.status, result.reason) == ("failed", "no detection on the test set")
 
 
@@ -533,7 +534,7 @@ def test_a_list_that_names_no_keys_is_refused(rows, tmp_path):
 @pytest.mark.parametrize(
     ("command", "match"),
     [
-        ("echo ${{HOME}} {nodes}", "KeyError.*it may have {line}"),
+        ("echo ${{HOME}} {nodes}", "KeyError.*it may contain {line}"),
         ("[ {name} != half-seed1 ]", "half-seed1: .* 1; submitted before it: linear-seed1"),
     ],
 )
@@ -582,10 +583,10 @@ def test_a_training_that_was_told_to_stop_has_not_failed(listed, tmp_path):
 
 
 def test_a_clusters_divergence_is_read_from_the_log(listed, tmp_path):
-    row = read_rows(listed)[0]
-    assert read_result(row, 1, tmp_path).status == "unfinished"
+    job = Job(read_rows(listed)[0], 1, tmp_path)
+    assert read_result(job).status == "unfinished"
     (tmp_path / "log.txt").write_text("...\nFloatingPointError: Loss became NaN at iteration=3!\n")
-    result = read_result(row, 1, tmp_path)
+    result = read_result(job)
     assert (result.status, result.reason) == (
         "failed",
         "FloatingPointError: Loss became NaN at iteration=3!",
@@ -614,7 +615,7 @@ def test_a_closed_terminal_ends_the_trainings_unless_nohup_says_no():
     try:
         for handler in (signal.SIG_DFL, signal.SIG_IGN):
             signal.signal(signal.SIGHUP, handler)
-            with ablate._signals_exit():
+            with local._signals_exit():
                 if handler is signal.SIG_DFL:
                     with pytest.raises(SystemExit):
                         os.kill(os.getpid(), signal.SIGHUP)
