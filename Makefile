@@ -40,7 +40,7 @@ demo: setup
 # What the reduced experiments start from, as the paper's do from ImageNet's (docs/experiments.md).
 backbone: setup
 	$(PY) -c 'import torch; \
-		model = torch.load("$(DEMO_OUTPUT)/model_final.pth", weights_only=False)["model"]; \
+		model = torch.load("$(DEMO_OUTPUT)/model_final.pth", weights_only=True)["model"]; \
 		kept = {k: v for k, v in model.items() if k.startswith("backbone.bottom_up.")}; \
 		torch.save({"model": kept}, "$(DEMO_OUTPUT)/backbone.pth")'
 

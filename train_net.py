@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 train_net.py --config-file ...
 
 from pathlib import Path
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -16,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, launch, prepare_config
+from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 
 
 def read_config(args) -> CfgNode:
@@ -43,7 +43,7 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        WeightsOnlyCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

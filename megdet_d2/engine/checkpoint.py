@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -22,11 +21,12 @@ from megdet_d2.norm.running_statistics import (
 )
 
 from .hooks import is_due
+from .weights_only import WeightsOnlyCheckpointer
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpointer(DetectionCheckpointer):
+class Checkpointer(WeightsOnlyCheckpointer):
     """``DetectionCheckpointer`` for a trainer, with the same files, that any Detectron2 loads.
 
     * A file is written beside its place, synced and renamed: whoever kills the process or fills

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
@@ -27,6 +26,7 @@ from megdet_d2.config import load_config, merge_overrides
 from megdet_d2.data import register_datasets
 from megdet_d2.data.coco import read_coco
 from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 from megdet_d2.report.run import existing, read_config
 
 from .fusion import IOU_THRESHOLDS, fuse, load_ensemble_boxes
@@ -145,7 +145,7 @@ def detect(cfg: CfgNode) -> Path:
         cfg: prepared, with one data set in DATASETS.TEST; writes to its OUTPUT_DIR.
     """
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     test = Trainer.test_with_tta if cfg.TEST.AUG.ENABLED else Trainer.test
     with contextlib.redirect_stdout(io.StringIO()):
         test(cfg, model)

@@ -10,7 +10,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 from megdet_d2.report.style import make_figure, tidy
 
 from .estimate import WHOLE, Fit, fit, measure_pairs
@@ -35,7 +35,7 @@ def measure(
     """
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 0)
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     # One at a time, so that a mini-batch of any size is drawn from the one shuffled stream.
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = 1
