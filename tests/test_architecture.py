@@ -97,6 +97,75 @@ def test_norm_and_schedule_need_no_detectron2(path):
     ]
 
 
+# --- the tests themselves ------------------------------------------------------------------------
+
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+
+
+def imported_tests(source: str) -> list[str]:
+    """Modules of tests/ that a source imports, other than helpers."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.append("." * node.level + (node.module or ""))  # relative: of tests/ in any case
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    ours = [name for name in found if name.startswith(".") or name.split(".")[0] == "tests"]
+    return [name for name in ours if not name.startswith("tests.helpers.")]
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_file_imports_another(path):
+    found = imported_tests(path.read_text())
+    assert not found, f"{found}: move what both need to tests/helpers/"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tests.norm.test_registry import x",
+        "from tests.norm import test_registry",
+        "import tests.test_memory",
+        "from tests import helpers",
+        "from . import test_memory",
+        "from ..norm.test_registry import x",
+        "def f():\n    from tests.conftest import x",
+    ],
+)
+def test_an_import_of_a_test_file_is_found(line):
+    assert imported_tests(line)
+
+
+def test_helpers_may_be_imported():
+    assert not imported_tests("from tests.helpers import paths\nimport tests.helpers.paths as p")
+    assert not imported_tests("from tests.helpers.paths import ROOT\nimport torch")
+
+
+def test_folders_of_tests_are_those_of_the_package():
+    folders = {path.parent.relative_to(TESTS) for path in TEST_FILES} - {Path("helpers")}
+    ours = {path.parent.relative_to(PACKAGE) for path in FILES}
+    assert folders <= ours
+    helpers = list((TESTS / "helpers").glob("test_*"))
+    assert not helpers, f"{helpers}: a test lies beside the code that it tests"
+
+
+@pytest.mark.parametrize("name", ["TINY", "tiny_config", "build"])
+def test_one_of_each_in_the_suite(name):
+    made = []
+    for path in TEST_FILES:
+        for node in ast.parse(path.read_text()).body:
+            targets = getattr(node, "targets", [])
+            names = [getattr(node, "name", None), *(getattr(each, "id", None) for each in targets)]
+            made += [str(path.relative_to(TESTS))] * (name in names)
+    assert len(made) == 1 and made[0].startswith("helpers/"), made
+
+
+# --- the package as a whole ----------------------------------------------------------------------
+
+
 def test_package_import_leaves_the_engine_alone():
     code = (
         "import sys, megdet_d2; assert 'detectron2.engine' not in sys.modules; "

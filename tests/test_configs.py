@@ -8,32 +8,15 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_optimizer
 
 import megdet_d2
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.groups import ranks_per_group
+from tests.helpers.models import build_on_meta, load_config
 from tests.helpers.paths import CONFIGS
+from tests.helpers.schedules import GPUS_PER_MACHINE, LONG, NORMAL
 
-GPUS_PER_MACHINE = 8
-
-# iterations = floor(epochs x 118,000 / batch); learning rate = 0.02 x batch / 16.
-# batch: (GPUs, LR, iterations, decays, warm-up's iterations and start)
-NORMAL = {
-    16: (8, 0.02, 81125, (59000, 73750), 7375, 1.0),
-    32: (16, 0.04, 40562, (29500, 36875), 3687, 0.5),
-    64: (32, 0.08, 20281, (14750, 18437), 1843, 0.25),
-    128: (64, 0.16, 10140, (7375, 9218), 921, 0.125),
-    256: (128, 0.32, 5070, (3687, 4609), 460, 0.0625),
-}
-LONG = {
-    16: (8, 0.02, 132750, (81125, 103250, 125375), 7375, 1.0),
-    32: (16, 0.04, 66375, (40562, 51625, 62687), 3687, 0.5),
-    64: (32, 0.08, 33187, (20281, 25812, 31343), 1843, 0.25),
-    128: (64, 0.16, 16593, (10140, 12906, 15671), 921, 0.125),
-    256: (128, 0.32, 8296, (5070, 6453, 7835), 460, 0.0625),
-}
 DETECTION, SEGMENTATION = "COCO-Detection", "COCO-InstanceSegmentation"
 # ResNet-50 has 53 convolutions with a norm, 11 of them in the frozen stem and res2; the FPN has two
 # a level, on four levels, and on three for RetinaNet.
@@ -57,22 +40,9 @@ COCO = {
 }
 ALL = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
 LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
-# The paper's tables and what varies them are in test_ablation_configs.py.
+# The paper's tables and what varies them are in tests/ablation/test_configs.py.
 BUILT_HERE = [name for name in LEAVES if not name.startswith("ablations/")]
 TWINS = ["megdet_R50_FPN_b16_normal", "megdet_R50_FPN_b256_normal"]
-
-
-def load(name: str) -> CfgNode:
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"))
-    return cfg
-
-
-def build(cfg: CfgNode) -> torch.nn.Module:
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
 
 
 def code_lines(name: str) -> list[str]:
@@ -115,7 +85,7 @@ def test_leaf_is_its_difference(name):
 @pytest.mark.parametrize("name", COCO)
 def test_coco_schedule_is_the_papers(name):
     batch, (gpus, lr, max_iter, steps, warmup, start), factor, _ = COCO[name]
-    cfg = load(name)
+    cfg = load_config(name)
     # No images are given or counted: the config's own EPOCH_IMAGES.
     megdet_d2.scale_config(cfg, world_size=gpus)
     solver = cfg.SOLVER
@@ -134,7 +104,7 @@ def test_coco_schedule_is_the_papers(name):
 
 @pytest.mark.parametrize("name", sorted(set(LEAVES) - set(COCO)))
 def test_other_schedules_follow_from_their_keys(name):
-    cfg = load(name)
+    cfg = load_config(name)
     before = cfg.SOLVER.clone()
     keys, batch, images = cfg.MEGDET, cfg.SOLVER.IMS_PER_BATCH, cfg.DATASETS.DIGITS.NUM_TRAIN
     megdet_d2.scale_config(cfg, num_images=images, world_size=2)
@@ -154,8 +124,8 @@ def test_other_schedules_follow_from_their_keys(name):
 
 @pytest.mark.parametrize("name", BUILT_HERE)
 def test_builds_with_a_bn_size_that_exists(name):
-    cfg = load(name)
-    layers = len(cgbn_layers(build(cfg)))
+    cfg = load_config(name)
+    layers = len(cgbn_layers(build_on_meta(cfg)))
     bn_size = cfg.MODEL.CGBN.BN_SIZE
     if name in COCO:
         batch, (gpus, *_), _, expected = COCO[name]
@@ -213,11 +183,11 @@ OURS = keys_of_the_plugin()
 )
 def test_model_is_detectron2s_but_for_the_norm(name, stock, expected):
     stock = model_zoo.get_config(f"{stock}.yaml")
-    assert differences(load(name).MODEL, stock.MODEL) == expected
+    assert differences(load_config(name).MODEL, stock.MODEL) == expected
 
 
 def test_retinanet_is_detectron2s_but_for_the_norm():
-    ours = load(f"{DETECTION}/retinanet_megdet_R50_FPN_b16_normal").MODEL
+    ours = load_config(f"{DETECTION}/retinanet_megdet_R50_FPN_b16_normal").MODEL
     stock = model_zoo.get_config(f"{DETECTION}/retinanet_R_50_FPN_1x.yaml").MODEL
     # What the inherited Base says of the two-stage detector's heads is not looked at.
     found = {key for key in differences(ours, stock) if not key.startswith(("ROI_", "RPN."))}
@@ -226,11 +196,11 @@ def test_retinanet_is_detectron2s_but_for_the_norm():
 
 @pytest.mark.parametrize("name", TWINS)
 def test_lazy_config_equals_its_yaml(name):
-    cfg = load(f"{DETECTION}/{name}")
+    cfg = load_config(f"{DETECTION}/{name}")
     lazy = LazyConfig.load(str(CONFIGS / "LazyConfig" / f"{name}.py"))
     assert set(lazy) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
     megdet_d2.scale_config(cfg, world_size=cfg.SOLVER.IMS_PER_BATCH // 2)
-    model = build(cfg)
+    model = build_on_meta(cfg)
     with torch.device("meta"):
         lazy_model = instantiate(lazy.model)
 

@@ -1,17 +1,11 @@
 """Sublinear memory against the plain model: same bits, fewer bytes, no collective twice."""
 
 import collections
-import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-from detectron2.config import get_cfg
-from detectron2.engine.defaults import create_ddp_model
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,108 +14,17 @@ from torch.utils.checkpoint import checkpoint
 import megdet_d2
 from megdet_d2.engine import prepare_config
 from megdet_d2.memory import STAGES, checkpoint_modules, checkpoint_stages, kept_bytes
-from megdet_d2.modeling.fused_resnet import fuse_activations
-from megdet_d2.norm.retinanet import separate_retinanet_levels
-from tests.helpers.paths import CONFIGS, TINY
+from tests.helpers.bitwise import (
+    compare_detectors,
+    count_calls,
+    differing_tensors,
+    images,
+    train_step,
+)
+from tests.helpers.models import build, cpu_config, tiny_config, with_norm
+from tests.helpers.paths import CONFIGS
 
 DEFAULT = ("res2", "res3", "res4", "res5", "fpn")
-NORMS = [
-    "MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"
-]  # fmt: skip
-
-
-def config(*overrides, file=TINY):
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(file)
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
-    cfg.merge_from_list(list(overrides))
-    return cfg
-
-
-def with_norm(norm):
-    return [item for key in NORMS for item in (key, norm)]
-
-
-def build(cfg):
-    torch.manual_seed(0)
-    model = separate_retinanet_levels(build_model(cfg)).train()
-    if cfg.MODEL.CGBN.FUSE_ACTIVATION:
-        assert fuse_activations(model) > 0
-    return model
-
-
-def images(rank, height=64, width=64, number=2):
-    generator = torch.Generator().manual_seed(rank)
-    batch = []
-    for _ in range(number):
-        corners = torch.rand(4, 2, generator=generator) * torch.tensor([width, height]) / 2
-        instances = Instances((height, width))
-        instances.gt_boxes = Boxes(torch.cat([corners, corners + 24], dim=1))
-        instances.gt_classes = torch.arange(4)
-        instances.gt_masks = BitMasks(torch.rand(4, height, width, generator=generator) > 0.5)
-        image = torch.randint(0, 255, (3, height, width), generator=generator)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-    return batch
-
-
-@contextlib.contextmanager
-def counted_all_reduces():
-    """The real collective, with a count of its calls."""
-    real, count = dist.all_reduce, collections.Counter()
-
-    def all_reduce(*args, **kwargs):
-        count["calls"] += 1
-        return real(*args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield count
-    finally:
-        dist.all_reduce = real
-
-
-def train_step(model, batch):
-    """Everything that a step leaves behind, as tensors by name."""
-    torch.manual_seed(1)  # of the proposals that are sampled
-    with EventStorage(), counted_all_reduces() as count:
-        losses = model(batch)
-        sum(losses.values()).backward()
-    left = {f"loss {name}": value.detach() for name, value in losses.items()}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            left[f"gradient {name}"] = parameter.grad
-    left |= {f"buffer {name}": value for name, value in model.named_buffers()}
-    left["all-reduces"] = torch.tensor(count["calls"])
-    return left
-
-
-def differing(got, expected):
-    """Names of what is not equal to the last bit."""
-    assert got.keys() == expected.keys()
-    return [name for name in got if not torch.equal(got[name], expected[name])]
-
-
-def compare_detectors(rank, overrides, stages, ddp=False):
-    cfg = config(*overrides)
-    plain = build(cfg)
-    ours = checkpoint_stages(copy.deepcopy(plain), stages)
-    calls = count_calls(ours.backbone.bottom_up.res4)
-    if ddp:
-        options = {"broadcast_buffers": False, "device_ids": None}
-        plain, ours = (create_ddp_model(model, **options) for model in (plain, ours))
-    expected, got = train_step(plain, images(rank)), train_step(ours, images(rank))
-    assert set(calls.values()) == {2}, calls  # or nothing was computed again
-    assert any(name.startswith("gradient") for name in got)
-    return differing(got, expected), int(got["all-reduces"])
-
-
-def count_calls(modules):
-    """A count, by index, that goes on as the modules are called."""
-    calls = collections.Counter()
-    for i, module in enumerate(modules):
-        module.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))
-    return calls
 
 
 @pytest.mark.parametrize("ddp", [False, True], ids=["bare", "DDP"])
@@ -176,7 +79,7 @@ class CountConvolutions(TorchDispatchMode):
 
 
 def test_wide_convolutions_are_computed_once():
-    model = checkpoint_stages(build(config()), ("res4",))
+    model = checkpoint_stages(build(tiny_config()), ("res4",))
     stage = model.backbone.bottom_up.res4
     with CountConvolutions() as count:
         stage(torch.randn(2, 64, 8, 8)).square().sum().backward()
@@ -185,20 +88,20 @@ def test_wide_convolutions_are_computed_once():
         assert calls == [2, 1, 2]
 
 
-RETINANET = str(CONFIGS / "Base-MegDet-RetinaNet-R50-FPN.yaml")
+RETINANET = CONFIGS / "Base-MegDet-RetinaNet-R50-FPN.yaml"
 
 
 def test_retinanet_with_statistics_by_level():
-    cfg = config(
-        "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32,
-        "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RETINANET.NORM", "CGBN", file=RETINANET,
+    cfg = cpu_config(
+        RETINANET, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32,
+        "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RETINANET.NORM", "CGBN",
     )  # fmt: skip
     plain = build(cfg)
     ours = checkpoint_stages(copy.deepcopy(plain), (*DEFAULT, "rpn"))
     batch = images(0, 128, 128)
     train_step(copy.deepcopy(plain), batch)  # Detectron2's loss is a script, and rounds anew once
     for _ in range(2):  # a level's turn must be right the second time too
-        assert not differing(train_step(ours, batch), train_step(plain, batch))
+        assert not differing_tensors(train_step(ours, batch), train_step(plain, batch))
 
 
 class Tower(nn.Module):
@@ -223,7 +126,7 @@ def test_plain_batch_norm_is_updated_once():
     plain = Tower()
     ours, naive = copy.deepcopy(plain), copy.deepcopy(plain)
     checkpoint_modules(ours.layers)
-    assert not differing(train_step(ours, x), train_step(plain, x))
+    assert not differing_tensors(train_step(ours, x), train_step(plain, x))
     assert ours.layers[0][1].num_batches_tracked == 1
 
     # What users meet elsewhere, and what the line above would find.
@@ -242,7 +145,7 @@ def test_state_dict_copies_and_pickles():
     expected = train_step(plain, x)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours):
         calls = count_calls(layer[0] for layer in other.layers)
-        assert not differing(train_step(other, x), expected)
+        assert not differing_tensors(train_step(other, x), expected)
         assert calls == dict.fromkeys(range(4), 2)  # the copy's own layers, each computed twice
 
 
@@ -292,7 +195,7 @@ def test_count_is_right_where_it_can_be_known():
 
 
 def test_keeping_everything_scores_all_bytes():
-    plain = build(config())
+    plain = build(tiny_config())
     ours = copy.deepcopy(plain)
     checkpoint_modules(ours.backbone.bottom_up.res2, keep=lambda op, *args: True)
     checkpoint_modules(ours.backbone.output_convs, keep=lambda op, *args: True)
@@ -301,9 +204,9 @@ def test_keeping_everything_scores_all_bytes():
 
 def test_r50_fpn_keeps_at_most_35_percent():
     # The paper's detector at a small size, with as few regions as there is less image.
-    cfg = config(
+    cfg = cpu_config(
+        CONFIGS / "Base-MegDet-R50-FPN.yaml",
         "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 12,
-        file=str(CONFIGS / "Base-MegDet-R50-FPN.yaml"),
     )  # fmt: skip
     model, batch = build(cfg), images(0, 128, 192, number=1)
     plain = kept(model, batch)
@@ -315,7 +218,7 @@ def test_r50_fpn_keeps_at_most_35_percent():
 
 def test_unknown_stage_is_refused():
     with pytest.raises(ValueError, match=r"MODEL.SUBLINEAR.STAGES has 'res6'; use some of stem,"):
-        prepare_config(config("MODEL.SUBLINEAR.STAGES", ("res2", "res6")))
+        prepare_config(tiny_config("MODEL.SUBLINEAR.STAGES", ("res2", "res6")))
 
 
 def test_stage_that_the_model_lacks_is_refused():
@@ -327,6 +230,6 @@ def test_stage_that_the_model_lacks_is_refused():
 
 
 def test_trainer_builds_it_from_config():
-    cfg = config("MODEL.SUBLINEAR.ENABLED", True)
-    stock = kept(megdet_d2.Trainer.build_model(config()), images(0))
+    cfg = tiny_config("MODEL.SUBLINEAR.ENABLED", True)
+    stock = kept(megdet_d2.Trainer.build_model(tiny_config()), images(0))
     assert kept(megdet_d2.Trainer.build_model(cfg), images(0)) < stock

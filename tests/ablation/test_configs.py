@@ -11,7 +11,9 @@ from megdet_d2.ablation.rows import read_rows
 from megdet_d2.norm import groups
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.configure import describe_norms
-from tests.test_configs import CONFIGS, GPUS_PER_MACHINE, LONG, NORMAL, build, load
+from tests.helpers.models import build_on_meta, load_config
+from tests.helpers.paths import CONFIGS
+from tests.helpers.schedules import GPUS_PER_MACHINE, LONG, NORMAL
 
 # batch, factor on the learning rate, mmAP, hours
 TABLE2 = {
@@ -113,7 +115,7 @@ def test_every_row_is_here_and_no_other():
 @pytest.mark.parametrize("name", ROWS)
 def test_row_is_the_papers(name, fake_world):
     batch, bn_size, gpus, factor, ap, hours = ROWS[name]
-    cfg = load(f"ablations/{name}")
+    cfg = load_config(f"ablations/{name}")
     assert (
         cfg.MEGDET.ABLATION.GPUS,
         cfg.MEGDET.ABLATION.PAPER_AP,
@@ -143,7 +145,7 @@ def test_row_is_the_papers(name, fake_world):
 def test_variation_is_what_its_name_says(name, fake_world):
     gpus, bn_size, lr, warmup_start, layers = OTHERS[name]
     batch_size = 64 if name.startswith("bn_size") else 2 * gpus
-    cfg = load(f"ablations/{name}")
+    cfg = load_config(f"ablations/{name}")
     assert cfg.MEGDET.ABLATION.GPUS == gpus and cfg.SOLVER.IMS_PER_BATCH == batch_size
     fake_world(gpus)
     megdet_d2.scale_config(cfg)
@@ -187,12 +189,12 @@ def test_challenge_rows():
     for name, layers in CHALLENGE.items():
         row = rows[name]
         assert (row.batch_size, row.bn_size, row.processes) == (8, 8, 2)
-        assert len(cgbn_layers(build(row.cfg))) == layers, name
+        assert len(cgbn_layers(build_on_meta(row.cfg))) == layers, name
 
 
 def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
     """The model's groups, as the trainer would make them, are of ``bn_size`` images."""
-    model = build(cfg)
+    model = build_on_meta(cfg)
     layers = cgbn_layers(model)
     assert len(layers) == num_layers
     if not bn_size:

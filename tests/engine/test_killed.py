@@ -37,7 +37,7 @@ def undisturbed(pool2, coco, tmp_path_factory):
 
 def fault(name, output, coco, launcher=()):
     timeout = SHORT.get(name, TIMEOUT)
-    return start(*launcher, "-m", "tests.faults.faulty", name, output, json.dumps(coco), timeout)
+    return start(*launcher, "-m", "tests.helpers.faulty", name, output, json.dumps(coco), timeout)
 
 
 def resumes(pool2, coco, output, undisturbed):

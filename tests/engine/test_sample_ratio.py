@@ -16,7 +16,7 @@ from megdet_d2.engine.sample_ratio import (
     ratios,
     read_samples,
 )
-from tests.engine.test_trainer import tiny_config
+from tests.helpers.models import tiny_config
 
 COUNTERS = {
     "rpn": ("rpn/num_pos_anchors", "rpn/num_neg_anchors"),

@@ -28,6 +28,7 @@ from megdet_d2.norm.running_statistics import average_statistics, own_statistics
 from megdet_d2.report import command as report
 from megdet_d2.report.run import Run
 from tests.helpers import training
+from tests.helpers.models import tiny_config
 from tests.helpers.paths import HELPERS, TINY, TRAIN_NET
 
 
@@ -49,14 +50,6 @@ def run(*command, check=True, **env):
     ours = re.findall(r".*/(?:megdet_d2/|train_net\.py).*Warning.*", result.stderr)
     assert not ours, ours
     return result
-
-
-def tiny_config(*overrides):
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(TINY)
-    cfg.merge_from_list(list(overrides))
-    return cfg
 
 
 def read_metrics(output):

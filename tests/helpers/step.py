@@ -3,47 +3,13 @@
 import contextlib
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-import megdet_d2
-from megdet_d2.memory import checkpoint_stages
-from tests.helpers.paths import CONFIGS
+from tests.helpers.models import build, reduced_config
 
 SIDE = 48
-# Detectron2 dilates and groups bottlenecks alone, hence a thin ResNet-50.
-THIN_R50 = [
-    "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 16,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8,
-]  # fmt: skip
-ATROUS = [
-    *THIN_R50, "MODEL.BACKBONE.NAME", "build_atrous_resnet_fpn_backbone",
-    "MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res5"],
-    "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res5"],
-]  # fmt: skip
-
-
-def config(*overrides):
-    """The ablations' reduced detector, smaller."""
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / "ablations" / "Base-reduced.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 16
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
-    cfg.merge_from_list(list(overrides))
-    return cfg
-
-
-def build(cfg):
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    if cfg.MODEL.SUBLINEAR.ENABLED:
-        checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
-    return model
 
 
 def image(boxes):
@@ -60,7 +26,7 @@ def train_two_steps(rank, overrides, half=False):
     Rank 1 has an image without a box and no proposal. Returns the sums of all gradients, equal on
     all ranks, by name, and how many regions came to the box head.
     """
-    model = build(config(*overrides))
+    model = build(reduced_config(*overrides))
     boxes = [[6, 6, 22, 26], [20, 18, 40, 44]]
     if rank == 1:
         model.proposal_generator.post_nms_topk[True] = 0

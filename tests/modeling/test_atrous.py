@@ -7,7 +7,8 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 
-from tests.helpers.step import ATROUS, THIN_R50, build, check_two_steps, config, with_gradient
+from tests.helpers.models import ATROUS, THIN_R50, build, reduced_config
+from tests.helpers.step import check_two_steps, with_gradient
 
 DC5 = [
     *THIN_R50, "MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.RES5_DILATION", 2,
@@ -17,8 +18,8 @@ DC5 = [
 
 
 def test_levels_have_the_stock_strides_and_sizes():
-    atrous = build_backbone(config(*ATROUS))
-    assert atrous.output_shape() == build_backbone(config(*THIN_R50)).output_shape()
+    atrous = build_backbone(reduced_config(*ATROUS))
+    assert atrous.output_shape() == build_backbone(reduced_config(*THIN_R50)).output_shape()
     x = torch.zeros(2, 3, 96, 80)  # multiples of 16: p5's width is rounded up
     features = atrous(x)
     assert list(features) == ["p2", "p3", "p4", "p5", "p6"]
@@ -30,7 +31,9 @@ def test_levels_have_the_stock_strides_and_sizes():
 def test_every_other_pixel_of_a_dilated_res5_is_the_stock_one():
     # With MSRA's stride, in the first 1×1, dilation computes what stride computes, and what lies
     # between.
-    cfg = config(*THIN_R50, "MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.OUT_FEATURES", ["res5"])
+    cfg = reduced_config(
+        *THIN_R50, "MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.OUT_FEATURES", ["res5"]
+    )
     stock = build_backbone_of("build_resnet_backbone", cfg)
     cfg.MODEL.RESNETS.RES5_DILATION = 2
     dilated = build_backbone_of("build_resnet_backbone", cfg)
@@ -64,7 +67,7 @@ def build_backbone_of(name, cfg):
 )
 def test_a_config_without_a_dilated_res5_on_top_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        build(config(*ATROUS, *overrides))
+        build(reduced_config(*ATROUS, *overrides))
 
 
 def test_trains_with_a_process_without_proposals(pool2):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from tests.helpers.step import ATROUS, check_two_steps, with_gradient
-from tests.test_memory import STAGES, compare_detectors
+from megdet_d2.memory import STAGES
+from tests.helpers.bitwise import compare_detectors
+from tests.helpers.models import ATROUS
+from tests.helpers.step import check_two_steps, with_gradient
 
 TOGETHER = [
     "MODEL.ATROUS.BOTTOM_UP", "build_se_resnet_backbone", "MODEL.RESNETS.NUM_GROUPS", 4,

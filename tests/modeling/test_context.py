@@ -9,7 +9,8 @@ from detectron2.structures import Boxes
 from torch.nn import functional as F
 
 from megdet_d2.modeling.context import ContextPooler, ContextROIHeads, enlarge
-from tests.test_memory import build, config, images
+from tests.helpers.bitwise import images
+from tests.helpers.models import build, tiny_config
 
 
 def pooler(**kwargs):
@@ -61,7 +62,7 @@ def test_no_boxes_still_reach_the_features():
 
 
 def test_the_image_is_without_its_padding():
-    model = build(config("MODEL.ROI_HEADS.NAME", "ContextROIHeads")).eval()
+    model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ContextROIHeads")).eval()
     small, large = images(0, 32, 48, 1)[0], images(1, 64, 64, 1)[0]
     with torch.no_grad():
         together = model([small, large])[0]["instances"]
@@ -71,7 +72,7 @@ def test_the_image_is_without_its_padding():
 
 def test_no_context_pooler_is_an_error():
     """As with a LazyConfig that names the class alone."""
-    model = build(config("MODEL.ROI_HEADS.NAME", "ContextROIHeads"))
+    model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ContextROIHeads"))
     assert isinstance(model.roi_heads, ContextROIHeads)
     model.roi_heads.box_pooler = model.roi_heads.box_pooler.pooler
     with pytest.raises(TypeError, match="a ROIPooler as box_pooler.*give ContextPooler"):
@@ -82,6 +83,6 @@ def test_errors_name_the_key():
     shapes = {f"p{i}": ShapeSpec(channels=16, stride=2**i) for i in (3, 4, 5)}
     keys = ["MODEL.ROI_HEADS.NAME", "ContextROIHeads", "MODEL.CONTEXT.SCALES"]
     with pytest.raises(ValueError, match=r"SCALES is .*-1.0.*; give"):
-        build_roi_heads(config(*keys, (-1.0,)), shapes)
+        build_roi_heads(tiny_config(*keys, (-1.0,)), shapes)
     with pytest.raises(ValueError, match="SCALES is empty and WHOLE_IMAGE False.*give"):
-        build_roi_heads(config(*keys, (), "MODEL.CONTEXT.WHOLE_IMAGE", False), shapes)
+        build_roi_heads(tiny_config(*keys, (), "MODEL.CONTEXT.WHOLE_IMAGE", False), shapes)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import (
     BasicBlock,
@@ -16,7 +15,7 @@ from detectron2.modeling.backbone.resnet import (
 import megdet_d2
 from megdet_d2.modeling.fused_resnet import FusedBottleneckBlock, fuse_activations
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
-from tests.helpers.paths import TINY
+from tests.helpers.models import tiny_config
 
 BLOCKS = {
     "stem": (lambda: BasicStem(4, 6, norm="CGBN"), 4),
@@ -40,8 +39,8 @@ def outputs(block, x, training=True):
 
 def make_pair(name):
     torch.manual_seed(0)
-    build, channels = BLOCKS[name]
-    block = build()
+    make, channels = BLOCKS[name]
+    block = make()
     for p in block.parameters():
         torch.nn.init.normal_(p)  # Detectron2 starts some γ at 0
     return block, copy.deepcopy(block), channels
@@ -93,11 +92,7 @@ def test_a_frozen_stage_is_left_alone():
 
 
 def test_the_keys_reach_the_model():
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(TINY)
-    cfg.merge_from_list(["MODEL.CGBN.FUSE_ACTIVATION", True, "MODEL.CGBN.IGNORE_PADDING", True])
-    cfg.MODEL.DEVICE = "cpu"
+    cfg = tiny_config("MODEL.CGBN.FUSE_ACTIVATION", True, "MODEL.CGBN.IGNORE_PADDING", True)
     model = megdet_d2.Trainer.build_model(cfg)
     assert any(type(m).__name__.startswith("Fused") for m in model.backbone.modules())
     layers = [m for m in model.backbone.modules() if isinstance(m, CrossGPUBatchNorm)]

@@ -7,7 +7,8 @@ from detectron2.modeling.roi_heads.box_head import build_box_head
 from torch.nn import functional as F
 
 from megdet_d2.modeling.large_kernel import LargeKernel, LargeKernelBoxHead, LargeKernelRPNHead
-from tests.helpers.step import build, check_two_steps, config, with_gradient
+from tests.helpers.models import build, reduced_config
+from tests.helpers.step import check_two_steps, with_gradient
 
 RPN = ["MODEL.RPN.HEAD_NAME", "LargeKernelRPNHead", "MODEL.LARGE_KERNEL.MID_CHANNELS", 8]
 BOX = ["MODEL.ROI_BOX_HEAD.NAME", "LargeKernelBoxHead"]
@@ -38,7 +39,7 @@ def test_equals_the_dense_kernel():
 
 @pytest.mark.parametrize("norm", ["", "CGBN"])
 def test_no_region_goes_through_and_reaches_every_parameter(norm):
-    cfg = config(*BOX, "MODEL.ROI_BOX_HEAD.NORM", norm)
+    cfg = reduced_config(*BOX, "MODEL.ROI_BOX_HEAD.NORM", norm)
     head = build_box_head(cfg, ShapeSpec(channels=6, height=5, width=5))
     assert isinstance(head, LargeKernelBoxHead)
     assert head(torch.randn(2, 6, 5, 5)).shape == (2, head.output_shape.channels) == (2, 16)
@@ -61,7 +62,7 @@ def test_box_head_is_the_kernel_and_then_the_layers():
 
 
 def test_every_level_has_running_statistics_of_its_own():
-    cfg = config(*RPN, "MODEL.LARGE_KERNEL.NORM", "CGBN", "MODEL.LARGE_KERNEL.SIZE", 3)
+    cfg = reduced_config(*RPN, "MODEL.LARGE_KERNEL.NORM", "CGBN", "MODEL.LARGE_KERNEL.SIZE", 3)
     head = build(cfg).proposal_generator.rpn_head
     assert isinstance(head, LargeKernelRPNHead) and isinstance(head.conv.norm, CycleBatchNormList)
     levels = [torch.randn(2, 16, 6, 6), 9 * torch.randn(2, 16, 3, 3), torch.randn(2, 16, 2, 2) + 5]
@@ -82,7 +83,7 @@ def test_every_level_has_running_statistics_of_its_own():
 )
 def test_bad_keys_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        build(config(*overrides))
+        build(reduced_config(*overrides))
 
 
 def test_trains_with_a_process_without_proposals(pool2):

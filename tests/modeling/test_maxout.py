@@ -6,7 +6,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.box_head import build_box_head
 
 from megdet_d2.modeling.maxout import Maxout
-from tests.helpers.step import build, check_two_steps, config, with_gradient
+from tests.helpers.models import build, reduced_config
+from tests.helpers.step import check_two_steps, with_gradient
 
 MAXOUT = ["MODEL.ROI_BOX_HEAD.NAME", "MaxoutBoxHead", "MODEL.MAXOUT.PIECES", 3]
 
@@ -26,7 +27,7 @@ def test_equals_the_definition():
 
 def head_of(*overrides):
     shape = ShapeSpec(channels=6, height=4, width=4)
-    return build_box_head(config(*MAXOUT, *overrides), shape)
+    return build_box_head(reduced_config(*MAXOUT, *overrides), shape)
 
 
 def test_head_is_nocs_convolutions_and_then_maxout():
@@ -56,7 +57,7 @@ def test_no_region_goes_through_and_reaches_every_parameter():
 )
 def test_bad_keys_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        build(config(*MAXOUT, *overrides))
+        build(reduced_config(*MAXOUT, *overrides))
 
 
 def test_trains_with_a_process_without_proposals(pool2):

@@ -13,7 +13,8 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 
 from megdet_d2.modeling.ohem import hardest, proposal_losses
-from tests.test_memory import build, config, images, with_norm
+from tests.helpers.bitwise import images
+from tests.helpers.models import build, tiny_config, with_norm
 
 CLASSES = 3
 
@@ -88,7 +89,9 @@ def test_hardest_equal_brute_force(scope, per_class):
 
 
 def heads(name, *overrides):
-    cfg = config("MODEL.ROI_HEADS.NUM_CLASSES", CLASSES, "MODEL.ROI_HEADS.NAME", name, *overrides)
+    cfg = tiny_config(
+        "MODEL.ROI_HEADS.NUM_CLASSES", CLASSES, "MODEL.ROI_HEADS.NAME", name, *overrides
+    )
     cfg.MODEL.ROI_BOX_HEAD.NORM = "CGBN"
     shapes = {f"p{i}": ShapeSpec(channels=16, stride=2**i) for i in (3, 4, 5)}
     return build_roi_heads(cfg, shapes).train()
@@ -189,7 +192,7 @@ def test_masks_are_of_the_matched_objects_and_copied_for_the_hardest_alone():
 
 def test_precise_statistics_know_every_norm_once():
     """TEST.PRECISE_BN refuses a norm that is called twice in an iteration."""
-    model = build(config("MODEL.ROI_HEADS.NAME", "ChallengeROIHeads", *with_norm("CGBN")))
+    model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ChallengeROIHeads", *with_norm("CGBN")))
     norm = model.roi_heads.box_head.conv1.norm
     seen = []
     norm.register_forward_hook(lambda _, args, __: seen.append(args[0]) if norm.training else None)

@@ -7,7 +7,8 @@ from detectron2.engine.defaults import create_ddp_model
 
 from megdet_d2.memory import STAGES, checkpoint_stages
 from megdet_d2.norm.batch_norm import cgbn_layers
-from tests.test_memory import build, config, differing, images, train_step
+from tests.helpers.bitwise import differing_tensors, images, train_step
+from tests.helpers.models import build, tiny_config
 
 NAMES = ["OHEMROIHeads", "ContextROIHeads", "SegmentationROIHeads", "ChallengeROIHeads"]
 
@@ -21,7 +22,7 @@ def step(model, batch):
 
 def train_without_proposals(rank, name, amp):
     """Rank 1 has no objects, and an RPN that proposes nothing."""
-    cfg = config("MODEL.ROI_HEADS.NAME", name, "MODEL.SEGMENTATION.NORM", "CGBN")
+    cfg = tiny_config("MODEL.ROI_HEADS.NAME", name, "MODEL.SEGMENTATION.NORM", "CGBN")
     batch = images(rank)
     if rank == 1:
         cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 0
@@ -41,7 +42,7 @@ def train_without_proposals(rank, name, amp):
     return {
         "proposals": proposals,
         "unused": unused,
-        "unequal": differing(again, left),
+        "unequal": differing_tensors(again, left),
         "collectives": int(left["all-reduces"]) - 2 * layers,
         "sums": {name: g.double().sum().item() for name, g in gradients.items()},
         "finite": all(g.isfinite().all().item() for g in gradients.values()),

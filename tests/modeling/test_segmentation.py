@@ -8,7 +8,8 @@ from detectron2.utils.events import EventStorage
 
 from megdet_d2.modeling.segmentation import IGNORED, segmentation_loss, semantic_labels
 from megdet_d2.norm.padding import ignore_padding
-from tests.test_memory import build, config, images
+from tests.helpers.bitwise import images
+from tests.helpers.models import build, tiny_config
 
 CLASSES, STRIDE, GRID = 4, 4, (8, 10)
 
@@ -96,7 +97,7 @@ def test_loss_is_a_mean_over_cells_of_images():
 def test_the_loss_is_that_of_the_head_on_the_features(targets):
     """By the config's weight and targets; and the features learn from it."""
     model = build(
-        config(
+        tiny_config(
             "MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", "MODEL.MASK_ON", True,
             "INPUT.MASK_FORMAT", "bitmask", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4,
             "MODEL.SEGMENTATION.TARGETS", targets, "MODEL.SEGMENTATION.LOSS_WEIGHT", 0.3,
@@ -120,9 +121,9 @@ def test_the_loss_is_that_of_the_head_on_the_features(targets):
 
 
 def test_inference_is_stock_and_costs_nothing():
-    stock = build(config()).eval()
+    stock = build(tiny_config()).eval()
     keys = ["MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", "MODEL.SEGMENTATION.NORM", "CGBN"]
-    ours = ignore_padding(build(config(*keys)))
+    ours = ignore_padding(build(tiny_config(*keys)))
     calls = []
     ours.roi_heads.segmentation_head.register_forward_hook(lambda *_: calls.append(1))
     layers = dict(ours.named_modules())
@@ -151,4 +152,4 @@ def test_inference_is_stock_and_costs_nothing():
 def test_errors_name_the_key(key, value, fix):
     keys = ["MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", f"MODEL.SEGMENTATION.{key}", value]
     with pytest.raises(ValueError, match=f"MODEL.SEGMENTATION.{key} is .{value}.*{fix}"):
-        build(config(*keys))
+        build(tiny_config(*keys))

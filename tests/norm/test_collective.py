@@ -11,7 +11,7 @@ import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm import collective
 from megdet_d2.norm.collective import OutOfStepError
-from tests.norm.test_batch_norm import counted_all_reduces
+from tests.helpers.collectives import counted_all_reduces
 
 
 def make_model(channels, algorithm):

@@ -11,27 +11,19 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-import megdet_d2
 from megdet_d2.modeling import fused_resnet
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.collective import OutOfStepError
 from megdet_d2.norm.configure import configure_cgbn
 from megdet_d2.norm.groups import SELF
-from tests.helpers.paths import TINY
+from tests.helpers.models import tiny_config
 
 IMAGES_PER_GPU = 2
 WIDTHS = (64, 33)
 
 
-def config(*overrides):
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_file(TINY)
-    cfg.merge_from_list(list(overrides))
-    return cfg
-
-
-def build(cfg, wrapped=False):
+def build_stock(cfg, wrapped=False):
+    """Detectron2's model, which has yet to be configured."""
     torch.manual_seed(0)
     model = build_model(cfg).train()
     return DistributedDataParallel(model) if wrapped else model
@@ -82,8 +74,8 @@ ALL_KEYS = [
 
 
 def run_plain_loop(rank, world_size, wrapped, group_size, keys):
-    cfg = config(*keys)
-    model = build(cfg, wrapped)
+    cfg = tiny_config(*keys)
+    model = build_stock(cfg, wrapped)
     assert configure_cgbn(model, cfg, IMAGES_PER_GPU) is model
     layers = cgbn_layers(model)
     names = {name for name, _ in bare(model).named_modules()}
@@ -108,7 +100,7 @@ def run_plain_loop(rank, world_size, wrapped, group_size, keys):
 def test_every_key_takes_effect(request, world_size, group_size, keys, wrapped):
     pool = request.getfixturevalue(f"pool{world_size}")
     results = pool.run(run_plain_loop, world_size, wrapped, group_size, keys)
-    cfg = config(*keys)
+    cfg = tiny_config(*keys)
     momentum = 1 - 0.9 ** (1 / cfg.MEGDET.ACCUMULATION_STEPS)
     widths = WIDTHS if cfg.MODEL.CGBN.IGNORE_PADDING else (64, 64)
     for first in range(0, world_size, group_size):
@@ -127,8 +119,8 @@ def test_every_key_takes_effect(request, world_size, group_size, keys, wrapped):
 
 
 def run_two_pass(rank, algorithm):
-    cfg = config("MODEL.CGBN.ALGORITHM", algorithm)
-    model = configure_cgbn(build(cfg), cfg, IMAGES_PER_GPU)
+    cfg = tiny_config("MODEL.CGBN.ALGORITHM", algorithm)
+    model = configure_cgbn(build_stock(cfg), cfg, IMAGES_PER_GPU)
     assert {layer.algorithm for layer in cgbn_layers(model)} == {algorithm}
     try:
         # Rank 1 leaves out the stem: the error has the name and the direction of both.
@@ -146,8 +138,8 @@ def test_errors_name_the_layer_as_in_the_model(pool2, algorithm):
 
 
 def run_again(rank, wrapped):
-    cfg, stock = config(*ALL_KEYS), config()
-    model = build(cfg, wrapped)
+    cfg, stock = tiny_config(*ALL_KEYS), tiny_config()
+    model = build_stock(cfg, wrapped)
     before = hooks(model)
     for _ in range(2):
         configure_cgbn(model, cfg, IMAGES_PER_GPU)
@@ -159,7 +151,7 @@ def run_again(rank, wrapped):
     assert stem_norm(model).valid_region.sizes == [(64, 64), (64, 33)]
 
     configure_cgbn(model, stock, IMAGES_PER_GPU)  # other values: every one of them is undone
-    reference = configure_cgbn(build(stock, wrapped), stock, IMAGES_PER_GPU)
+    reference = configure_cgbn(build_stock(stock, wrapped), stock, IMAGES_PER_GPU)
     assert hooks(model) == hooks(reference) == before
     assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]
     attributes = ("algorithm", "_group_name", "accumulation_steps", "valid_region", "name")
@@ -184,9 +176,9 @@ def test_calling_it_again_gives_the_last_values(pool2, wrapped):
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key_and_changes_nothing(key, value, message):
-    cfg = config(*ALL_KEYS, "MODEL.CGBN.BN_SIZE", -1)
+    cfg = tiny_config(*ALL_KEYS, "MODEL.CGBN.BN_SIZE", -1)
     cfg.merge_from_list([key, value])
-    model = build(cfg)
+    model = build_stock(cfg)
     before = [vars(layer) | {} for layer in cgbn_layers(model)]
     with pytest.raises(ValueError, match=message):
         configure_cgbn(model, cfg, IMAGES_PER_GPU)
@@ -200,15 +192,15 @@ def test_a_config_without_the_keys_is_refused():
 
 
 def test_a_model_without_cgbn_stays_as_it_is():
-    cfg = config("MODEL.CGBN.BN_SIZE", 3, "MODEL.CGBN.IGNORE_PADDING", True)
+    cfg = tiny_config("MODEL.CGBN.BN_SIZE", 3, "MODEL.CGBN.IGNORE_PADDING", True)
     model = torch.nn.BatchNorm2d(3)
     assert configure_cgbn(model, cfg, IMAGES_PER_GPU) is model
     assert not model._forward_pre_hooks
 
 
 def test_in_one_process_the_group_is_the_process():
-    cfg = config("MODEL.CGBN.BN_SIZE", IMAGES_PER_GPU)
-    model = configure_cgbn(build(cfg), cfg, IMAGES_PER_GPU)
+    cfg = tiny_config("MODEL.CGBN.BN_SIZE", IMAGES_PER_GPU)
+    model = configure_cgbn(build_stock(cfg), cfg, IMAGES_PER_GPU)
     assert all(layer.process_group is SELF for layer in cgbn_layers(model))
     step(model, 0)
 
@@ -216,7 +208,7 @@ def test_in_one_process_the_group_is_the_process():
 def test_a_region_that_the_user_has_set_stays():
     from megdet_d2.norm.padding import ValidRegion
 
-    model, region = build(config()), ValidRegion([(64, 64)], (64, 64))
+    model, region = build_stock(tiny_config()), ValidRegion([(64, 64)], (64, 64))
     stem_norm(model).valid_region = region
-    configure_cgbn(model, config(), IMAGES_PER_GPU)
+    configure_cgbn(model, tiny_config(), IMAGES_PER_GPU)
     assert stem_norm(model).valid_region is region

@@ -13,8 +13,8 @@ from torch import nn
 import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm.batch_norm import cgbn_layers
-from tests.norm.test_batch_norm import counted_all_reduces
-from tests.norm.test_registry import tiny_config
+from tests.helpers.collectives import counted_all_reduces
+from tests.helpers.models import thin_config
 
 ALL_CGBN = [
     "MODEL.RESNETS.NORM", "CGBN", "MODEL.FPN.NORM", "CGBN",
@@ -22,7 +22,7 @@ ALL_CGBN = [
 ]  # fmt: skip
 
 
-def build(builder, *args):
+def in_float64(builder, *args):
     """The same weights on every rank, in float64: deep models round differently in float32."""
     torch.manual_seed(0)
     return builder(*args).double().train()
@@ -32,8 +32,11 @@ def build(builder, *args):
 
 
 def make_heads():
-    cfg, features = tiny_config(*ALL_CGBN), ShapeSpec(channels=16, height=7, width=7)
-    box, mask = build(build_box_head, cfg, features), build(build_mask_head, cfg, features)
+    cfg, features = thin_config(*ALL_CGBN), ShapeSpec(channels=16, height=7, width=7)
+    box, mask = (
+        in_float64(build_box_head, cfg, features),
+        in_float64(build_mask_head, cfg, features),
+    )
     return nn.ModuleDict({"box": box, "mask": mask})
 
 
@@ -77,7 +80,7 @@ def image_with_boxes(rank, number):
 
 def run_mask_rcnn(rank):
     """A training step; rank 1's image has no object, so that its mask head has no region."""
-    cfg = tiny_config(
+    cfg = thin_config(
         *ALL_CGBN, "MODEL.MASK_ON", True, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN",
         "MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
     )  # fmt: skip
@@ -122,14 +125,14 @@ def batches():
 
 
 def run_precise_bn(rank):
-    model = megdet_d2.convert_cgbn(build(make_small_model))
+    model = megdet_d2.convert_cgbn(in_float64(make_small_model))
     update_bn_stats(model, list(batches()[:, rank]), num_iters=6)
     assert [layer.momentum for layer in cgbn_layers(model)] == [0.1, 0.1]
     return dict(model.named_buffers())
 
 
 def test_precise_bn_finds_the_layers_and_agrees_on_all_ranks(pool2):
-    plain = build(make_small_model)
+    plain = in_float64(make_small_model)
     update_bn_stats(plain, list(batches().flatten(1, 2)), num_iters=6)
     first, second = pool2.run(run_precise_bn)
     for name, expected in plain.named_buffers():
@@ -144,8 +147,8 @@ def test_precise_bn_finds_the_layers_and_agrees_on_all_ranks(pool2):
 
 
 def make_backbone():
-    cfg = tiny_config(*ALL_CGBN[:4], "MODEL.BACKBONE.FREEZE_AT", 1)
-    return build(build_backbone, cfg)
+    cfg = thin_config(*ALL_CGBN[:4], "MODEL.BACKBONE.FREEZE_AT", 1)
+    return in_float64(build_backbone, cfg)
 
 
 def train(backbone, images, average, steps=3):

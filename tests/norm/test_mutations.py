@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megdet_d2.norm import batch_norm, functional
-from tests.norm.test_batch_norm import (
+from tests.helpers.pooled import (
     PARTS,
     TOLERANCES,
     assert_equals_pooled,

@@ -10,8 +10,7 @@ from torch import nn
 from megdet_d2.engine import Trainer
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 from megdet_d2.norm.padding import ValidRegion, ignore_padding
-from tests.engine import test_trainer as test_engine
-from tests.norm import test_registry
+from tests.helpers.models import retinanet_config, tiny_config
 
 EPS = 1e-3
 # Two images a process, and the size they are padded to, which differs between processes.
@@ -133,8 +132,8 @@ LARGE_KERNEL = ["MODEL.RPN.HEAD_NAME", "LargeKernelRPNHead", "MODEL.LARGE_KERNEL
 @pytest.mark.parametrize(
     "cfg, head",
     [
-        (test_engine.tiny_config(*LARGE_KERNEL), "proposal_generator.rpn_head.conv.norm.3"),
-        (test_registry.retinanet_config("CGBN"), "head.bbox_subnet.4.4"),
+        (tiny_config(*LARGE_KERNEL), "proposal_generator.rpn_head.conv.norm.3"),
+        (retinanet_config("CGBN"), "head.bbox_subnet.4.4"),
     ],
     ids=["large kernel", "RetinaNet"],
 )

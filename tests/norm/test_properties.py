@@ -8,7 +8,7 @@ from torch import nn
 
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm.functional import ALGORITHMS
-from tests.norm.test_batch_norm import (
+from tests.helpers.pooled import (
     TOLERANCES,
     assert_equals_pooled,
     make_inputs,

@@ -10,12 +10,12 @@ from torch import nn
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.groups import SELF
-from tests.norm.test_batch_norm import (
+from tests.helpers.collectives import counted_all_reduces
+from tests.helpers.pooled import (
     EPS,
     MOMENTUM,
     TOLERANCES,
     assert_equals_pooled,
-    counted_all_reduces,
     make_inputs,
     pooled_reference,
     run_layer,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.config import LazyCall, instantiate
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
@@ -19,28 +19,7 @@ from megdet_d2.norm import registry
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.configure import describe_norms
 from megdet_d2.norm.retinanet import separate_retinanet_levels
-
-TINY = [
-    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.WIDTH_PER_GROUP", 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 16,
-    "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"],
-    "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3"],
-    "MODEL.RPN.IN_FEATURES", ["p2", "p3"], "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]],
-    "MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_CONV", 1,
-    "MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 8,
-    "MODEL.ROI_BOX_HEAD.CONV_DIM", 8,
-    "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 8,
-]  # fmt: skip
-
-
-def tiny_config(*overrides):
-    cfg = get_cfg()
-    megdet_d2.add_megdet_config(cfg)
-    cfg.merge_from_list([*TINY, *overrides])
-    return cfg
+from tests.helpers.models import THIN, retinanet_config, thin_config
 
 
 def norms(module):
@@ -50,7 +29,7 @@ def norms(module):
 @pytest.mark.parametrize("freeze_at, frozen", [(0, 0), (2, 11)])
 def test_resnet_and_freeze_at(freeze_at, frozen):
     backbone = build_backbone(
-        tiny_config("MODEL.RESNETS.NORM", "CGBN", "MODEL.BACKBONE.FREEZE_AT", freeze_at)
+        thin_config("MODEL.RESNETS.NORM", "CGBN", "MODEL.BACKBONE.FREEZE_AT", freeze_at)
     )
     assert len(cgbn_layers(backbone)) == 53 - frozen
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()) == frozen
@@ -59,7 +38,7 @@ def test_resnet_and_freeze_at(freeze_at, frozen):
 
 
 def test_fpn_and_heads():
-    cfg = tiny_config(
+    cfg = thin_config(
         "MODEL.FPN.NORM", "CGBN", "MODEL.ROI_BOX_HEAD.NORM", "CGBN",
         "MODEL.ROI_MASK_HEAD.NORM", "CGBN", "MODEL.SEM_SEG_HEAD.NORM", "CGBN",
     )  # fmt: skip
@@ -76,7 +55,7 @@ def test_fpn_and_heads():
 def test_optimizer_gives_norms_their_own_weight_decay():
     from detectron2.solver import build_optimizer
 
-    cfg = tiny_config("MODEL.RESNETS.NORM", "CGBN", "SOLVER.WEIGHT_DECAY_NORM", 0.125)
+    cfg = thin_config("MODEL.RESNETS.NORM", "CGBN", "SOLVER.WEIGHT_DECAY_NORM", 0.125)
     model = build_backbone(cfg)
     decay = {
         id(p): group["weight_decay"]
@@ -112,18 +91,6 @@ def test_installing_again_does_not_wrap_twice():
     from detectron2.layers import get_norm as again
 
     assert again is get_norm and not hasattr(get_norm._megdet_stock, "_megdet_stock")
-
-
-def retinanet_config(norm, device="cpu"):
-    return tiny_config(
-        "MODEL.DEVICE", device,
-        "MODEL.META_ARCHITECTURE", "RetinaNet",
-        "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
-        "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"],
-        "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"],
-        "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]],
-        "MODEL.RETINANET.NORM", norm, "MODEL.RETINANET.NUM_CONVS", 2,
-    )  # fmt: skip
 
 
 def retinanet(norm, device="cpu"):
@@ -188,7 +155,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 import detectron2.modeling.backbone.fpn as fpn, detectron2.layers.batch_norm as home
 cfg = get_cfg()
-cfg.merge_from_list({tiny} + ["MODEL.RESNETS.NORM", "CGBN", "MODEL.FPN.NORM", "CGBN"])
+cfg.merge_from_list({thin} + ["MODEL.RESNETS.NORM", "CGBN", "MODEL.FPN.NORM", "CGBN"])
 n = sum(type(m).__name__ == "CGBN" for m in build_backbone(cfg).modules())
 assert n == 50, n  # 42 above FREEZE_AT 2 in the ResNet, 8 in the FPN
 assert fpn.get_norm is home.get_norm
@@ -216,7 +183,7 @@ ORDERS = {
 
 def test_every_order_of_imports():
     def run(order):
-        code = textwrap.dedent(ORDERS[order]) + CHECK.format(tiny=TINY)
+        code = textwrap.dedent(ORDERS[order]) + CHECK.format(thin=THIN)
         env = dict(os.environ, OMP_NUM_THREADS="1")
         if order == "by the environment":
             env["DETECTRON2_ENV_MODULE"] = "megdet_d2.env"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm.functional import ALGORITHMS
-from tests.norm.test_batch_norm import counted_all_reduces
+from tests.helpers.collectives import counted_all_reduces
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
