@@ -1,7 +1,7 @@
 """MegDet for Detectron2: large mini-batch detector training (Peng et al., CVPR 2018).
 
 Importing the package registers ``NORM: "CGBN"`` and the appendix's backbones and heads in
-Detectron2, by their names; nothing else changes there.
+Detectron2's registries. Nothing else of Detectron2 changes. Every name in ``__all__`` is public.
 """
 
 try:
@@ -22,37 +22,57 @@ except ImportError as error:
 from . import _moved
 from . import modeling as _modeling  # noqa: F401
 from ._version import __version__
-from .config import add_megdet_config
+from .config import add_megdet_config, load_config
+from .engine import Trainer, launch, prepare_config
+from .engine.divergence import DivergenceError
+from .gradient_noise.estimate import GradientNoise
+from .memory import checkpoint_modules, checkpoint_stages
+from .modeling.fused_resnet import fuse_activations
 from .norm import registry as _registry
-from .norm.batch_norm import CrossGPUBatchNorm
+from .norm.batch_norm import CrossGPUBatchNorm, name_layers, set_accumulation_steps
+from .norm.collective import OutOfStepError, raise_if_out_of_step
 from .norm.configure import configure_cgbn, set_bn_size
 from .norm.convert import convert_cgbn, revert_cgbn
+from .norm.padding import ignore_padding
 from .norm.registry import NORM_REGISTRY
+from .norm.retinanet import separate_retinanet_levels
+from .norm.running_statistics import average_statistics, averaged_statistics
 from .schedule.build import build_lr_scheduler, scale_config
 
 __all__ = [
-    "NORM_REGISTRY",
-    "CrossGPUBatchNorm",
-    "Trainer",
     "__version__",
-    "add_megdet_config",
-    "build_lr_scheduler",
+    # Cross-GPU Batch Normalization (§3.3)
+    "CrossGPUBatchNorm",
+    "NORM_REGISTRY",
+    "OutOfStepError",
+    "average_statistics",
+    "averaged_statistics",
     "configure_cgbn",
     "convert_cgbn",
+    "fuse_activations",
+    "ignore_padding",
+    "name_layers",
+    "raise_if_out_of_step",
     "revert_cgbn",
-    "scale_config",
+    "separate_retinanet_levels",
+    "set_accumulation_steps",
     "set_bn_size",
+    # Config, schedule (§3.2, §4) and training
+    "DivergenceError",
+    "Trainer",
+    "add_megdet_config",
+    "build_lr_scheduler",
+    "launch",
+    "load_config",
+    "prepare_config",
+    "scale_config",
+    # Sublinear memory (§4)
+    "checkpoint_modules",
+    "checkpoint_stages",
+    # Measurement (§3.1)
+    "GradientNoise",
 ]
 
 _moved.install()
 _registry.install()
-
-
-def __getattr__(name: str):
-    # detectron2.engine takes seconds to import; a project that only wants the norm never pays for
-    # it.
-    if name == "Trainer":
-        from .engine.trainer import Trainer
-
-        return Trainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _moved.moved(__name__)

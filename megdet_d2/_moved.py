@@ -1,11 +1,14 @@
 """Keeps the names of earlier versions working; each use warns with the new name."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 MODULES = {
@@ -42,6 +45,24 @@ def install() -> None:
         sys.meta_path.append(_OldNames())
 
 
+def moved(package: str) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a package that modules have left.
+
+    It makes ``megdet_d2.engine.guard`` work without an import of that module.
+
+    Args:
+        package: the package's ``__name__``.
+    """
+
+    def find(name: str) -> Any:
+        path = f"{package}.{name}"
+        if not _is_old(path):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(path)
+
+    return find
+
+
 def renamed(module: str, **names: str) -> Callable[[str], Any]:
     """Returns the ``__getattr__`` of a module in which names have changed.
 
@@ -56,27 +77,58 @@ def renamed(module: str, **names: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, new = names[name].rpartition(".")
         home = home or module
-        _warn(f"{module}.{name}", f"{home}.{new}", stacklevel=3)
+        _warn(f"{module}.{name}", f"{home}.{new}")
         return getattr(importlib.import_module(home), new)
 
     return find
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
-    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel + 1)
+def _is_old(path: str) -> bool:
+    package, _, name = path.partition(".")
+    return package == "megdet_d2" and (name in MODULES or name == "analysis")
+
+
+def _warn(old: str, new: str) -> None:
+    # Python shows a DeprecationWarning only where it points to the user's script. The import
+    # system puts a number of frames in between that varies, so no stacklevel fits.
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_machinery(frame.f_code.co_filename):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        f"{old} is now {new}",
+        DeprecationWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _is_machinery(filename: str) -> bool:
+    return filename == __file__ or "importlib" in filename
 
 
 class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, fullname, path=None, target=None):
-        package, _, name = fullname.partition(".")
-        if package == "megdet_d2" and (name in MODULES or name == "analysis"):
-            return importlib.util.spec_from_loader(fullname, self, is_package=name == "analysis")
-        return None
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if not _is_old(fullname):
+            return None
+        is_package = fullname == "megdet_d2.analysis"
+        return importlib.util.spec_from_loader(fullname, self, is_package=is_package)
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         name = module.__name__.partition(".")[2]
         if name == "analysis":  # only the package of the others
+            vars(module)["__getattr__"] = moved(module.__name__)
             return
         new = f"megdet_d2.{MODULES[name]}"
-        _warn(module.__name__, new, stacklevel=2)
-        module.__getattr__ = lambda attribute: getattr(importlib.import_module(new), attribute)
+        _warn(module.__name__, new)
+        vars(module)["__getattr__"] = functools.partial(_get_from, new)
+
+
+def _get_from(module: str, attribute: str) -> Any:
+    return getattr(importlib.import_module(module), attribute)

@@ -1,8 +1,10 @@
-"""``DETECTRON2_ENV_MODULE=megdet_d2.env``: the "CGBN" norm in a script that nobody edited.
+"""Registers the "CGBN" norm in a script that imports no plugin.
 
-Detectron2 imports this module, and the plugin with it, from its own set-up.
+Set ``DETECTRON2_ENV_MODULE=megdet_d2.env``. Detectron2 then imports this module, and with it the
+plugin, from its own set-up: that is, before ``import detectron2`` has come to an end. So no module
+of the plugin may use ``detectron2.__version__``, the only name set after that point.
 """
 
 
 def setup_environment() -> None:
-    """Nothing: the import has registered the norm. Detectron2's own set-up would be circular."""
+    """Does nothing: the import has registered the norm, and Detectron2 wants such a function."""
