@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .functional import ALGORITHMS, cross_gpu_batch_norm
+from .functional import ALGORITHMS, Normalization, dense, statistics
 from .groups import SELF, BNGroup
 from .padding import ValidRegion
 
@@ -133,22 +133,16 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         momentum = self.momentum
         if momentum is not None and self.accumulation_steps > 1:
             momentum = 1 - (1 - momentum) ** (1 / self.accumulation_steps)
-        return cross_gpu_batch_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.num_batches_skipped,
-            momentum,
-            self.eps,
-            self._sync_name(),
-            self.algorithm,
-            self.name,
-            None if self.valid_region is None else self.valid_region.mask(x),
-            residual,
-            relu,
+        x = dense(x)
+        valid = None if self.valid_region is None else self.valid_region.mask(x)
+        group = self._sync_name()
+        mean, var, count = statistics(
+            x.detach(), valid, self.running_mean, self.running_var, self.num_batches_tracked,
+            self.num_batches_skipped, momentum, group, self.algorithm, self.name,
+        )  # fmt: skip
+        invstd = torch.rsqrt(var + self.eps)
+        return Normalization.apply(
+            x, self.weight, self.bias, residual, valid, mean, invstd, count, relu, group, self.name
         )
 
     def _check_input_dim(self, x: Tensor) -> None:

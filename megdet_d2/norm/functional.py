@@ -1,24 +1,26 @@
-"""Algorithm 1 of MegDet (§3.3): batch normalisation over the mini-batch B = B_1 ∪ … ∪ B_n that the
-n processes of a group hold between them.
+"""Algorithm 1 of MegDet (§3.3) as custom operators and an autograd function.
+
+The n processes of a group hold the mini-batch B = B_1 ∪ … ∪ B_n. The layer normalises over it.
 
 Forward, over all |B| values of a channel::
 
     μ_B  = Σ x / |B|            σ²_B = Σ (x - μ_B)² / |B|
     x̂    = (x - μ_B) / √(σ²_B + ε)          y = γ x̂ + β
 
-Backward, with the sums again over the whole of B::
+Backward, with the sums again over the whole of B. The gradients of γ and β are summed over this
+process's B_i only, because DDP averages the gradients of parameters::
 
     dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ · Σ dy x̂ / |B|)
-    dγ = Σ dy x̂     dβ = Σ dy      (over this process's B_i: DDP averages parameters' gradients)
+    dγ = Σ dy x̂     dβ = Σ dy
 
-Each pass over the values is a ``torch.library`` operator, and those with a collective in them take
-their group by name. So ``torch.compile`` traces through them, and selective activation
+Each pass over the values is a ``torch.library`` operator. Operators that communicate take their
+process group by its name. So ``torch.compile`` can trace through them. Selective activation
 checkpointing that saves ``megdet_d2::statistics`` repeats neither a collective nor an update of the
 running statistics.
 
-x is of shape (N, C, *), 2-D to 5-D, contiguous or channels_last, of any floating dtype; N may be 0
-and may differ, as may the sizes behind it, from process to process. Statistics are float32 for
-half precision and float32 inputs, float64 for float64; the sums travel as float64.
+x has the shape (N, C, *), 2-D to 5-D, contiguous or channels_last, and any floating dtype. N may be
+0. N and the sizes after C may differ between processes. Statistics are float64 for a float64 x and
+float32 for any other. The sums are sent as float64.
 """
 
 import torch
@@ -32,76 +34,31 @@ ALGORITHMS = ("one_reduce", "two_pass")
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether x's passes are Triton's kernels, which fuse activations, or ATen's primitives."""
+    """Returns True where Triton's kernels run the passes over x, False where ATen's primitives do.
+
+    Only Triton's kernels fuse the activation.
+    """
     return x.is_cuda and kernels.available()
 
 
-def cross_gpu_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    num_batches_skipped: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    group: str,
-    algorithm: str = "one_reduce",
-    layer: str = "",
-    valid: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """y = CGBN(x), in x's shape and dtype.
-
-    Args:
-        x: (N, C, *), this process's part of the mini-batch; N = 0 is an ordinary part.
-        weight, bias: γ and β, (C,), or None for 1 and 0.
-        running_mean, running_var, num_batches_tracked: updated in place where given, as
-            ``nn.BatchNorm2d`` does (unbiased variance), unless the whole mini-batch has fewer than
-            two values a channel or its statistics are not finite: then they keep what they had.
-        num_batches_skipped: counts the mini-batches for which they did, where there was a value.
-        momentum: weight of the new statistics; None for the cumulative average.
-        eps: ε.
-        group: name of the process group to normalise over; "" for this process alone.
-        algorithm: "one_reduce" sends |B_i|, Σx and Σx² together; "two_pass" is the paper's order, a
-            reduction for μ_B and, from it, another for σ²_B.
-        layer: a name for errors, the same on every process.
-        valid: bool, (N, 1, *): the values that B consists of; None for all. Others are normalised
-            with B's statistics and have no part in them.
-        residual: x's shape and dtype, added to y.
-        relu: y is max(0, ·) of all that.
-
-    Raises:
-        ValueError: on CPU, in every process of the group, where the mini-batch holds one value a
-            channel. On CUDA, where asking would stall the host, such a batch yields β.
-        RuntimeError: the gradient is to be differentiated again, which nothing here supports.
-    """
-    x = _dense(x)
-    mean, var, count = statistics(
-        x.detach(),
-        valid,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        num_batches_skipped,
-        momentum,
-        group,
-        algorithm,
-        layer,
-    )
-    invstd = torch.rsqrt(var + eps)
-    return _Normalization.apply(
-        x, weight, bias, residual, valid, mean, invstd, count, relu, group, layer
-    )
+def dense(x: Tensor) -> Tensor:
+    """Returns x if it is contiguous or channels_last, and a contiguous copy otherwise."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.is_contiguous() or (
+        x.dim() in layouts and x.is_contiguous(memory_format=layouts[x.dim()])
+    ):
+        return x
+    return x.contiguous()
 
 
 def _operator(mutates: tuple[str, ...] = ()):
-    """Makes a function the operator ``megdet_d2::<its name>``, for every device.
+    """Returns a decorator that makes a function the operator ``megdet_d2::<name>`` on all devices.
 
-    ``torch.library.custom_op`` does the same with four times the overhead a call, which a detector
-    makes some hundreds of in a step.
+    ``torch.library.custom_op`` does the same with four times the overhead per call. A detector
+    makes hundreds of these calls per step.
+
+    Args:
+        mutates: names of the arguments that the function changes in place.
     """
 
     def define(function):
@@ -131,7 +88,29 @@ def statistics(
     algorithm: str,
     layer: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """μ_B and σ²_B (C,) in the statistics' dtype, and |B| (1,) in float64: lines 1 to 10."""
+    """Returns μ_B and σ²_B of each channel, and |B|: lines 1 to 10 of Algorithm 1.
+
+    Args:
+        x: (N, C, *), this process's part B_i of the mini-batch. N may be 0.
+        valid: bool, (N, 1, *), true at the values that belong to B; None if all do.
+        running_mean, running_var: (C,), updated in place, or None. They keep their values where the
+            mini-batch has fewer than two values per channel, or statistics that are not finite.
+        num_batches_tracked: counts the mini-batches that updated them.
+        num_batches_skipped: counts the mini-batches that had values and did not update them.
+        momentum: weight of the new statistics; None for the cumulative average.
+        group: name of the process group to normalise over; "" for this process alone.
+        algorithm: "one_reduce" sends |B_i|, Σx and Σx² together. "two_pass" follows the paper: a
+            reduction for μ_B and, from it, a second one for σ²_B.
+        layer: the layer's name, for errors; the same on every process.
+
+    Returns:
+        μ_B and σ²_B, (C,), in the statistics' dtype; |B|, (1,), float64.
+
+    Raises:
+        ValueError: on CPU, in every process of the group: B has one value per channel. On CUDA this
+            check would stall the host, so such a batch yields β.
+        OutOfStepError: the processes are in different layers; see ``collective``.
+    """
     n, sums, squares = _local_sums(x, valid)
     if algorithm == "one_reduce":
         count, sums, squares = all_reduce(group, layer, "forward", n, sums, squares)
@@ -168,7 +147,14 @@ def _(x, valid, running_mean, running_var, tracked, skipped, momentum, group, al
 def normalize(
     x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """Line 11: y = (x - μ_B) · scale + β with scale = γ / √(σ²_B + ε), and what follows it."""
+    """Returns y = (x - μ_B) · scale + β with scale = γ / √(σ²_B + ε): line 11 of Algorithm 1.
+
+    Args:
+        x: (N, C, *); y has its shape, dtype and layout.
+        mean, scale, bias: (C,), in the statistics' dtype.
+        residual: x's shape and dtype, added to y; or None.
+        relu: returns max(0, y).
+    """
     if x.numel() == 0:
         return torch.empty_like(x)
     return _arithmetic(x).normalize(x, mean, scale, bias, residual, relu)
@@ -182,8 +168,23 @@ def _(x, mean, scale, bias, residual, relu):
 # --- backward ------------------------------------------------------------------------------------
 
 
-class _Normalization(torch.autograd.Function):
-    """Line 11 and its gradient, which goes through μ_B and σ²_B to the values of all processes."""
+class Normalization(torch.autograd.Function):
+    """Line 11 of Algorithm 1 with its gradient, which includes the paths through μ_B and σ²_B.
+
+    Args of ``apply``:
+        x: (N, C, *), contiguous or channels_last, see ``dense``.
+        weight, bias: γ and β, (C,), or None for 1 and 0.
+        residual: x's shape and dtype, added to y; or None.
+        valid: as in ``statistics``. The other values are normalised with the statistics of B, and
+            their dy has no influence on them.
+        mean, invstd: μ_B and 1 / √(σ²_B + ε), (C,).
+        count: |B|, (1,), float64.
+        relu: y is max(0, ·) of the result.
+        group, layer: as in ``statistics``.
+
+    Raises:
+        RuntimeError: the gradient is differentiated a second time, which is not supported.
+    """
 
     @staticmethod
     def forward(
@@ -194,7 +195,7 @@ class _Normalization(torch.autograd.Function):
         if residual is not None:
             residual = aten.like_layout(residual, x)
         y = normalize(x, mean, scale, shift, residual, relu)
-        # Whether y > 0 is read from y, unless a kernel that reads x anyway can tell by x alone.
+        # The backward needs the sign of y. It reads y, unless a kernel computes it from x.
         ctx.mask_dy_first = relu and (valid is not None or not use_triton(x))
         mask = y if relu and (ctx.mask_dy_first or residual is not None) else None
         ctx.save_for_backward(x, valid, mean, invstd, scale, shift, count, mask)
@@ -209,8 +210,8 @@ class _Normalization(torch.autograd.Function):
         relu = ctx.relu
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
-        # The collective is unconditional: whether x needs a gradient may differ between processes
-        # (one without proposals builds its empty input itself), and a peer must never wait in vain.
+        # The collective is unconditional, because needs_x may differ between processes: one without
+        # proposals makes an empty input that needs no gradient. Its peers would wait for ever.
         sums, means = gradient_sums(
             dy, x, mean, invstd, scale, shift, relu, y, count, ctx.group, ctx.layer
         )
@@ -244,10 +245,20 @@ def gradient_sums(
     group: str,
     layer: str,
 ) -> tuple[Tensor, Tensor]:
-    """Σ dy and Σ dy x̂ over this process's B_i, then both over B divided by |B|; each (2, C).
+    """Returns Σ dy and Σ dy x̂ over this process's B_i, and both sums over B divided by |B|.
 
-    With ``relu`` dy is zeroed where the output was not positive: by y, or without y by the output
-    computed again from x.
+    Args:
+        dy: x's shape, any floating dtype.
+        x, mean, invstd, count, group, layer: as in ``Normalization``.
+        scale, bias: as in ``normalize``.
+        relu: sets dy to 0 where the output was not positive.
+        y: the output, to read its sign. Without y the output is computed again from x.
+
+    Returns:
+        two tensors (2, C) in the statistics' dtype.
+
+    Raises:
+        OutOfStepError: the processes are in different layers; see ``collective``.
     """
     if x.numel() == 0:
         sums = mean.new_zeros(2, x.shape[1])
@@ -277,10 +288,15 @@ def input_gradient(
     y: Tensor | None,
     needs_residual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), in x's shape, dtype and layout.
+    """Returns dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), and the gradient of the residual.
 
-    With ``relu`` dy is masked as in ``gradient_sums``; the masked dy is then the second result,
-    which is empty unless it is asked for.
+    Args:
+        dy, x, mean, invstd, scale, bias, relu, y: as in ``gradient_sums``.
+        means: (2, C), mean_dy = Σ dy / |B| and mean_dy_xhat = Σ dy x̂ / |B|.
+        needs_residual: returns the masked dy of ``relu`` too.
+
+    Returns:
+        both in x's shape, dtype and layout; the second one is empty without ``needs_residual``.
     """
     mean_dy, mean_dy_xhat = means
     nothing = x.new_empty(0)
@@ -303,7 +319,7 @@ def _(dy, x, mean, invstd, scale, bias, means, relu, y, needs_residual):
 
 
 def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
-    """Moves the running statistics towards those of B, if B has them: see cross_gpu_batch_norm."""
+    """Moves the running statistics towards those of B, as described in ``statistics``."""
     n = count.item()
     if n == 1:
         raise ValueError(
@@ -312,7 +328,7 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
         )
     if running_mean is None:
         return
-    # Unbiased, and as they are to be kept: a module in half precision cannot hold every variance.
+    # Unbiased, in the buffers' dtype: a variance may overflow in a module of half precision.
     new = torch.stack((mean, var * (n / max(n - 1, 1)))).to(running_mean.dtype)
     if n > 1 and new.abs().max().item() < torch.inf:
         tracked += 1
@@ -324,7 +340,10 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
 
 
 def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
-    """The same with `where` for `if`: the host never waits to learn |B|. One value is no error."""
+    """Does the same with ``where`` in place of ``if``, so that the host never waits for |B|.
+
+    A mini-batch of one value is no error here.
+    """
     if running_mean is None:
         return
     n = count.squeeze(0)
@@ -339,7 +358,7 @@ def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mea
         running.copy_(torch.where(keep, running.lerp(value, factor), running))
 
 
-# --- what one process contributes ----------------------------------------------------------------
+# --- the part of one process ---------------------------------------------------------------------
 
 
 def _arithmetic(x: Tensor):
@@ -347,13 +366,13 @@ def _arithmetic(x: Tensor):
 
 
 def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """|B_i| (1,), Σ x and Σ x² (C,) over B_i, float64."""
+    """Returns |B_i| (1,), Σ x (C,) and Σ x² (C,) over B_i, float64."""
     if x.numel() == 0:
         return tuple(x.new_zeros(size, dtype=torch.float64) for size in (1, *2 * [x.shape[1]]))
     if valid is None:
         sums, squares = _arithmetic(x).power_sums(x)
         return sums.new_full((1,), x.numel() // x.shape[1]), sums, squares
-    # Plain passes, which never ask the device how many values there are.
+    # Plain passes: the host never waits for the number of values.
     n = valid.sum(dtype=torch.float64).view(1)
     dims = [d for d in range(x.dim()) if d != 1]
     sums = torch.where(valid, x, 0).sum(dims, dtype=torch.float64)
@@ -362,13 +381,3 @@ def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     pivot = pivot.double()
     squares = centred.square_().sum(dims, dtype=torch.float64)
     return n, sums, squares + pivot * (2 * sums - n * pivot)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself where the primitives take its layout as it is, a contiguous copy otherwise."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.is_contiguous() or (
-        x.dim() in layouts and x.is_contiguous(memory_format=layouts[x.dim()])
-    ):
-        return x
-    return x.contiguous()

@@ -1,7 +1,14 @@
-"""Wrong layers have to turn the suite red: a mutant is the real source with one line changed."""
+"""Checks that wrong layers turn the suite red; a mutant is the real source with one place changed.
 
+A place is found by the syntax tree: a function of ``functional`` and a node in it. So a change of
+layout, of comments or of the code around it does not break a mutant.
+"""
+
+import ast
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,59 +24,167 @@ from tests.helpers.pooled import (
 )
 
 SOURCE = Path(functional.__file__).read_text()
-FORWARD = 'all_reduce(group, layer, "forward", n, sums, squares)'
-BACKWARD = 'all_reduce(group, layer, "backward", sums.double().flatten())'
-LOCAL_SUMS = "    n, sums, squares = _local_sums(x, valid)\n"
+
+
+class Mutant(NamedTuple):
+    """A change: in ``function``, every node that ``at`` accepts becomes ``change(node)``."""
+
+    function: str
+    at: Callable[[ast.AST], bool]
+    change: Callable[[ast.AST], ast.AST | list]
+    places: int = 1
+
+
+def call_of(name, *, having=None):
+    """Accepts calls of ``name``, with the constant ``having`` among their arguments."""
+
+    def accepts(node):
+        return (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == name
+            and (having is None or having in [getattr(arg, "value", None) for arg in node.args])
+        )
+
+    return accepts
+
+
+def operation(operator, left):
+    """Accepts ``left <operator> anything``."""
+
+    def accepts(node):
+        return (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, operator)
+            and ast.unparse(node.left) == left
+        )
+
+    return accepts
+
+
+def expression(code):
+    return ast.parse(code, mode="eval").body
+
+
+def parts_of(call):
+    """The vectors that an all_reduce adds up: all after group, layer and direction."""
+    return call.args[3:]
+
+
+def divide_by_count(call):
+    n = ast.unparse(parts_of(call)[0])
+    call.args[3:] = [expression(f"{ast.unparse(part)} / {n}") for part in parts_of(call)]
+    return call
+
+
+def without_reduction(call):
+    return ast.Tuple(parts_of(call), ast.Load())
+
+
+def divide_by_local_count(division):
+    division.right = expression("x.numel() // x.shape[1]")
+    return division
+
+
+def return_total_first(statement):
+    statement.value.elts[0] = expression("total.to(mean.dtype).view(2, -1)")
+    return statement
+
+
+def drop_last_argument(call):
+    call.args[-1] = expression(f"0 * {ast.unparse(call.args[-1])}")
+    return call
+
+
+def reduce_over_world(call):
+    call.args[0] = expression("torch.distributed.group.WORLD.group_name")
+    return call
+
+
+def statement_of(accepts):
+    return lambda node: isinstance(node, ast.Expr) and accepts(node.value)
+
+
+FORWARD = call_of("all_reduce", having="forward")
+BACKWARD = call_of("all_reduce", having="backward")
+UNBIASED = operation(ast.Mult, "var")
 MUTANTS = {
-    "none": ("", ""),
-    "ranks weighted equally": (
-        FORWARD,
-        'all_reduce(group, layer, "forward", n / n, sums / n, squares / n)',
+    "none": None,
+    # Both algorithms reduce in the forward; the suite below runs the first.
+    "ranks weighted equally": Mutant("statistics", FORWARD, divide_by_count, places=2),
+    "statistics of this process alone": Mutant("statistics", FORWARD, without_reduction, places=2),
+    "biased running variance": Mutant("_update_on_host", UNBIASED, lambda node: node.left),
+    "running statistics updated twice": Mutant(
+        "_update_on_host",
+        statement_of(call_of("running_var.lerp_")),
+        lambda statement: [statement, statement],
     ),
-    "statistics of this process alone": (FORWARD, "n, sums, squares"),
-    "biased running variance": ("var * (n / max(n - 1, 1))", "var"),
-    "running statistics updated twice": (
-        "        running_mean.lerp_(",
-        "        running_var.lerp_(new[1], factor)\n        running_mean.lerp_(",
+    "backward reduction left out": Mutant("gradient_sums", BACKWARD, without_reduction),
+    "local count in the backward": Mutant(
+        "gradient_sums", operation(ast.Div, "total"), divide_by_local_count
     ),
-    "backward reduction left out": (BACKWARD, "(sums.double().flatten(),)"),
-    "local count in the backward": (
-        "(total / count.clamp(min=1))",
-        "(total / (x.numel() // x.shape[1]))",
+    "gradient of γ summed over ranks": Mutant(
+        "gradient_sums", lambda node: isinstance(node, ast.Return), return_total_first
     ),
-    "gradient of γ summed over ranks": (
-        "return sums, (total",
-        "return total.to(mean.dtype).view(2, -1), (total",
+    "x̂ left out of dx": Mutant(
+        "input_gradient", call_of("aten.input_gradient"), drop_last_argument
     ),
-    "x̂ left out of dx": (
-        "scale, mean_dy, mean_dy_xhat), nothing",
-        "scale, mean_dy, 0 * mean_dy_xhat), nothing",
-    ),
-    "the world instead of the group": (
-        LOCAL_SUMS,
-        "    group = torch.distributed.group.WORLD.group_name\n" + LOCAL_SUMS,
-    ),
+    "the world instead of the group": Mutant("statistics", FORWARD, reduce_over_world, places=2),
 }
 
 
+class Mutator(ast.NodeTransformer):
+    def __init__(self, mutant: Mutant):
+        self.mutant, self.places = mutant, 0
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        if not self.mutant.at(node):
+            return node
+        self.places += 1
+        return self.mutant.change(node)
+
+
+def mutate(name) -> str:
+    """The source of the mutant; fails where it has not the places that it is to change."""
+    tree, mutant = ast.parse(SOURCE), MUTANTS[name]
+    if mutant is not None:
+        functions = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == mutant.function
+        ]
+        assert len(functions) == 1, f"{mutant.function} is not one function of functional.py"
+        mutator = Mutator(mutant)
+        mutator.visit(functions[0])
+        assert mutator.places == mutant.places, (
+            f"{name!r} has {mutator.places} places in {mutant.function}, not {mutant.places}: "
+            "describe the one that is there now"
+        )
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
 def run_mutant(rank, name, xs, dys, group_size):
-    old, new = MUTANTS[name]
-    source = SOURCE.replace(old, new, 1) if old else SOURCE
-    # Operators of its own, or they would replace the real ones.
+    # It has its own operators, or they would replace the real ones.
     mutant = types.ModuleType("megdet_d2.norm.mutant")
     mutant.__package__ = "megdet_d2.norm"
     space = f"mutant{list(MUTANTS).index(name)}_{group_size or 0}"
-    source = source.replace("megdet_d2::", f"{space}::").replace("ops.megdet_d2", f"ops.{space}")
+    source = mutate(name).replace("megdet_d2::", f"{space}::")
+    source = source.replace("ops.megdet_d2", f"ops.{space}")
     exec(compile(source, "mutant", "exec"), mutant.__dict__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_norm, "cross_gpu_batch_norm", mutant.cross_gpu_batch_norm)
+        for part in ("statistics", "Normalization"):
+            patch.setattr(batch_norm, part, getattr(mutant, part))
         return run_layer(rank, xs, dys, "one_reduce", group_size, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_another_program(name):
+    same = mutate(name) == ast.unparse(ast.parse(SOURCE))
+    assert same == (MUTANTS[name] is None)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_layer_turns_the_suite_red(pool4, name):
-    old, _ = MUTANTS[name]
-    assert old in SOURCE, "the mutant's line is not in the source any more: mutate its successor"
     xs, dys = make_inputs(PARTS["unequal N"])
     results = pool4.run(run_mutant, name, xs, dys, 2)
 
