@@ -1,1 +1,1 @@
-"""Reads finished runs and draws them."""
+"""Reads finished runs and draws them: curves, tables and detections, as PNG files and a page."""

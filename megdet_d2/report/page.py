@@ -1,12 +1,16 @@
-"""One HTML page that holds everything itself, pictures too: it opens without a network."""
+"""Writes one HTML page that contains its pictures and needs no network."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-# One column on a phone, as many as fit on a wide screen; a wide table scrolls in its own frame, and
-# a picture never leaves it.
+# A picture (the path of a PNG file), a line of text, or a table: its rows, which need not have the
+# same columns.
+Content = Path | str | Sequence[Mapping[str, str]]
+
+# One column on a phone, as many as fit on a wide screen. A wide table scrolls in its own frame, and
+# pictures shrink to the width of their column.
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -34,12 +38,11 @@ th:first-child, td:first-child {{ text-align: left; }}
 """
 
 
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, object]]) -> Path:
-    """Writes the page.
+def write_page(path: Path, title: str, sections: Sequence[tuple[str, Content]]) -> Path:
+    """Writes the page and returns ``path``.
 
     Args:
-        sections: heading and content each: a ``Path`` to a PNG, a table as a list of dicts with
-            equal keys, or a line of text.
+        sections: a heading and its content each.
     """
     parts = [
         f"<section{'' if isinstance(content, Path) else ' class=wide'}>"
@@ -50,7 +53,7 @@ def write_page(path: Path, title: str, sections: Sequence[tuple[str, object]]) -
     return path
 
 
-def _render(heading: str, content) -> str:
+def _render(heading: str, content: Content) -> str:
     if isinstance(content, Path):
         data = base64.b64encode(content.read_bytes()).decode()
         return f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'

@@ -24,11 +24,11 @@ pytest.importorskip("sklearn", reason="the digits need the demo extra")
 import megdet_d2
 from megdet_d2 import add_megdet_config
 from megdet_d2.cli import main
+from megdet_d2.data import register_datasets
 from megdet_d2.engine.sample_ratio import COLUMNS
-from megdet_d2.report import command as report
-from megdet_d2.report import plots as compare
+from megdet_d2.report import plots, tables
 from megdet_d2.report.page import write_page
-from megdet_d2.report.run import Run
+from megdet_d2.report.run import Run, labels, read_metrics
 from megdet_d2.schedule.build import images_per_epoch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -56,7 +56,7 @@ def run(tmp_path, monkeypatch):
     cfg.DATASETS.DIGITS.NUM_VAL = 4
     (run / "config.yaml").write_text(cfg.dump())
 
-    report.register_datasets(cfg)
+    register_datasets(cfg)
     results = [
         # The results count the categories as the annotation json does: from 1.
         {
@@ -88,7 +88,7 @@ def pixels(path):
 
 
 def test_rows_with_nan_are_sorted_into_training_and_evaluation(run):
-    train_rows, eval_rows = report.read_metrics(run)
+    train_rows, eval_rows = read_metrics(run)
     assert [row["iteration"] for row in train_rows] == [19, 39]
     assert [(row["iteration"], row["bbox/AP"]) for row in eval_rows] == [(9, 10.0), (40, 20.5)]
     assert math.isnan(eval_rows[0]["bbox/APm"]) and math.isnan(train_rows[0]["loss_rpn_cls"])
@@ -105,7 +105,7 @@ def test_detectron2s_own_writer_is_understood(tmp_path):
             if iteration != 1:
                 writer.write()
     writer.close()
-    train_rows, eval_rows = report.read_metrics(tmp_path)
+    train_rows, eval_rows = read_metrics(tmp_path)
     assert [row["iteration"] for row in train_rows] == [0, 2, 3]
     assert [(row["iteration"], row["bbox/AP"]) for row in eval_rows] == [(1, 1.0), (3, 3.0)]
 
@@ -113,7 +113,7 @@ def test_detectron2s_own_writer_is_understood(tmp_path):
 def test_a_resumed_runs_rows_replace_the_older_and_a_torn_line_is_left_out(run, caplog):
     with open(run / "metrics.json", "a") as file:
         file.write('{"iteration": 59, "total\n' + TRAIN_ROW % (39, 7.0) + TRAIN_ROW % (59, 6.0))
-    train_rows, eval_rows = report.read_metrics(run)
+    train_rows, eval_rows = read_metrics(run)
     assert [(row["iteration"], row["total_loss"]) for row in train_rows] == [
         (19, 2.0),
         (39, 7.0),
@@ -124,31 +124,31 @@ def test_a_resumed_runs_rows_replace_the_older_and_a_torn_line_is_left_out(run, 
 
 
 def test_curves_show_the_values(run):
-    path = report.plot_curves(run, run / "curves.png")
+    path = plots.plot_curves(run, run / "curves.png")
     assert path == run / "curves.png"
     before = pixels(path)
     assert before.shape == (900, 1000, 3) and len(np.unique(before)) > 50
     metrics = run / "metrics.json"
     metrics.write_text(metrics.read_text().replace("20.5", "35.5"))
-    changed = (pixels(report.plot_curves(run, run / "curves.png")) != before).any(axis=(1, 2))
+    changed = (pixels(plots.plot_curves(run, run / "curves.png")) != before).any(axis=(1, 2))
     assert changed[600:].any() and not changed[:520].any()  # the AP's panel alone
 
 
 @pytest.mark.parametrize("row", [TRAIN_ROW % (19, 2.0), EVAL_ROW % ("NaN", 40)])
 def test_a_run_without_evaluation_or_without_losses_has_curves_and_a_summary(run, row):
     (run / "metrics.json").write_text(row)
-    assert report.plot_curves(run, run / "curves.png").is_file()
-    assert "metrics.json" in report.summarize(run)
+    assert plots.plot_curves(run, run / "curves.png").is_file()
+    assert "metrics.json" in tables.summarize(run)
 
 
 def test_detections_are_drawn_beside_the_truth(run):
-    path = report.draw_detections(run, run / "detections.png", num_images=4)
+    path = plots.draw_detections(run, run / "detections.png", num_images=4)
     assert path == run / "detections.png"
     drawn = pixels(path)
     assert drawn.shape[1] == 1400 and len(np.unique(drawn)) > 50
 
     write_results(run, [])
-    empty = pixels(report.draw_detections(run, run / "detections.png", num_images=4))
+    empty = pixels(plots.draw_detections(run, run / "detections.png", num_images=4))
     columns = (drawn != empty).any(axis=(0, 2))
     assert columns[350:700].any() and columns[1050:].any()
     assert not columns[:350].any() and not columns[700:1050].any()  # the truth stays
@@ -157,24 +157,24 @@ def test_detections_are_drawn_beside_the_truth(run):
 def test_detections_below_the_threshold_are_not_drawn(run):
     results = read_results(run)
     write_results(run, [])
-    empty = pixels(report.draw_detections(run, run / "detections.png"))
+    empty = pixels(plots.draw_detections(run, run / "detections.png"))
     write_results(run, [result | {"score": 0.49} for result in results])
-    assert np.array_equal(pixels(report.draw_detections(run, run / "detections.png")), empty)
+    assert np.array_equal(pixels(plots.draw_detections(run, run / "detections.png")), empty)
 
 
 def test_labels_are_the_names_of_the_jsons_category_ids(run, monkeypatch):
-    labels = []
-    monkeypatch.setattr(report, "_draw_box", lambda axes, box, index, label: labels.append(label))
-    report.draw_detections(run, run / "detections.png", num_images=4)
-    truth = sorted(label for label in labels if "." not in label)
-    assert truth and truth == sorted(label.split()[0] for label in labels if "." in label)
-    assert {label.split()[1] for label in labels if "." in label} == {"0.90"}
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_box", lambda axes, box, index, label: drawn.append(label))
+    plots.draw_detections(run, run / "detections.png", num_images=4)
+    truth = sorted(label for label in drawn if "." not in label)
+    assert truth and truth == sorted(label.split()[0] for label in drawn if "." in label)
+    assert {label.split()[1] for label in drawn if "." in label} == {"0.90"}
 
 
 def test_one_image_and_more_than_there_are(run):
-    assert pixels(report.draw_detections(run, run / "detections.png", num_images=1)).shape[1] == 700
+    assert pixels(plots.draw_detections(run, run / "detections.png", num_images=1)).shape[1] == 700
     assert (
-        pixels(report.draw_detections(run, run / "detections.png", num_images=99)).shape[1] == 1400
+        pixels(plots.draw_detections(run, run / "detections.png", num_images=99)).shape[1] == 1400
     )
 
 
@@ -207,7 +207,7 @@ def test_an_empty_file_is_named_with_the_command_that_fills_it(run, name):
 
 def test_no_images_are_refused(run):
     with pytest.raises(ValueError, match="--images is 0"):
-        report.draw_detections(run, run / "detections.png", num_images=0)
+        plots.draw_detections(run, run / "detections.png", num_images=0)
 
 
 def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
@@ -220,7 +220,7 @@ def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
-        report.plot_curves(run, run / "curves.png")
+        plots.plot_curves(run, run / "curves.png")
 
 
 # --- several runs, and the page ------------------------------------------------------------------
@@ -292,12 +292,12 @@ def test_a_decay_that_was_not_reached_is_not_drawn(tmp_path):
     """Detectron2's default STEPS, 30,000, would stretch the axis of a short training."""
     folder = write_run(tmp_path / "a", batch_size=8)
     config = (folder / "config.yaml").read_text()
-    before = pixels(compare.plot_accuracy([Run.read(folder)], tmp_path / "a.png"))
+    before = pixels(plots.plot_accuracy([Run.read(folder)], tmp_path / "a.png"))
     cfg = Run.read(folder).cfg
     cfg.SOLVER.STEPS = (*cfg.SOLVER.STEPS, 30_000)
     (folder / "config.yaml").write_text(cfg.dump())
     assert config != cfg.dump()
-    after = pixels(compare.plot_accuracy([Run.read(folder)], tmp_path / "b.png"))
+    after = pixels(plots.plot_accuracy([Run.read(folder)], tmp_path / "b.png"))
     assert np.array_equal(before, after)
 
 
@@ -340,7 +340,7 @@ def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
     done, _ = run.series("time")
     assert done.tolist() == [10, 20, 30, 40, 50, 60, 80, 100, 110]
     assert run.hours() * 3600 == pytest.approx(100 * 0.5 + 60 * 0.75)
-    assert report.plot_curves(folder, folder / "curves.png").is_file()
+    assert plots.plot_curves(folder, folder / "curves.png").is_file()
     assert run.throughput()[1].tolist() == pytest.approx([32] * 5 + [32 / 0.75] * 4)
 
     unfinished = [*before, {"iteration": 41, "bbox/AP": 12.0}]
@@ -379,13 +379,13 @@ def test_epochs_of_a_policy_without_a_count_of_images():
 
 def test_runs_are_told_apart_by_their_paths(tmp_path):
     runs = [Run.read(write_run(tmp_path / name / "seed1")) for name in ("b16", "b256")]
-    assert compare.labels(runs) == ["b16/seed1", "b256/seed1"]
-    assert compare.labels(runs[:1]) == ["seed1"]
+    assert labels(runs) == ["b16/seed1", "b256/seed1"]
+    assert labels(runs[:1]) == ["seed1"]
 
 
 def test_the_overview_has_the_runs_numbers(tmp_path):
     runs = [Run.read(write_run(tmp_path / "a")), Run.read(write_run(tmp_path / "b", 32, ap=40.0))]
-    a, b = compare.overview(runs)
+    a, b = tables.overview(runs)
     assert (a["batch"], a["BN size"], a["AP"], a["AP50"], a["AP75"]) == (
         "16", "8", "30.0", "60.0", "15.0",
     )  # fmt: skip
@@ -396,9 +396,9 @@ def test_the_overview_has_the_runs_numbers(tmp_path):
 @pytest.mark.parametrize("change", ["ap", "seconds"])
 def test_accuracy_is_drawn_over_epochs_and_over_hours(tmp_path, change):
     a = Run.read(write_run(tmp_path / "a"))
-    before = pixels(compare.plot_accuracy([a, a], tmp_path / "before.png"))
+    before = pixels(plots.plot_accuracy([a, a], tmp_path / "before.png"))
     b = Run.read(write_run(tmp_path / "b", **{change: {"ap": 25.0, "seconds": 0.3}[change]}))
-    after = pixels(compare.plot_accuracy([a, b], tmp_path / "after.png"))
+    after = pixels(plots.plot_accuracy([a, b], tmp_path / "after.png"))
     columns = (before != after)[:400].any(axis=(0, 2))
     assert columns[600:].any()
     # Time changes nothing over epochs.
@@ -407,11 +407,11 @@ def test_accuracy_is_drawn_over_epochs_and_over_hours(tmp_path, change):
 
 def test_table_1_is_drawn_and_tabulated_beside_the_papers(tmp_path):
     plain = Run.read(write_run(tmp_path / "a"))
-    assert compare.plot_samples([plain], tmp_path / "none.png") is None
-    assert compare.table1([plain]) == []
+    assert plots.plot_samples([plain], tmp_path / "none.png") is None
+    assert tables.table1([plain]) == []
     run = Run.read(write_run(tmp_path / "b", 256, samples=[(1, 5.0), (2, 7.0), (6, 9.0)]))
-    assert compare.plot_samples([plain, run], tmp_path / "samples.png").is_file()
-    first, sixth = compare.table1([plain, run])
+    assert plots.plot_samples([plain, run], tmp_path / "samples.png").is_file()
+    first, sixth = tables.table1([plain, run])
     assert (first["epoch"], first["RPN, of sums"], first["RPN, mean"]) == ("1", "5.00", "6.00")
     assert (first["R-CNN, of sums"], first["paper, 16"], first["paper, 256"]) == (
         "33.00", "5.58", "9.82",
