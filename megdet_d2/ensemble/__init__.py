@@ -1,1 +1,1 @@
-"""Evaluates several detectors and fuses their boxes."""
+"""Evaluates several detectors, or their saved results, and fuses their boxes into one set."""

@@ -1,21 +1,26 @@
-"""Boxes of several detectors of one image into one set, by the package ensemble-boxes."""
+"""Fuses the boxes that several detectors find in an image, by the package ensemble-boxes."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# Method: boxes of one class that overlap by more are taken for one object.
+# The methods, each with its default threshold: boxes of one class that overlap more are one object.
 IOU_THRESHOLDS = {"wbf": 0.55, "soft-nms": 0.5, "nms": 0.5}
-# Pixels over the image's edge that are rounding.
+# Pixels. A box that reaches less far over the image's edge does so by rounding.
 _TOLERANCE = 1e-2
 
 
 def load_ensemble_boxes() -> ModuleType:
-    """The package; an ``ImportError`` that says how to install it where there is none."""
+    """Imports and returns the package ensemble-boxes.
+
+    Raises:
+        ImportError: it is not installed; the message has the command to install it.
+    """
     try:
         import ensemble_boxes
     except ImportError as e:
@@ -24,7 +29,7 @@ def load_ensemble_boxes() -> ModuleType:
 
 
 def fuse(
-    models: Sequence[Sequence[Mapping]],
+    models: Sequence[Sequence[Mapping[str, Any]]],
     sizes: Mapping[int | str, tuple[float, float]],
     *,
     method: str = "wbf",
@@ -32,34 +37,42 @@ def fuse(
     weights: Sequence[float] | None = None,
     skip_box_threshold: float = 0.0,
     detections_per_image: int = 100,
-) -> list[dict]:
-    """Detections of several models, in COCO's result format, as those of one.
+) -> list[dict[str, Any]]:
+    """Returns one set of detections, in COCO's result format, from those of several models.
 
-    "wbf", weighted boxes fusion (Solovyev et al., 2021): boxes of one class are clustered; a
-    cluster's box is the mean weighted by the scores, its score their mean, times the part of the
-    models that are in it. "soft-nms" (Bodla et al., 2017, Eq. 2): a score is multiplied by 1 - IoU
-    with each better box that it overlaps. "nms": a box that overlaps a better one is left out. The
-    last two scale the scores by the weights.
+    * "wbf", weighted boxes fusion (Solovyev et al., 2021), clusters the boxes of a class. The box
+      of a cluster is the mean weighted by the scores. Its score is the mean score times the share
+      of the models that have a box in the cluster.
+    * "soft-nms" (Bodla et al., 2017, Eq. 2) multiplies a score by 1 - IoU for each better box that
+      the box overlaps.
+    * "nms" leaves out a box that overlaps a better one.
+
+    The last two multiply the scores of a model by its weight over the largest weight.
 
     Args:
-        models: results of each model: dicts of image_id, category_id, bbox (XYWH in pixels) and
-            score. Of score 0, or without area inside the image, they are left out.
+        models: the results of each model: dicts of image_id, category_id, bbox (x, y, width,
+            height in pixels) and score. Boxes of score 0, or without area inside the image, are
+            left out.
         sizes: (width, height) of each image in pixels.
-        weights: one a model, above 0; None for equal ones.
+        iou_threshold: boxes of one class that overlap more are one object.
+        weights: one per model, above 0; by default all are equal.
+        skip_box_threshold: boxes with a lower score are left out.
+        detections_per_image: the most that are kept.
 
     Returns:
-        At most ``detections_per_image`` an image, by falling score; boxes inside the image.
+        The detections by image, in the order of falling scores; the boxes are inside the image.
 
     Raises:
-        ValueError: a method there is not. ImportError: ensemble-boxes is not installed.
+        ValueError: ``method`` is unknown.
+        ImportError: ensemble-boxes is not installed.
     """
     if method not in IOU_THRESHOLDS:
         raise ValueError(f"method is {method!r}; use one of {', '.join(IOU_THRESHOLDS)}")
-    weights = np.ones(len(models)) if weights is None else np.asarray(weights, dtype=float)
-    by_image: dict = {}
+    factors = np.ones(len(models)) if weights is None else np.asarray(weights, dtype=float)
+    by_image: dict[int | str, list[list[Mapping[str, Any]]]] = {}
     for number, results in enumerate(models):
         for result in results:
-            # A mean weighted by scores of 0 is none.
+            # The mean of a cluster whose scores are all 0 would be 0 / 0.
             if result["score"] >= max(skip_box_threshold, np.finfo(float).tiny):
                 lists = by_image.setdefault(result["image_id"], [[] for _ in models])
                 lists[number].append(result)
@@ -78,7 +91,7 @@ def fuse(
             boxes.append(inside[keep] / scale)
             scores.append(np.array([result["score"] for result in results], dtype=float)[keep])
             labels.append(np.array([r["category_id"] for r in results], dtype=int)[keep])
-        found = _fuse_image(boxes, scores, labels, weights, method, iou_threshold)
+        found = _fuse_image(boxes, scores, labels, factors, method, iou_threshold)
         best = sorted(zip(*found, strict=True), key=lambda item: -item[1])[:detections_per_image]
         for box, score, label in best:
             x1, y1, x2, y2 = (box.clip(0, 1) * scale).tolist()
@@ -98,31 +111,45 @@ def fuse(
     return fused
 
 
-def _fuse_image(boxes, scores, labels, weights, method: str, iou_threshold: float):
-    """(n, 4) boxes, (n,) scores and (n,) labels from a list of each; corners as parts of 1."""
+_Detections = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(n, 4) boxes as corners in parts of the image, (n,) scores and (n,) labels."""
+
+
+def _fuse_image(
+    boxes: list[np.ndarray],
+    scores: list[np.ndarray],
+    labels: list[np.ndarray],
+    weights: np.ndarray,
+    method: str,
+    iou_threshold: float,
+) -> _Detections:
+    """Fuses the detections in one image; each list has one array per model."""
     package = load_ensemble_boxes()
     if not any(map(len, boxes)):
         return np.zeros((0, 4)), np.zeros(0), np.zeros(0)
     if method == "wbf":
-        # The package's default counts boxes for models: two of one model would be worth two.
+        # The package's default counts boxes instead of models: two boxes of one model count twice.
         return package.weighted_boxes_fusion(
             boxes, scores, labels, weights, iou_threshold, conf_type="box_and_model_avg"
         )
-    # The package would divide by the weights' sum: the scores of four equal models by four.
+    # The package would divide by the sum of the weights: the scores of four equal models by four.
     scores = [s * w / weights.max() for s, w in zip(scores, weights, strict=True)]
-    return _suppress(*map(np.concatenate, (boxes, scores, labels)), method, iou_threshold)
+    joined = np.concatenate(boxes), np.concatenate(scores), np.concatenate(labels)
+    return _suppress(joined, method, iou_threshold)
 
 
-def _suppress(boxes, scores, labels, method: str, iou_threshold: float):
-    # The package's soft_nms returns the scores as they were, so that duplicates stay on top. Its
-    # inner function writes the new ones into what it gets, in the order of what it returns. That
-    # does plain NMS too, without the package's second implementation, which is compiled first.
+def _suppress(detections: _Detections, method: str, iou_threshold: float) -> _Detections:
+    # The package's soft_nms returns the scores as they were, so duplicates keep their rank. Its
+    # inner function writes the new scores into its argument, in the order of what it returns. It
+    # also does plain NMS, for which the package otherwise compiles a second implementation.
     from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float
 
+    boxes, scores, labels = detections
     number = {"soft-nms": 1, "nms": 3}[method]
     found = []
     for label in np.unique(labels):
         own, decayed = boxes[labels == label], scores[labels == label].copy()
         keep = cpu_soft_nms_float(own, decayed, iou_threshold, sigma=0, thresh=0, method=number)
         found.append((own[keep], decayed[decayed > 0], np.full(len(keep), label)))
-    return tuple(map(np.concatenate, zip(*found, strict=True)))
+    kept_boxes, kept_scores, kept_labels = map(np.concatenate, zip(*found, strict=True))
+    return kept_boxes, kept_scores, kept_labels

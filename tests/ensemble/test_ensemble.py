@@ -16,7 +16,7 @@ pytest.importorskip("ensemble_boxes", reason="fusion needs the ensemble extra")
 from megdet_d2.cli import main
 from megdet_d2.data import register_datasets
 from megdet_d2.engine import Trainer
-from megdet_d2.ensemble.command import METRICS, evaluate, read_annotations, to_table
+from megdet_d2.ensemble.evaluation import METRICS, evaluate, read_annotations, to_table
 from megdet_d2.ensemble.fusion import IOU_THRESHOLDS, fuse
 from tests.helpers import training
 
@@ -337,11 +337,11 @@ CASES = {
     "no results": "is not a list of COCO results",
     "no json": "is not json",
     "no file": "There is no .*nothing.json",
-    "no source": "Overrides go behind the flags",
+    "no source": "Overrides come after the flags",
     "no weights file": "There is no .*model_final.pth",
     "other classes": r"The classes of model 2 are \['b'\], of the first \['a'\]",
     "no ground truth": "add --annotations JSON, or --dataset NAME",
-    "annotations and a model": "--annotations goes with result files alone",
+    "annotations and a model": "--annotations is for json files as sources, without overrides",
     "weights": r"--weights is \[1.0\] for 2 sources",
     "threshold": "--iou-threshold is 1.5",
     "overwritten": "would overwrite the source",
