@@ -25,7 +25,7 @@ from ._version import __version__
 from .config import add_megdet_config, load_config
 from .engine import Trainer, launch, prepare_config
 from .engine.divergence import DivergenceError
-from .gradient_noise.estimate import GradientNoise
+from .gradient_noise.hook import GradientNoise
 from .memory import checkpoint_modules, checkpoint_stages
 from .modeling.fused_resnet import fuse_activations
 from .norm import registry as _registry

@@ -1,1 +1,1 @@
-"""Measures the variance and the noise scale of the gradient (Equations 2 to 4)."""
+"""Measures the variance and the noise scale of the gradient (§3.1, Equations 2 to 4)."""

@@ -1,15 +1,13 @@
-"""``megdet variance``: measures Equations 2 to 4 on a config's data, at given weights.
-
-megdet variance configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml \\
-    MODEL.WEIGHTS output/demo/model_final.pth
-"""
+"""Runs ``megdet variance``: measures Equations 2 to 4 on a config's data, at its weights."""
 
 import argparse
 import csv
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
@@ -18,29 +16,75 @@ from tqdm import tqdm
 
 from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, prepare_config
-from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 from megdet_d2.report.style import make_figure, tidy
 
 from .estimate import WHOLE, Fit, fit, measure_pairs
 
 
-def measure(
-    cfg: CfgNode, sizes: list[int], pairs: int, bn_size: int
-) -> dict[str, dict[int, list[tuple[float, float]]]]:
-    """Pairs by module and N: see ``noise.measure_pairs``. Shows a bar of the images done.
+def run(args: argparse.Namespace) -> None:
+    """Runs the command with the arguments of ``megdet_cli.variance``.
+
+    Raises:
+        FileNotFoundError, ValueError: the config or a flag is wrong, or the gradient of the whole
+            model does not vary.
+    """
+    _check_flags(args)
+    cfg = load_config(args.config, args.opts)
+    bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
+    bn_size = args.images_per_forward or bn_size
+    # These keys fit the training's mini-batch and processes. Here N is the mini-batch, and there is
+    # one process.
+    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY = -1, ""
+    prepare_config(cfg, opts=args.opts)
+    output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
+    output.mkdir(parents=True, exist_ok=True)
+    pairs = measure(cfg, args.sizes, args.pairs, bn_size)
+    _write_csv(pairs, output / "variance.csv")
+    fits = fit_modules(pairs)
+    plot(fits, output / "variance.png")
+    text = (
+        f"# {args.config}\n\nWeights: {cfg.MODEL.WEIGHTS or 'random'}. {args.pairs} pairs of mini-"
+        f"batches for each N, forward in parts of up to {bn_size} images.\n\n{to_table(fits)}\n\n"
+        "The critical batch is about the noise scale: far below it, a k times larger mini-batch "
+        "needs k times fewer steps; far above it, nearly as many.\n\n"
+        f"{to_update_table(fits[WHOLE])}\n"
+    )
+    (output / "variance.md").write_text(text)
+    print(text)
+    print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.pairs < 2 or len(set(args.sizes)) < 2 or min(args.sizes) < 1:
+        raise ValueError(
+            f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval needs 2 pairs, a slope "
+            "needs 2 different sizes, from 1"
+        )
+    if args.images_per_forward is not None and args.images_per_forward < 1:
+        raise ValueError(f"--images-per-forward is {args.images_per_forward}; give 1 or more")
+
+
+Pairs = dict[int, list[tuple[float, float]]]
+"""For each N the (½|a - b|², a·b) of its pairs."""
+
+
+def measure(cfg: CfgNode, sizes: Sequence[int], pairs: int, bn_size: int) -> dict[str, Pairs]:
+    """Returns the pairs of each module, see ``measure_pairs``; shows a bar of the images done.
 
     Args:
-        cfg: prepared; MODEL.WEIGHTS "" measures at the random initialisation.
-        bn_size: images of a forward.
+        cfg: prepared. With MODEL.WEIGHTS "" the model has its random initialisation.
+        sizes: mini-batches N.
+        pairs: number of pairs per size.
+        bn_size: images per forward pass.
     """
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 0)
     model = Trainer.build_model(cfg)
-    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    # One at a time, so that a mini-batch of any size is drawn from the one shuffled stream.
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    # The loader gives one image at a time, so that mini-batches of all sizes come from one stream.
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = 1
     images = itertools.chain.from_iterable(build_detection_train_loader(cfg))
-    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    found: dict[str, Pairs] = {}
     with tqdm(total=2 * pairs * sum(sizes), unit=" images", dynamic_ncols=True) as bar:
         for size, sums in measure_pairs(model, images, sizes, pairs, bn_size):
             for module, pair in sums.items():
@@ -49,8 +93,34 @@ def measure(
     return found
 
 
-def to_table(fits: dict[str, Fit]) -> str:
-    """A row a module: slope and noise scale, each with its interval of 95 %."""
+def fit_modules(pairs: Mapping[str, Pairs]) -> dict[str, Fit]:
+    """Returns the fit of each module, that of the whole model first.
+
+    It prints the name of a module that it leaves out, because its gradient does not vary.
+
+    Raises:
+        ValueError: the whole model cannot be fitted.
+    """
+    fits = {WHOLE: fit(pairs[WHOLE])}
+    for module, of_module in pairs.items():
+        try:
+            fits[module] = fit(of_module)
+        except ValueError as error:
+            print(f"{module} is left out: {error}")
+    return fits
+
+
+def _write_csv(pairs: Mapping[str, Pairs], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("module", "images", "half_squared_difference", "dot_product"))
+        for module, by_size in pairs.items():
+            for size, values in by_size.items():
+                writer.writerows((module, size, *value) for value in values)
+
+
+def to_table(fits: Mapping[str, Fit]) -> str:
+    """Returns a Markdown table of slope and noise scale per module, with 95 % intervals."""
     rows = [
         {
             "module": module,
@@ -65,7 +135,11 @@ def to_table(fits: dict[str, Fit]) -> str:
 
 
 def to_update_table(whole: Fit) -> str:
-    """A row a mini-batch: Var(g_N), and whether r̂ = k r keeps the variance of the update."""
+    """Returns a Markdown table of Var(g_N) per mini-batch and of the variance of the update.
+
+    The latter is relative to k steps of the smallest mini-batch (Equation 4), for three scaling
+    rules of the learning rate.
+    """
     linear = whole.update_variances()
     least = min(linear)
     rows = [
@@ -82,8 +156,8 @@ def to_update_table(whole: Fit) -> str:
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
 
 
-def plot(fits: dict[str, Fit], path: Path) -> None:
-    """Var(g_N) against N with error bars and the paper's slope, and the update's variance."""
+def plot(fits: Mapping[str, Fit], path: Path) -> None:
+    """Draws Var(g_N) against N with error bars and the paper's slope, and the update's variance."""
     figure = make_figure(11, 4.5)
     variance, update = figure.subplots(1, 2)
     for number, (module, f) in enumerate(fits.items()):
@@ -107,49 +181,3 @@ def plot(fits: dict[str, Fit], path: Path) -> None:
     figure.legend(frameon=False, fontsize=8, title="slope", loc="outside right upper")
     update.set_ylim(bottom=0)
     figure.savefig(path)
-
-
-def run(args: argparse.Namespace) -> None:
-    """The command."""
-    if args.pairs < 2 or len(set(args.sizes)) < 2 or min(args.sizes) < 1:
-        raise ValueError(
-            f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval takes 2 pairs, a slope "
-            "2 different sizes, from 1"
-        )
-    if args.images_per_forward is not None and args.images_per_forward < 1:
-        raise ValueError(f"--images-per-forward is {args.images_per_forward}; give 1 or more")
-    cfg = load_config(args.config, args.opts)
-    bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
-    bn_size = args.images_per_forward or bn_size
-    # Of the training's mini-batch and processes: here N is the mini-batch, on one process.
-    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY = -1, ""
-    prepare_config(cfg, opts=args.opts)
-    output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
-    output.mkdir(parents=True, exist_ok=True)
-    pairs = measure(cfg, args.sizes, args.pairs, bn_size)
-    with open(output / "variance.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("module", "images", "half_squared_difference", "dot_product"))
-        for module, by_size in pairs.items():
-            for size, values in by_size.items():
-                writer.writerows((module, size, *value) for value in values)
-    modules = [WHOLE, *(module for module in pairs if module != WHOLE)]
-    fits = {}
-    for module in modules:
-        try:
-            fits[module] = fit(pairs[module])
-        except ValueError as error:
-            if module == WHOLE:
-                raise
-            print(f"{module} is left out: {error}")
-    plot(fits, output / "variance.png")
-    text = (
-        f"# {args.config}\n\nWeights: {cfg.MODEL.WEIGHTS or 'random'}. {args.pairs} pairs of mini-"
-        f"batches for each N, forward in parts of up to {bn_size} images.\n\n{to_table(fits)}\n\n"
-        "The critical batch is about the noise scale: far below it a k times larger mini-batch "
-        "needs k times fewer steps, far above it nearly as many.\n\n"
-        f"{to_update_table(fits[WHOLE])}\n"
-    )
-    (output / "variance.md").write_text(text)
-    print(text)
-    print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")

@@ -19,13 +19,13 @@ from megdet_d2.gradient_noise.command import measure, to_update_table
 from megdet_d2.gradient_noise.estimate import (
     WHOLE,
     Fit,
-    GradientNoise,
     compare,
     fit,
     gradient,
     measure_pairs,
     module_of,
 )
+from megdet_d2.gradient_noise.hook import GradientNoise
 from tests.helpers import training
 from tests.helpers.paths import TINY
 
