@@ -1,13 +1,14 @@
-"""COCO-Detection/megdet_R50_FPN_b16_normal.yaml as a LazyConfig.
+"""Defines COCO-Detection/megdet_R50_FPN_b16_normal.yaml as a LazyConfig.
 
-For Detectron2's own script, tools/lazyconfig_train_net.py in its checkout:
+It is for Detectron2's own script, tools/lazyconfig_train_net.py in its checkout:
 
     python lazyconfig_train_net.py --num-gpus 8 --config-file .../megdet_R50_FPN_b16_normal.py
 
-This file imports megdet_d2, so nothing else is needed. The script knows no BN size: statistics are
-over every image on the machine, the paper's 16 with 2 images on each of 8 GPUs. For another, call
-``megdet_d2.set_bn_size(model, bn_size, images_per_gpu)`` where the script has built the model. From
-several machines it saves the first one's running statistics; ``megdet_d2.Trainer`` averages them.
+This file imports megdet_d2, so the script needs no change. The script does not set a BN size:
+statistics are over every image on the machine. With 2 images on each of 8 GPUs these are the
+paper's 16. For another BN size, call ``megdet_d2.set_bn_size(model, bn_size, images_per_gpu)`` as
+soon as the script has built the model. With several machines the script saves the running
+statistics of the first one; ``megdet_d2.Trainer`` averages them.
 
 The batch size decides the learning rate and the schedule: change it here, not on the command line.
 """
@@ -24,7 +25,7 @@ EPOCH_IMAGES = 118_000
 
 
 def lazy_lr_multiplier(schedule: scaling.Schedule):
-    """The warm-up and the decays of ``schedule``, as multiples of ``schedule.base_lr``."""
+    """Returns warm-up and decays of ``schedule``, as multiples of ``schedule.base_lr``."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=list(schedule.values),
@@ -61,4 +62,4 @@ train = model_zoo.get_config("common/train.py").train
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 train.output_dir = "output/lazy_megdet_R50_FPN_b16_normal"
 train.max_iter = schedule.max_iter
-train.checkpointer.period = train.eval_period = 7375  # an epoch, 118,000 / 16
+train.checkpointer.period = train.eval_period = 7375  # one epoch: 118,000 / 16

@@ -1,6 +1,6 @@
-"""COCO-Detection/megdet_R50_FPN_b256_normal.yaml as a LazyConfig: 16 machines of 8 GPUs.
+"""Defines COCO-Detection/megdet_R50_FPN_b256_normal.yaml as a LazyConfig, for 128 GPUs.
 
-To launch it, see megdet_R50_FPN_b16_normal.py.
+megdet_R50_FPN_b16_normal.py describes how to launch it, here on 16 machines of 8 GPUs.
 """
 
 from megdet_d2.schedule import scaling
@@ -24,4 +24,4 @@ optimizer.lr = schedule.base_lr  # 0.32
 
 train.output_dir = "output/lazy_megdet_R50_FPN_b256_normal"
 train.max_iter = schedule.max_iter  # 5,070
-train.checkpointer.period = train.eval_period = 461  # an epoch, 118,000 / 256
+train.checkpointer.period = train.eval_period = 461  # one epoch: 118,000 / 256
