@@ -50,7 +50,8 @@ def read_config(run: str | Path) -> CfgNode:
     cfg = load_config()
     cfg.set_new_allowed(True)  # so that keys of other plugins can be read
     try:
-        cfg.merge_from_file(str(path))
+        # A run writes plain values. Detectron2's default would run code of a stranger's folder.
+        cfg.merge_from_file(str(path), allow_unsafe=False)
     except (AssertionError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no config ({error}); {TRAIN.format(run=run)}") from None
     return cfg

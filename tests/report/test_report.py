@@ -288,6 +288,14 @@ def test_a_config_that_was_cut_off_is_named(run):
             main(["report", str(run)])
 
 
+def test_a_run_of_a_stranger_runs_no_code(run, tmp_path):
+    tag = f"!!python/object/apply:os.mkdir [{tmp_path / 'ran'}]"
+    (run / "config.yaml").write_text(f"MODEL: {{WEIGHTS: {tag}}}\nVERSION: 2\n")
+    with pytest.raises(SystemExit, match="config.yaml is no config"):
+        main(["report", str(run)])
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_decay_that_was_not_reached_is_not_drawn(tmp_path):
     """Detectron2's default STEPS, 30,000, would stretch the axis of a short training."""
     folder = write_run(tmp_path / "a", batch_size=8)
