@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 from megdet_d2 import add_megdet_config
 from tests.helpers.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SECTIONS = "MODEL|MEGDET|SOLVER|TEST|INPUT|DATASETS|DATALOADER"
 FOLDERS = "configs|tests|benchmarks|docs|megdet_d2"
 MODULES = "ablation|data|engine|ensemble|gradient_noise|modeling|norm|report|schedule"
