@@ -6,8 +6,10 @@ import re
 
 import pytest
 from detectron2.config import get_cfg
+from PIL import Image
 
 from megdet_d2 import add_megdet_config
+from scripts import config_page, readme_plot
 from tests.helpers.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -53,3 +55,63 @@ def test_what_a_page_names_is_there(page):
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(found(r"`make ([a-z-]+)", page)) <= targets
+
+
+def test_the_keys_page_has_the_comments_of_config_py():
+    page = (ROOT / "docs/config.md").read_text()
+    source = (ROOT / "megdet_d2/config.py").read_text()
+    assert page == config_page.render(page, source), "run  python scripts/config_page.py"
+    cfg = get_cfg()
+    add_megdet_config(cfg)
+    for part in ("MODEL.CGBN", "MODEL.SUBLINEAR", "MODEL.OHEM", "MEGDET", "DATASETS.DIGITS"):
+        for key in functools.reduce(getattr, part.split("."), cfg):
+            assert f"`{part}.{key}" in page
+
+
+def test_a_comment_describes_the_keys_below_it():
+    source = '''
+def add_megdet_config(cfg):
+    """Adds keys."""
+    if "A" in cfg:
+        return
+    # --- One thing: read by X|Y. See MODEL.MASK_ON
+    # for more -----
+    cfg.A = CN()
+    # Both are
+    # *counted*.
+    cfg.A.LOW = 0
+    cfg.A.HIGH = (1, 2)
+    cfg.A.PLAIN = CN()
+    # A sentence.
+    cfg.A.LAST = "x"
+'''
+    assert config_page.tables(source) == (
+        "\n## One thing: read by X\\|Y\n\nSee `MODEL.MASK_ON` for more.\n\n"
+        "| key | default | meaning |\n|---|---|---|\n"
+        "| `A.LOW`<br>`A.HIGH` | `0`<br>`(1, 2)` | Both are \\*counted\\*. |\n"
+        "| `A.LAST` | `'x'` | A sentence. |"
+    )
+
+
+def test_readme_fits_its_limit_and_its_pictures_are_small():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    for picture in (ROOT / "docs/assets").iterdir():
+        assert picture.stat().st_size < 150_000
+
+
+def test_the_plot_is_drawn_from_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
+    curves = readme_plot.read_curves(readme_plot.SOURCE)
+    assert {len(aps) for row in readme_plot.ROWS for aps in curves[row].values()} == {3}
+    with Image.open(readme_plot.draw(tmp_path / "plot.png")) as drawn:
+        with Image.open(readme_plot.OUTPUT) as committed:
+            assert drawn.size == committed.size
+
+
+def test_tests_that_a_page_names_are_there():
+    page = (ROOT / "docs/reliability.md").read_text()
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    for name in re.findall(r"`(?:test_\w+\.py::)?(test_\w+)(?:\.\.\.|\[\w+\])?`", page):
+        assert any(f"def {name}" in source for source in sources), name
+    for name in re.findall(r"`(?:tests/[\w/]+/)?(test_\w+\.py)", page):
+        assert list((ROOT / "tests").rglob(name)), name
