@@ -6,7 +6,7 @@ DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 TODAY := $(shell date +%F)
 
-.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint types
+.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint types docs
 
 setup: $(VENV)/.ready
 
@@ -69,3 +69,8 @@ lint: setup
 
 types: setup
 	@$(PY) -m mypy
+
+# The site, into output/site; `python -m http.server -d output/site` shows it. NO_MKDOCS_2_WARNING silences a
+# notice about the theme's successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -W ignore -m mkdocs build -q --strict
