@@ -1,19 +1,19 @@
-"""Where synchronized batch norms are exact, and what they do where they are not.
+"""Measures how exact synchronized batch norms are, and what they do on unusual inputs.
 
     python benchmarks/exactness.py
     python benchmarks/exactness.py --rows empty checkpoint --output result.json
 
-CGBN, Detectron2's NaiveSyncBatchNorm in both its modes and torch's SyncBatchNorm, each on the same
-inputs, against batch norm of the pooled mini-batch in float64. Every cell comes from processes of
-its own, which live no longer than it: some norms hang or abort, and that is a result too.
+It compares CGBN, Detectron2's NaiveSyncBatchNorm in both modes and torch's SyncBatchNorm with batch
+norm of the pooled mini-batch in float64, on the same inputs. Each cell of the table starts new
+processes, which end with it: some norms hang or abort, and that is a result too.
 
-Three errors stand in most cells, each the largest over channels and ranks: of y in standard
-deviations, of dx as a part of the largest |dx|, of running_var as a part of itself. Inputs stand in
-their own dtype and the reference takes what is there, so rounding of inputs is nobody's error.
+Most cells have three errors, each the largest over channels and ranks: of y in standard deviations,
+of dx relative to the largest |dx|, of running_var relative to its value. The reference gets the
+inputs as rounded to their dtype, so this rounding is no error of a norm.
 
-The CPU is measured always, a GPU too where there is one: by NCCL with a GPU for each process, by
-gloo where processes have to share one. SyncBatchNorm takes CPU tensors in one process and in
-evaluation only. Writes a table, and with --output all answers as JSON.
+The benchmark always runs on CPU, and also on a GPU if there is one: by NCCL if every process has a
+GPU, by gloo if processes share one. SyncBatchNorm takes CPU tensors only in one process and in
+evaluation. It prints a table, and with --output writes all answers as JSON.
 """
 
 import argparse
@@ -30,11 +30,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,10 +61,10 @@ NORMS = {
     "NaiveSync N": partial(NaiveSyncBatchNorm, stats_mode="N"),
     "SyncBatchNorm": nn.SyncBatchNorm,
 }
-COLLECTIVE_TIMEOUT = 10  # seconds, after which the backend ends a wait; its default is 30 minutes
+COLLECTIVE_TIMEOUT = 10  # seconds until the backend gives up waiting; its default is 30 minutes
 HANGS = f"hangs, until the backend's limit of {COLLECTIVE_TIMEOUT} s"
 LOST = "loses its peer"
-LIMIT = 60  # seconds, after which a cell's processes are ended
+LIMIT = 60  # seconds until the processes of a cell are killed
 C = 8
 EQUAL = [(2, C, 12, 10)] * 3
 UNEQUAL = [(2, C, 12, 20), (3, C, 16, 10), (1, C, 6, 14)]
@@ -71,33 +72,40 @@ LARGE = [(2, C, 64, 48)] * 3
 ONE_EMPTY = [(2, C, 12, 10), (0, C, 12, 10)]
 
 
-# --- the measurements: each is called in every process, with the norm and the device ------------
+# --- the measurements: every process calls one, with the norm and the device --------------------
+
+Make = Callable[..., nn.Module]
+Figures = dict[str, Any]
+"""What a process reports: numbers or short texts by name."""
 
 
 def pool_error(
-    make: Callable[..., nn.Module],
+    make: Make,
     device: torch.device,
-    shapes: list[tuple] = EQUAL,
+    shapes: Sequence[tuple[int, ...]] = EQUAL,
     dtype: torch.dtype = torch.float32,
     mean: float = 0.0,
     std: float = 1.0,
     differ: float = 0.0,
     steps: int = 1,
     groups: list[list[int]] | None = None,
-    **options,
-) -> dict:
-    """Errors against the pooled batch of all ranks, or of the rank's group, after ``steps``."""
+    **options: Any,
+) -> Figures:
+    """Returns errors against the pooled batch of all ranks, or of the rank's group.
+
+    They are those of the last of ``steps``.
+    """
     rank, members = comm.get_rank(), list(range(comm.get_world_size()))
     if groups is not None:
         made = {tuple(ranks): dist.new_group(ranks) for ranks in groups}
         members = next(ranks for ranks in groups if rank in ranks)
         options["process_group"] = made[tuple(members)]
-    layer = make(C, **options).to(device)
+    layer: Any = make(C, **options).to(device)
     options.pop("process_group", None)
     reference = nn.BatchNorm1d(C, **options).double()
     for norm in (layer, reference):
         if norm.running_var is not None:
-            norm.running_var.zero_()  # so that one step shows all digits of it
+            norm.running_var.zero_()  # so that the error of one step is not hidden by the start
     for i in range(steps):
         xs, dys = random_parts(shapes, dtype, mean, std, differ, seed=i)
         y, dx = forward_backward(layer, xs[rank].to(device), dys[rank].to(device))
@@ -119,20 +127,21 @@ def pool_error(
     return errors
 
 
-def counts(make, device) -> dict:
-    """num_batches_tracked after three steps, and the biased variance told from the unbiased."""
-    layer = make(C).to(device)
+def counts(make: Make, device: torch.device) -> Figures:
+    """Returns num_batches_tracked after three steps, and the error of the unbiased variance."""
+    layer: Any = make(C).to(device)
     layer.running_var.zero_()
     xs, dys = random_parts([(1, C, 2, 2)] * dist.get_world_size())
     for _ in range(3):
         forward_backward(layer, xs[dist.get_rank()].to(device), dys[dist.get_rank()].to(device))
-    # Three steps with the same x and momentum 0.1, from 0.
+    # Expected after three steps with the same x and momentum 0.1, from 0.
     var = (1 - 0.9**3) * torch.cat([by_channel(x) for x in xs]).var(0)
     error = largest(layer.running_var.double().cpu() / var - 1)
     return {"num_batches_tracked": f"{layer.num_batches_tracked} of 3", "running_var": error}
 
 
-def all_empty(make, device) -> dict:
+def all_empty(make: Make, device: torch.device) -> Figures:
+    """Returns what a step without any image changes."""
     layer = make(C).to(device)
     before = copy.deepcopy(layer.state_dict())
     empty = torch.zeros(0, C, 4, 4, device=device)
@@ -145,8 +154,9 @@ def all_empty(make, device) -> dict:
     }
 
 
-def one_inf(make, device) -> dict:
-    layer = make(C).to(device)
+def one_inf(make: Make, device: torch.device) -> Figures:
+    """Returns what a step with one infinite value does to the running statistics."""
+    layer: Any = make(C).to(device)
     x = torch.randn(2, C, 4, 4, device=device)
     forward_backward(layer, x, x)
     before = copy.deepcopy(layer.state_dict())
@@ -162,8 +172,8 @@ def one_inf(make, device) -> dict:
     return {"running statistics": state, "counted": "no" if skipped is None else int(skipped)}
 
 
-def collectives(make, device, channels: int) -> dict:
-    """Name and size of each collective, by the bytes of the buffer that it fills."""
+def collectives(make: Make, device: torch.device, channels: int) -> Figures:
+    """Returns the name of each collective and the bytes of the buffer that it fills."""
     layer = make(channels).to(device)
     x = torch.randn(2, channels, 4, 4, device=device, requires_grad=True)
     with recorded_collectives() as forward:
@@ -173,8 +183,8 @@ def collectives(make, device, channels: int) -> dict:
     return {"forward": ", ".join(forward), "backward": ", ".join(backward)}
 
 
-def host_waits(make, device) -> dict:
-    """How often the host waits for the device, forward and backward."""
+def host_waits(make: Make, device: torch.device) -> Figures:
+    """Returns how often the host waits for the device, forward and backward."""
     layer = make(C).to(device)
     x = torch.randn(2, C, 16, 16, device=device, requires_grad=True)
     dy = torch.randn_like(x)
@@ -190,49 +200,51 @@ def host_waits(make, device) -> dict:
     return {"forward": len(forward), "backward": len(backward)}
 
 
-def checkpointed(make, device, selective: bool) -> dict | str:
-    """Updates of the running statistics, and collectives, of one step under checkpointing."""
-    options = {}
+def checkpointed(make: Make, device: torch.device, selective: bool) -> Figures | str:
+    """Returns the updates of the running statistics and the collectives of a checkpointed step."""
+    options: dict[str, Any] = {}
     if selective:
         if make is not CrossGPUBatchNorm:
             return "has no operator to save"
         options["context_fn"] = partial(create_selective_checkpoint_contexts, save_statistics)
-    layer = make(C, momentum=0.5).to(device)
+    layer: Any = make(C, momentum=0.5).to(device)
     x = (torch.rand(EQUAL[0]) + 1).to(device).requires_grad_()
     everyone = x.detach().mean((0, 2, 3))
     dist.all_reduce(everyone)
     with recorded_collectives() as calls:
         y = checkpoint(nn.Sequential(layer, nn.ReLU()), x, use_reentrant=False, **options)
         y.sum().backward()
-    # k updates with momentum 1/2, from 0, leave (1 - 2^-k) of the mean.
+    # After k updates with momentum 1/2, from 0, the running mean is (1 - 2^-k) times the mean.
     left = 1 - (layer.running_mean / (everyone / dist.get_world_size())).mean()
     return {"updates": round(-math.log2(left)), "collectives": len(calls)}
 
 
-def save_statistics(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def save_statistics(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tells torch's checkpointing to save the result of CGBN's statistics operator."""
     if op is torch.ops.megdet_d2.statistics.default:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compiled(make, device) -> dict:
-    """torch.compile(fullgraph=True): how many graphs, and the errors of what they compute."""
+def compiled(make: Make, device: torch.device) -> Figures:
+    """Returns the errors under torch.compile(fullgraph=True), and the number of graphs."""
     counter = CompileCounterWithBackend("aot_eager")
 
-    def make_compiled(*args, **options):
+    def make_compiled(*args: Any, **options: Any) -> Any:
         return torch.compile(make(*args, **options), fullgraph=True, backend=counter)
 
     return {**pool_error(make_compiled, device), "graphs": counter.frame_count}
 
 
-def evaluation(make, device) -> dict:
+def evaluation(make: Make, device: torch.device) -> Figures:
+    """Returns the difference from BatchNorm2d in evaluation."""
     x = torch.randn(EQUAL[0], device=device)
     expected = nn.BatchNorm2d(C).to(device).eval()(x)
     return {"difference from BatchNorm2d": largest(make(C).to(device).eval()(x) - expected)}
 
 
-def double_backward(make, device) -> dict:
-    """The gradient of Σ dx², relative to its largest value."""
+def double_backward(make: Make, device: torch.device) -> Figures:
+    """Returns the error of the gradient of Σ dx², relative to its largest value."""
     rank = dist.get_rank()
     xs, dys = random_parts(EQUAL[: dist.get_world_size()])
     expected = penalty_gradient(
@@ -245,34 +257,42 @@ def double_backward(make, device) -> dict:
     return {"second gradient": largest((by_channel(found) - expected) / expected.abs().max())}
 
 
-def out_of_step(make, device, widths: tuple[int, ...], path: tuple[str, ...]) -> str:
-    """Rank 0 runs stem, res and head, the others the layers of ``path``."""
-    parts, width = {}, 3
+def out_of_step(
+    make: Make, device: torch.device, widths: tuple[int, ...], path: tuple[str, ...]
+) -> str:
+    """Returns what happens if rank 0 runs stem, res and head, and the others those of ``path``."""
+    parts: dict[str, nn.Module] = {}
+    width = 3
     for name, channels in zip(("stem", "res", "head"), widths, strict=True):
         parts[name] = nn.Sequential(nn.Conv2d(width, channels, 1), make(channels))
         width = channels
-    model = name_layers(nn.ModuleDict(parts)).to(device)
+    model: Any = name_layers(nn.ModuleDict(parts)).to(device)
     x = torch.randn(2, 3, 4, 4, device=device)
     for name in ("stem", "res", "head") if dist.get_rank() == 0 else path:
         x = model[name](x)
     x.square().sum().backward()
-    raise_if_out_of_step()  # as our Trainer does after a step: on CUDA, CGBN keeps it until then
-    means: list = [None] * dist.get_world_size()
-    dist.all_gather_object(means, {n: p[1].running_mean.tolist() for n, p in model.items()})
+    raise_if_out_of_step()  # our Trainer calls it after a step; on CUDA, CGBN raises only here
+    means: list[Any] = [None] * dist.get_world_size()
+    norms: dict[str, Any] = {n: part.get_submodule("1") for n, part in model.items()}
+    dist.all_gather_object(means, {n: norm.running_mean.tolist() for n, norm in norms.items()})
     mixed = means[0]["res"] == means[1]["head"]
     return "no error, res and head " + ("share statistics" if mixed else "keep apart")
 
 
-# --- their parts --------------------------------------------------------------------------------
+# --- helpers of the measurements ----------------------------------------------------------------
 
 
 def random_parts(
-    shapes, dtype=torch.float32, mean=0.0, std=1.0, differ=0.0, seed=0
-) -> tuple[list, list]:
-    """An x and a dy for every rank, all of them known to each.
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+    mean: float = 0.0,
+    std: float = 1.0,
+    differ: float = 0.0,
+    seed: int = 0,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Returns x and dy of every rank, the same lists on each rank.
 
-    The first rank's x has the standard deviation ``std`` and ``mean`` of these as its mean; each
-    further rank has ``differ`` of these more of both.
+    On rank r, x has the standard deviation (1 + r differ) std and the mean (mean + r differ) std.
     """
     generator = torch.Generator().manual_seed(seed)
     xs, dys = [], []
@@ -285,11 +305,14 @@ def random_parts(
 
 
 def by_channel(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) as (N·H·W, C), float64, on the CPU."""
+    """Returns (N, C, H, W) as (N·H·W, C) in float64 on the CPU."""
     return x.detach().double().cpu().movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def forward_backward(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple:
+def forward_backward(
+    layer: nn.Module, x: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns y and dx."""
     x = x.detach().clone().requires_grad_()
     y = layer(x)
     y.backward(dy.to(y.dtype))
@@ -297,19 +320,20 @@ def forward_backward(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tup
 
 
 def penalty_gradient(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of Σ dx² by x."""
     x = x.detach().clone().requires_grad_()
     (dx,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
     return torch.autograd.grad(dx.square().sum(), x)[0]
 
 
 def largest(error: torch.Tensor) -> float:
-    """The largest |error|; NaN where one is; 0 of none."""
+    """Returns the largest |error|: NaN if there is a NaN, 0 if ``error`` is empty."""
     return error.abs().max().item() if error.numel() else 0.0
 
 
 @contextlib.contextmanager
-def recorded_collectives():
-    """Collectives called inside, by torch.distributed's functions or by the functional ones."""
+def recorded_collectives() -> Iterator[list[str]]:
+    """Records collectives of torch.distributed, and its functional ones, called in the context."""
     calls: list[str] = []
     names = (
         "all_reduce all_gather all_gather_into_tensor all_gather_single all_gather_tensor "
@@ -319,8 +343,8 @@ def recorded_collectives():
     homes = (dist, functional_collectives)
     stock = {(home, n): getattr(home, n) for home in homes for n in names if hasattr(home, n)}
 
-    def recorded(name, function):
-        def call(*args, **kwargs):
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             buffers = args[0] if isinstance(args[0], list) else [args[0]]
             size = sum(t.numel() * t.element_size() for t in buffers)
             calls.append(f"{name} {size:,} B")
@@ -342,11 +366,20 @@ def recorded_collectives():
 
 @dataclass(frozen=True)
 class Row:
+    """A row of the table: a measurement of every norm.
+
+    Attributes:
+        measure: takes how to make the norm, and the device.
+        processes: number of ranks.
+        devices: where it can be measured.
+        init: start a process group.
+    """
+
     name: str
-    measure: Callable  # (make, device) -> figures by name, or a text
+    measure: Callable[[Make, torch.device], Figures | str]
     processes: int = 2
     devices: tuple[str, ...] = ("cpu", "cuda")
-    init: bool = True  # whether there is a process group
+    init: bool = True
 
 
 float32, bfloat16 = torch.float32, torch.bfloat16
@@ -417,15 +450,16 @@ ROWS = [
 # --- processes ----------------------------------------------------------------------------------
 
 
-def attempt(row: Row, norm: str, device: str) -> list[dict]:
-    """What every rank says: its "value", its "error" with the "message", or its "end".
+def attempt(row: Row, norm: str, device: str) -> list[dict[str, Any]]:
+    """Measures a norm in new processes and returns the answer of every rank.
 
-    The processes are forked from a server that has imported everything, so they start at once; what
-    they write to stderr is read only where one dies. None outlives the call.
+    An answer has a "value", or an "error" with its "message", or the "end" of a process that hangs
+    or aborts. The processes are forked from a server that has imported everything, so they start
+    fast. Their stderr is read only if they abort. All are killed before the call returns.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["detectron2.layers", "megdet_d2", "torch._dynamo.testing"])
-    processes, answers = [], []
+    processes, answers = [], []  # with the pipe to each process
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(row.processes):
@@ -444,9 +478,10 @@ def attempt(row: Row, norm: str, device: str) -> list[dict]:
                         answers.append({"end": f"hangs, ended after {LIMIT} s", "message": ""})
                 except EOFError:
                     process.join()
-                    end = f"exits with {process.exitcode}"
-                    if process.exitcode < 0:
-                        end = f"aborts ({signal.Signals(-process.exitcode).name})"
+                    code = process.exitcode or 0
+                    end = f"exits with {code}"
+                    if code < 0:
+                        end = f"aborts ({signal.Signals(-code).name})"
                     message = Path(folder, f"stderr{rank}").read_text().strip()
                     answers.append({"end": end, "message": message})
         finally:
@@ -456,7 +491,13 @@ def attempt(row: Row, norm: str, device: str) -> list[dict]:
     return answers
 
 
-def serve(rank: int, row: int, norm: str, device: str, folder: str, pipe) -> None:
+def serve(rank: int, row: int, norm: str, device: str, folder: str, pipe: Any) -> None:
+    """Measures in one process and sends the answer through ``pipe``.
+
+    Args:
+        row: index in ``ROWS``.
+        folder: for stderr and for the store in which the processes meet.
+    """
     with open(f"{folder}/stderr{rank}", "w") as file:
         os.dup2(file.fileno(), 2)
     warnings.simplefilter("ignore")
@@ -477,38 +518,40 @@ def serve(rank: int, row: int, norm: str, device: str, folder: str, pipe) -> Non
             )
         answer = {"value": ROWS[row].measure(NORMS[norm], torch.device(device))}
     except Exception as error:
-        # torch.compile adds where in whose files it was.
+        # torch.compile appends the place in the user's code.
         message = str(error).partition("\nfrom user code")[0]
         answer = {"error": type(error).__name__, "message": message.strip()}
     pipe.send(answer)
-    # Stays until it is ended: a peer that waits for this process is to be seen waiting.
+    # The process stays until it is killed: if it ended, a peer that waits for it would fail.
     time.sleep(2 * LIMIT)
 
 
 # --- the report ---------------------------------------------------------------------------------
 
 
-def cell(answers: list[dict]) -> str:
-    """All ranks in a few words: the largest of their figures, or what became of each."""
-    values = [answer.get("value") for answer in answers]
-    if all(isinstance(value, dict) for value in values):
+def cell(answers: list[dict[str, Any]]) -> str:
+    """Returns the largest figures over all ranks, or what happened on each rank."""
+    values = [answer["value"] for answer in answers if isinstance(answer.get("value"), dict)]
+    if len(values) == len(answers):
         return ", ".join(f"{key} {merged([v[key] for v in values])}" for key in values[0])
     texts = [in_words(answer) for answer in answers]
     if HANGS in texts and set(texts) <= {HANGS, LOST}:
-        return HANGS  # which of them gives up first is chance
+        return HANGS  # which rank gives up first is chance
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
 
 
-def merged(figures: list) -> str:
+def merged(figures: list[Any]) -> str:
+    """Returns the largest of numbers, or all different texts."""
     if all(isinstance(figure, float) for figure in figures):
         text = "NaN" if any(map(math.isnan, figures)) else f"{max(figures):.2g}"
         return re.sub(r"e([-+])0?", lambda m: "e" + m[1].strip("+"), text)
     return " / ".join(dict.fromkeys(map(str, figures)))
 
 
-def in_words(answer: dict) -> str:
+def in_words(answer: dict[str, Any]) -> str:
+    """Returns the answer of one rank as a short text."""
     if "value" in answer:
         return cell([answer]) if isinstance(answer["value"], dict) else answer["value"]
     if "end" in answer:
@@ -526,6 +569,7 @@ def in_words(answer: dict) -> str:
 
 
 def processor() -> str:
+    """Returns the name of the CPU."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -534,6 +578,7 @@ def processor() -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Measures all rows, prints the tables and writes the JSON file."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     chosen = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows)]
     results, start = [], time.monotonic()
@@ -551,12 +596,12 @@ def main(args: argparse.Namespace) -> None:
         if device not in devices:
             print("\nOn a GPU: not run, there is none here.")
             continue
-        lines = [
+        table = [
             [row.name, *(r[4] for r in results if r[0] == row.name and r[2] == device)]
             for row in chosen
         ]
         print(f"\nOn a {device.upper().replace('CUDA', 'GPU')}:\n")
-        print(tabulate(lines, ("", *NORMS), tablefmt="pipe", disable_numparse=True))
+        print(tabulate(table, ("", *NORMS), tablefmt="pipe", disable_numparse=True))
     if args.output:
         hardware = f"{processor()}, {os.cpu_count()} cores"
         if "cuda" in devices:
@@ -571,12 +616,15 @@ def main(args: argparse.Namespace) -> None:
             "columns": ["row", "processes", "device", "norm", "cell", "answers by rank"],
         }
         head = json.dumps(report, indent=1).removesuffix("\n}")
-        lines = ",\n  ".join(json.dumps(result) for result in results)  # one a line, to be read
+        # One result per line, so that the file can be read.
+        lines = ",\n  ".join(json.dumps(result) for result in results)
         Path(args.output).write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="*", default=[], metavar="WORD", help="only rows with one")
-    parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
+    parser.add_argument(
+        "--rows", nargs="*", default=[], metavar="WORD", help="only rows with one of these words"
+    )
+    parser.add_argument("--output", default="", metavar="FILE", help="also write JSON to this file")
     main(parser.parse_args())

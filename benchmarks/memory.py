@@ -1,14 +1,16 @@
-"""What sublinear memory saves and costs: bytes kept for backward by stages, peak memory, time.
+"""Measures what sublinear memory saves and costs: bytes kept for backward, peak memory, time.
 
     python benchmarks/memory.py                                   # R50-FPN, 800x1344, one image
     python benchmarks/memory.py --height 400 --width 672 --repeats 5
 
-A training step of Faster R-CNN R50-FPN with CGBN, nothing frozen, on random images. Kept bytes are
-``megdet_d2.memory.kept_bytes`` of the forward. Peak is what torch's allocator held at most over
-forward and backward, parameters not included and their gradients included: on CPU from the
-profiler's record of every allocation, the same in every run; convolution libraries allocate
-work space beside it. Time is seconds of this process's CPU, so that other programs do not count, or
-of the GPU; plain and checkpointed models run in turns, and ratios are medians over the turns.
+It runs training steps of Faster R-CNN R50-FPN with CGBN, nothing frozen, on random images.
+
+* Kept bytes are ``megdet_d2.memory.kept_bytes`` of the forward pass.
+* Peak is the most that torch's allocator held during forward and backward, with the gradients of
+  the parameters, without the parameters. On CPU it comes from the profiler's record of every
+  allocation and is the same in every run. It does not include work space of convolution libraries.
+* Time is in seconds of the GPU, or of this process's CPU, so that other programs do not count.
+  Plain and checkpointed models take turns; ratios are medians over the turns.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import get_cfg
@@ -39,6 +42,7 @@ DEFAULT = ("res2", "res3", "res4", "res5", "fpn")
 
 
 def detector(device: torch.device) -> nn.Module:
+    """Builds the detector in training mode, with random weights."""
     cfg = get_cfg()
     megdet_d2.add_megdet_config(cfg)
     cfg.merge_from_file(str(CONFIG))
@@ -47,7 +51,8 @@ def detector(device: torch.device) -> nn.Module:
     return build_model(cfg).train()
 
 
-def random_images(number: int, height: int, width: int) -> list[dict]:
+def random_images(number: int, height: int, width: int) -> list[dict[str, Any]]:
+    """Returns images with twelve boxes each, as Detectron2's models take them."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(number):
@@ -62,28 +67,32 @@ def random_images(number: int, height: int, width: int) -> list[dict]:
     return batch
 
 
-def forward(model: nn.Module, batch: list[dict]) -> torch.Tensor:
-    torch.manual_seed(1)  # the same proposals are sampled
+def forward(model: nn.Module, batch: list[dict[str, Any]]) -> torch.Tensor:
+    """Returns the sum of the losses."""
+    torch.manual_seed(1)  # so that each model samples the same proposals
     with EventStorage():
         return sum(model(batch).values())
 
 
-def step(model: nn.Module, batch: list[dict]) -> None:
+def step(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Runs forward and backward."""
     model.zero_grad(set_to_none=True)
     forward(model, batch).backward()
 
 
-def kept(model: nn.Module, batch: list[dict]) -> int:
+def kept(model: nn.Module, batch: list[dict[str, Any]]) -> int:
+    """Returns the bytes that forward keeps for backward."""
     with kept_bytes(model) as count:
         forward(model, batch)
     return count()
 
 
-def peak(model: nn.Module, batch: list[dict], device: torch.device) -> int:
+def peak(model: nn.Module, batch: list[dict[str, Any]], device: torch.device) -> int:
+    """Returns the most bytes that torch's allocator holds during a step, without parameters."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     if device.type == "cuda":
-        step(model, batch)  # libraries allocate once
+        step(model, batch)  # in the first step libraries allocate memory that they keep
         model.zero_grad(set_to_none=True)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -91,7 +100,7 @@ def peak(model: nn.Module, batch: list[dict], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step(model, batch)
-    # The public tables attribute bytes to operators; the single allocations are only here.
+    # The profiler's public tables sum bytes by operator; only this list has each allocation.
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -100,7 +109,8 @@ def peak(model: nn.Module, batch: list[dict], device: torch.device) -> int:
     return highest
 
 
-def seconds(model: nn.Module, batch: list[dict], device: torch.device) -> float:
+def seconds(model: nn.Module, batch: list[dict[str, Any]], device: torch.device) -> float:
+    """Returns the seconds of a step, of the GPU or of this process's CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -113,20 +123,23 @@ def seconds(model: nn.Module, batch: list[dict], device: torch.device) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Runs the benchmark."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     batch = random_images(args.images, args.height, args.width)
     plain = detector(device)
-    rows = [{"stages": "none", "kept": kept(plain, batch), "peak": peak(plain, batch, device)}]
+    rows: list[dict[str, Any]] = [
+        {"stages": "none", "kept": kept(plain, batch), "peak": peak(plain, batch, device)}
+    ]
     for name, stages in (("default", DEFAULT), ("all", STAGES)):
         model = checkpoint_stages(copy.deepcopy(plain), stages, args.blocks)
         row = {"stages": name, "kept": kept(model, batch), "peak": peak(model, batch, device)}
-        row["seconds"] = [
+        times = [
             [seconds(model, batch, device), seconds(plain, batch, device)]
             for _ in range(args.repeats)
         ]
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+        rows.append({**row, "seconds": times})
+        print(rows[-1], file=sys.stderr, flush=True)
         del model
     for stage in STAGES:
         model = checkpoint_stages(copy.deepcopy(plain), (stage,), args.blocks)
@@ -136,8 +149,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def report(
-    rows: list[dict], args: argparse.Namespace, device: torch.device, model: nn.Module
+    rows: list[dict[str, Any]], args: argparse.Namespace, device: torch.device, model: nn.Module
 ) -> None:
+    """Prints the table and writes the JSON file."""
     table = []
     for row in rows:
         line = [row["stages"]]
@@ -168,12 +182,12 @@ def report(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--height", type=int, default=800)
-    parser.add_argument("--width", type=int, default=1344)
-    parser.add_argument("--blocks", type=int, default=2, help="residual blocks in a segment")
-    parser.add_argument("--threads", type=int, default=1, help="on CPU")
+    parser.add_argument("--images", type=int, default=1, help="images per step")
+    parser.add_argument("--height", type=int, default=800, help="image height")
+    parser.add_argument("--width", type=int, default=1344, help="image width")
+    parser.add_argument("--blocks", type=int, default=2, help="residual blocks per segment")
+    parser.add_argument("--threads", type=int, default=1, help="threads on CPU")
     parser.add_argument("--repeats", type=int, default=3, help="timed pairs of steps")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
-    parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--output", default="", metavar="FILE", help="also write JSON to this file")
     main(parser.parse_args())

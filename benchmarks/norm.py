@@ -1,14 +1,15 @@
-"""Times batch norms side by side on the tensors of an R50-FPN detector, as ratios.
+"""Times batch norms on the tensors of an R50-FPN detector, and compares them as ratios.
 
-    python benchmarks/norm.py                               # 2 gloo processes, a thread each
+    python benchmarks/norm.py                               # 2 gloo processes of one thread each
     python benchmarks/norm.py --processes 1 --dtype bfloat16
     python benchmarks/norm.py --fake-group --height 800 --width 1344    # one GPU, as one of two
-    torchrun --nproc-per-node 8 benchmarks/norm.py          # NCCL, a GPU each
+    torchrun --nproc-per-node 8 benchmarks/norm.py          # NCCL, one GPU per process
 
-Forward and backward of CGBN, of torch's and of Detectron2's norms, in turns within one loop, so
-that what else runs on the machine disturbs them alike; medians. "limit" is the time to move the
-bytes that have to be moved, 3 S forward (x twice, y) and 5 S backward (x and dy twice, dx), at the
-bandwidth of a copy measured in the same run. Writes a table, and with --output the numbers as JSON.
+It times forward and backward of CGBN, of torch's and of Detectron2's norms, and reports medians.
+The norms take turns within one loop, so other programs on the machine affect all of them alike.
+"limit" is the time to move the bytes that must be moved, at the bandwidth of a copy in the same
+run: 3 S forward (x twice, y) and 5 S backward (x and dy twice, dx), where S is the size of x. It
+prints a table, and with --output writes the numbers as JSON.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,11 +39,12 @@ from megdet_d2.engine.launch import launch
 from megdet_d2.norm.collective import ROOM
 from megdet_d2.norm.groups import SELF
 
-# Channels and stride of the norms of R50-FPN: the stem and the narrow ones of res2 to res5, then
-# the wide ones, the first of which is the FPN's finest level too.
+# Channels and stride of the norms in R50-FPN: first the stem and the narrow norms of res2 to res5,
+# then the wide ones. The first wide shape is also that of the FPN's finest level.
 NARROW = [(64, 2), (64, 4), (128, 8), (256, 16), (512, 32)]
 WIDE = [(256, 4), (512, 8), (1024, 16), (2048, 32)]
-# What a norm's time is divided by, where that is not CGBN's: local work by local work.
+# The base of a norm's time, if it is not CGBN: norms without communication are compared with each
+# other.
 BASES = {
     "CGBN, no group": "BatchNorm2d, no group",
     "BatchNorm2d, no group": "BatchNorm2d, no group",
@@ -51,18 +55,26 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 class WithReLU(CrossGPUBatchNorm):
-    def forward(self, x):
-        return super().forward(x, relu=True)
+    """Applies CGBN and ReLU in one pass over x."""
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = True
+    ) -> torch.Tensor:
+        return super().forward(x, residual, relu)
 
 
 class ThenReLU(CrossGPUBatchNorm):
-    def forward(self, x):
-        return super().forward(x).relu_()
+    """Applies CGBN, then ReLU in place."""
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
+    ) -> torch.Tensor:
+        return super().forward(x, residual, relu).relu_()
 
 
 def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
-    """The norms that run here, ours first."""
-    layers = {
+    """Returns the norms that can run on ``device``, CGBN first."""
+    layers: dict[str, nn.Module] = {
         "CGBN": CrossGPUBatchNorm(channels),
         "CGBN two_pass": CrossGPUBatchNorm(channels, algorithm="two_pass"),
         "CGBN, no group": CrossGPUBatchNorm(channels, process_group=SELF),
@@ -78,11 +90,13 @@ def contenders(channels: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds(step, device: torch.device) -> float:
+def seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """Returns the seconds that ``step`` takes."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -91,25 +105,25 @@ def seconds(step, device: torch.device) -> float:
 
 
 def time_layers(x: torch.Tensor, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of forward and of backward, by norm."""
+    """Returns the median seconds of forward and backward, by norm."""
     device, dy = x.device, torch.randn_like(x)
     layers = contenders(x.shape[1], device)
-    times: dict[str, tuple[list, list]] = {name: ([], []) for name in layers}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in layers}
     for i in range(repeats + 2):
         for name, layer in layers.items():
             comm.synchronize()
-            out = []
+            out: list[torch.Tensor] = []
             forward = seconds(lambda: out.append(layer(x)), device)  # noqa: B023
-            inputs = (x, layer.weight, layer.bias)
+            inputs = (x, *layer.parameters())
             backward = seconds(lambda: torch.autograd.grad(out[0], inputs, dy), device)  # noqa: B023
-            if i >= 2:  # two to warm up
+            if i >= 2:  # the first two warm up
                 times[name][0].append(forward)
                 times[name][1].append(backward)
-    return {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
+    return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in times.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of copying a tensor that no cache holds."""
+    """Returns bytes per second, read and written, of a copy that does not fit into a cache."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -118,12 +132,15 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def message_cost(device: torch.device, repeats: int = 200) -> list[tuple[int, float]]:
-    """(length, median seconds) of an all-reduce: bare sums of 64 channels, and CGBN's message."""
+    """Returns (length, median seconds) of two all-reduces of float64.
+
+    The first has only the 2 C + 1 sums of C = 64 channels, the second is CGBN's message.
+    """
     if comm.get_world_size() == 1:
         return []
-    # 2 C + 1 sums; with room for ROOM channels, a count and the two stamps.
+    # CGBN's message has room for the sums of ROOM channels, a count and two stamps.
     messages = [torch.zeros(n, dtype=torch.float64, device=device) for n in (129, 2 * ROOM + 3)]
-    times = [[] for _ in messages]
+    times: list[list[float]] = [[] for _ in messages]
     for _ in range(repeats):
         for message, values in zip(messages, times, strict=True):
             values.append(seconds(functools.partial(dist.all_reduce, message), device))
@@ -131,6 +148,7 @@ def message_cost(device: torch.device, repeats: int = 200) -> list[tuple[int, fl
 
 
 def main(args: argparse.Namespace) -> None:
+    """Runs the benchmark in one process."""
     torch.set_num_threads(args.threads)
     gpu = torch.cuda.is_available() and not args.cpu
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -150,9 +168,23 @@ def main(args: argparse.Namespace) -> None:
         report(rows, args, device, bandwidth, messages)
 
 
-def report(rows: list, args, device: torch.device, bandwidth: float, messages: list) -> None:
+def report(
+    rows: Sequence[tuple],
+    args: argparse.Namespace,
+    device: torch.device,
+    bandwidth: float,
+    messages: list[tuple[int, float]],
+) -> None:
+    """Prints the tables and writes the JSON file.
+
+    Args:
+        rows: layout, shape, norm, seconds forward and backward, limits forward and backward.
+        bandwidth: bytes per second.
+        messages: length and seconds of all-reduces.
+    """
     total = {(layout, shape, name): f + b for layout, shape, name, f, b, *_ in rows}
-    table, ratios = [], {}
+    table = []
+    ratios: dict[tuple[str, str, str], list[float]] = {}
     for layout, shape, name, forward, backward, limit3, limit5 in rows:
         base = BASES.get(name, "CGBN")
         ratio = (forward + backward) / total[layout, shape, base]
@@ -177,8 +209,8 @@ def report(rows: list, args, device: torch.device, bandwidth: float, messages: l
     write_json(args, device, result)
 
 
-def write_json(args: argparse.Namespace, device: torch.device, result: dict) -> None:
-    """Writes ``--output``, if given: the result, and what a reader needs to judge it."""
+def write_json(args: argparse.Namespace, device: torch.device, result: dict[str, Any]) -> None:
+    """Writes the result, with command, date and hardware, to the file of ``--output``, if given."""
     if not args.output:
         return
     gpu = device.type == "cuda"
@@ -195,7 +227,7 @@ def write_json(args: argparse.Namespace, device: torch.device, result: dict) -> 
 
 
 def processor() -> str:
-    """The processor's name, and how many cores there are."""
+    """Returns the name of the CPU and its number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
@@ -206,25 +238,30 @@ def processor() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    started = "LOCAL_RANK" in os.environ  # by torchrun, which has its own number of them
-    parser.add_argument("--processes", type=int, default=1 if started else 2, dest="num_gpus")
-    parser.add_argument("--threads", type=int, default=1, help="of each process on CPU")
-    parser.add_argument("--images", type=int, default=2, help="of each process")
-    parser.add_argument("--height", type=int, default=256, help="800 is the paper's")
-    parser.add_argument("--width", type=int, default=416, help="1344 is the paper's")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--cpu", action="store_true")
+    started = "LOCAL_RANK" in os.environ  # by torchrun, which sets the number of processes
+    processes = 1 if started else 2
     parser.add_argument(
-        "--fake-group", action="store_true", help="one GPU that takes itself for one of two"
+        "--processes", type=int, metavar="N", default=processes, dest="num_gpus", help="processes"
     )
-    parser.add_argument("--output", default="", metavar="FILE", help="write JSON too")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process on CPU")
+    parser.add_argument("--images", type=int, default=2, help="images per process")
+    parser.add_argument("--height", type=int, default=256, help="image height (paper: 800)")
+    parser.add_argument("--width", type=int, default=416, help="image width (paper: 1344)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--repeats", type=int, default=10, help="timed repetitions")
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument(
+        "--fake-group",
+        action="store_true",
+        help="run one process as one of two, with collectives that do nothing",
+    )
+    parser.add_argument("--output", default="", metavar="FILE", help="also write JSON to this file")
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto")
     arguments = parser.parse_args()
     if arguments.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the launcher would choose NCCL
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise the launcher chooses NCCL
     if arguments.fake_group:
-        # Collectives that return at once: every norm takes the path of several processes.
+        # The collectives return at once, but every norm takes the path for several processes.
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         main(arguments)
     else:
