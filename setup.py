@@ -1,3 +1,4 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+packages = find_packages(include=["megdet_cli*", "megdet_d2*"])
+setup(packages=[*packages, "megdet_d2.configs"], package_dir={"megdet_d2.configs": "configs"})

@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Protocol
 
-from . import ablate, ensemble, report, variance
+from . import ablate, ensemble, report, train, variance
 
 
 class Command(Protocol):
@@ -29,12 +29,15 @@ COMMANDS: dict[str, Command] = {
     "ablate": ablate,
     "ensemble": ensemble,
     "report": report,
+    "train": train,
     "variance": variance,
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; reports a mistake of the user in one line, without a traceback.
+    """Runs one command; reports a mistake of the user in one line.
+
+    A training shows the traceback of its error.
 
     Args:
         argv: the words after ``megdet``; by default those of the process.
@@ -46,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run(args)
     except (OSError, FloatingPointError, ImportError, ValueError) as error:
+        if args.shows_traceback:
+            raise
         sys.exit(f"error: {error}")
 
 
@@ -57,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="megdet",
-        description="Runs ablations of MegDet in Detectron2, draws reports, takes measurements.",
+        description="Trains detectors in Detectron2, runs ablations, draws reports, measures.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -68,6 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.set_defaults(shows_traceback=False)
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=command, opts=None)
         if module.TAKES_OVERRIDES:

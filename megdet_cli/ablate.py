@@ -67,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--collate", action="store_true", help="write the table again; train nothing")
     add("--gpus-per-machine", type=int, default=8, help="GPUs of each machine (default 8)")
-    add("--script", default="train_net.py", help="training script (default train_net.py)")
+    add(
+        "--script",
+        help="training script (default train_net.py of this folder; without one, megdet train)",
+    )
     add("--retry", action="store_true", help="train failed rows again")
 
 

@@ -19,11 +19,11 @@ except ImportError as error:
         "or, in a checkout of megdet_d2, run `make setup`, which installs them all into .venv."
     ) from error
 
-from . import _moved
+from . import _moved, model_zoo
 from . import modeling as _modeling  # noqa: F401
 from ._version import __version__
 from .config import add_megdet_config, load_config
-from .engine import Trainer, launch, prepare_config
+from .engine import Trainer, evaluate, launch, prepare_config, read_config, setup
 from .engine.divergence import DivergenceError
 from .gradient_noise.hook import GradientNoise
 from .memory import checkpoint_modules, checkpoint_stages
@@ -62,10 +62,14 @@ __all__ = [
     "Trainer",
     "add_megdet_config",
     "build_lr_scheduler",
+    "evaluate",
     "launch",
     "load_config",
+    "model_zoo",
     "prepare_config",
+    "read_config",
     "scale_config",
+    "setup",
     # Sublinear memory (§4)
     "checkpoint_modules",
     "checkpoint_stages",

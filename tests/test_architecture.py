@@ -22,6 +22,7 @@ FLOORS = {
     "schedule.build": 1,
     "config": 1,
     "memory": 1,
+    "model_zoo": 1,
     "modeling": 1,
     "data": 1,
     "engine": 2,

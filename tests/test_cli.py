@@ -1,12 +1,15 @@
 """The megdet command: help without torch, without a warning, and the words that it takes."""
 
+import pickle
 import subprocess
 import sys
 
 import pytest
+from detectron2.engine import default_argument_parser
 
 import megdet_cli
 from megdet_cli.ensemble import IOU_THRESHOLDS
+from megdet_d2.engine import command
 from megdet_d2.ensemble import fusion
 from tests.helpers.paths import ROOT
 
@@ -56,9 +59,39 @@ def test_the_command_runs_as_a_module(module):
 
 
 def test_every_commands_help_begins_with_a_sentence():
-    for name, command in megdet_cli.COMMANDS.items():
-        assert command.__doc__.partition("\n")[0].endswith("."), name
+    for name, module in megdet_cli.COMMANDS.items():
+        assert module.__doc__.partition("\n")[0].endswith("."), name
 
 
 def test_the_fusions_are_those_of_the_package():
     assert IOU_THRESHOLDS == fusion.IOU_THRESHOLDS
+
+
+def test_train_has_the_flags_of_detectron2():
+    stock = default_argument_parser().parse_args([])
+    ours = megdet_cli.parse(["train"])
+    for name in megdet_cli.train.FLAGS:
+        assert getattr(ours, name) == getattr(stock, name)
+        assert type(getattr(ours, name)) is type(getattr(stock, name))
+    assert set(megdet_cli.train.FLAGS) == set(vars(stock)) - {"opts"}
+
+
+def test_train_takes_overrides_anywhere(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "run", seen.append)
+    words = "train --config-file a.yaml MODEL.CGBN.BN_SIZE -1 --num-gpus 2 --resume SEED 1"
+    megdet_cli.main(words.split())
+    args = seen[0]
+    assert (args.config_file, args.num_gpus, args.resume, args.eval_only) == (
+        "a.yaml",
+        2,
+        True,
+        False,
+    )
+    assert args.opts == ["MODEL.CGBN.BN_SIZE", "-1", "SEED", "1"]
+    assert pickle.loads(pickle.dumps(args)) == args  # the launcher gives it to other processes
+
+
+def test_an_error_of_a_training_has_its_traceback():
+    with pytest.raises(FileNotFoundError, match="no config nothing.yaml"):
+        megdet_cli.main(["train", "--config-file", "nothing.yaml"])

@@ -8,7 +8,7 @@ from .job import Job
 from .rows import Row
 
 
-def launch_line(job: Job, script: str, gpus_per_machine: int) -> str:
+def launch_line(job: Job, program: Sequence[str], gpus_per_machine: int) -> str:
     """Returns the shell line that starts a job; it runs on every machine of the job.
 
     With several machines the line expects the name of the first one in ``$HOST0``.
@@ -23,7 +23,7 @@ def launch_line(job: Job, script: str, gpus_per_machine: int) -> str:
         where = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint $HOST0:29500"
         # Keeps jobs apart that have the same first machine.
         where += f" --rdzv-id {shlex.quote(job.name)}"
-    words = shlex.join([script, *job.train_arguments()])
+    words = shlex.join([*program, *job.train_arguments()])
     return f"torchrun {where} --nproc-per-node {per_machine} {words}"
 
 
@@ -38,7 +38,9 @@ def _machines(row: Row, gpus_per_machine: int) -> tuple[int, int]:
     return row.processes // per_machine, per_machine
 
 
-def submit(template: str, jobs: Sequence[Job], script: str, gpus_per_machine: int) -> None:
+def submit(
+    template: str, jobs: Sequence[Job], program: Sequence[str], gpus_per_machine: int
+) -> None:
     """Runs a shell command for each job.
 
     Args:
@@ -50,7 +52,7 @@ def submit(template: str, jobs: Sequence[Job], script: str, gpus_per_machine: in
     """
     submitted: list[str] = []
     for job in jobs:
-        line = launch_line(job, script, gpus_per_machine)
+        line = launch_line(job, program, gpus_per_machine)
         try:
             _submit(template, line, job.name, *_machines(job.row, gpus_per_machine))
         except ValueError as error:

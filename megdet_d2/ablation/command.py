@@ -14,6 +14,7 @@ from .reduced import reduce_rows
 from .results import FAILURE, collate, read_result
 from .rows import Row, differences, read_rows
 
+TRAIN_NET = "train_net.py"
 # Config keys in which a finished training may differ from its row: they do not change the result,
 # or are different for each job.
 MAY_DIFFER = (
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     _check_flags(args, on_cpu)
     stem = Path(args.source).resolve().stem + ("_reduced" if args.reduced else "")
     output = args.output or Path("output/ablations") / stem
+    program = _program(args.script)
     rows = _read(args, args.rows)
     jobs = make_jobs(rows, args.seeds, output)
     # The table keeps the rows that earlier commands have trained into the same folder.
@@ -47,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--baseline is {args.baseline}, and the rows are {', '.join(names)}")
     if args.print:
         for job in jobs:
-            print(launch_line(job, args.script, args.gpus_per_machine))
+            print(launch_line(job, program, args.gpus_per_machine))
         return
     check_same(table, output)
     if args.submit:
         pending = unfinished(jobs, args.retry)
-        return submit(args.submit, pending, args.script, args.gpus_per_machine)
+        return submit(args.submit, pending, program, args.gpus_per_machine)
 
     def tabulate() -> str:
         seeds = sorted({*args.seeds, *find_seeds(table, output)})
@@ -61,10 +63,8 @@ def run(args: argparse.Namespace) -> None:
         return collate(table, results, output, title, args.baseline)
 
     if not args.collate:
-        if not Path(args.script).is_file():
-            raise FileNotFoundError(
-                f"There is no {args.script}: run this in a checkout of megdet_d2, or give --script"
-            )
+        if args.script and not Path(args.script).is_file():
+            raise FileNotFoundError(f"There is no {args.script}: give --script an existing path")
         if not on_cpu:
             _check_gpus(rows)
         if args.jobs > 1:
@@ -72,9 +72,16 @@ def run(args: argparse.Namespace) -> None:
         pending = unfinished(jobs, args.retry)
         for job in pending:
             (job.folder / FAILURE).unlink(missing_ok=True)
-        train_all(pending, args.script, on_cpu, args.jobs, tabulate)
+        train_all(pending, program, on_cpu, args.jobs, tabulate)
     print(tabulate())
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+
+
+def _program(script: str | None) -> list[str]:
+    """Returns the words after ``python`` that start a training."""
+    if script is None and not Path(TRAIN_NET).is_file():
+        return ["-m", "megdet_cli", "train"]
+    return [script or TRAIN_NET]
 
 
 def unfinished(jobs: list[Job], retry: bool) -> list[Job]:

@@ -24,14 +24,18 @@ POLL_SECONDS = 1.0
 
 
 def train_all(
-    jobs: Sequence[Job], script: str, on_cpu: bool, parallel: int, on_end: Callable[[], object]
+    jobs: Sequence[Job],
+    program: Sequence[str],
+    on_cpu: bool,
+    parallel: int,
+    on_end: Callable[[], object],
 ) -> None:
     """Trains the jobs in their order, with a progress bar that counts images.
 
     When this process is stopped, by a signal or an error, the trainings save and stop too.
 
     Args:
-        script: train_net.py, or another script with its arguments.
+        program: the words after ``python`` that start a training: a script, or -m and a module.
         on_cpu: hide the GPUs.
         parallel: number of trainings at a time.
         on_end: is called after each training.
@@ -53,7 +57,7 @@ def train_all(
                 while pending and len(running) < parallel:
                     job = pending.pop(0)
                     try:
-                        running.append(Training(job, script, on_cpu, parallel))
+                        running.append(Training(job, program, on_cpu, parallel))
                     except BlockingIOError:
                         bar.write(f"{job.folder}: another process trains it; skipped", sys.stderr)
                         bar.total -= job.row.images
@@ -98,7 +102,7 @@ class Training:
     Its output goes to console.txt in the job's folder, the reason of a failure to failure.json.
 
     Args:
-        script: train_net.py, or another script with its arguments.
+        program: the words after ``python`` that start a training: a script, or -m and a module.
         on_cpu: hide the GPUs.
         parallel: number of trainings that share the machine.
 
@@ -106,11 +110,11 @@ class Training:
         BlockingIOError: another process trains in this folder.
     """
 
-    def __init__(self, job: Job, script: str, on_cpu: bool, parallel: int = 1) -> None:
+    def __init__(self, job: Job, program: Sequence[str], on_cpu: bool, parallel: int = 1) -> None:
         self.job = job
         job.folder.mkdir(parents=True, exist_ok=True)
         command = [
-            sys.executable, "-W", "ignore", script,
+            sys.executable, "-W", "ignore", *program,
             "--num-gpus", str(job.row.processes), "--dist-url", "auto", *job.train_arguments(),
         ]  # fmt: skip
         env = dict(os.environ)

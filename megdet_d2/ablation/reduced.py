@@ -9,6 +9,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 
 from .rows import Row, differences, load_row, to_opts
@@ -87,7 +88,8 @@ def reduce_rows(rows: Sequence[Row], cores: int, overrides: Sequence[str] = ()) 
 
 
 def _reduce(row: Row, cores: int, overrides: Sequence[str]) -> Row:
-    base = load_config(REDUCED_BASE, overrides)
+    base_file = model_zoo.find(REDUCED_BASE)
+    base = load_config(base_file, overrides)
     _check_reducible(row.cfg, base)
     bn_size = row.bn_size or row.batch_size  # without CGBN there is nothing to keep whole
     for key, value in (("SOLVER.IMS_PER_BATCH", row.batch_size), ("MODEL.CGBN.BN_SIZE", bn_size)):
@@ -110,12 +112,12 @@ def _reduce(row: Row, cores: int, overrides: Sequence[str]) -> Row:
         "MEGDET.ABLATION.PAPER_AP": row.paper_ap,
         "MEGDET.ABLATION.PAPER_HOURS": row.paper_hours,
     }
-    return load_row(row.name, REDUCED_BASE, (*to_opts(carried | sizes), *overrides))
+    return load_row(row.name, base_file, (*to_opts(carried | sizes), *overrides))
 
 
 def _check_reducible(cfg: CfgNode, base: CfgNode) -> None:
     """Refuses rows that would all become the base, whatever they are about."""
-    if cfg.DATASETS.TRAIN == load_config(REDUCED_BASE).DATASETS.TRAIN:
+    if cfg.DATASETS.TRAIN == load_config(model_zoo.find(REDUCED_BASE)).DATASETS.TRAIN:
         raise ValueError(
             f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}, the embedded data set: the row is "
             "small as it is; run it without --reduced"

@@ -1,5 +1,6 @@
 """The rows of an ablation: a folder of configs, or a list of overrides of one, read and checked."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
@@ -72,7 +74,8 @@ def read_rows(
 
     Args:
         source: a folder of configs, one a row, by name; or a YAML file with ``CONFIG``, a path
-            beside it, and ``ROWS``, for each name the keys to override and their values.
+            beside it, and ``ROWS``, for each name the keys to override and their values. Where
+            there is no such path, the name of a shipped one: "table3", "ablations/table3".
         overrides: KEY VALUE ..., for every row, after the row's own.
         gpus_per_machine: what BN groups have to fit into, but for ``CROSS_MACHINE``.
         patterns: only rows of these names, "0[6-9]*,1*".
@@ -80,6 +83,8 @@ def read_rows(
     Raises:
         FileNotFoundError, ValueError: no row, or one that cannot be trained, by its name.
     """
+    with contextlib.suppress(FileNotFoundError):
+        source = model_zoo.find(source, folder="ablations")
     source = Path(source)
     if source.is_dir():
         files = [p for p in sorted(source.glob("*.yaml")) if not p.name.startswith("Base-")]

@@ -3,9 +3,10 @@
 from megdet_d2 import _moved
 
 from .check_config import prepare_config
+from .command import evaluate, read_config, setup
 from .launch import launch
 from .trainer import Trainer
 
-__all__ = ["Trainer", "launch", "prepare_config"]
+__all__ = ["Trainer", "evaluate", "launch", "prepare_config", "read_config", "setup"]
 
 __getattr__ = _moved.moved(__name__)
