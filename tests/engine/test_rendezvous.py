@@ -35,7 +35,7 @@ def meeting(*machines, timeout=20):
         try:
             rendezvous(url, *machine, timeout)
         except Exception as error:
-            results[i] = error
+            results[i] = error.with_traceback(None)  # which holds the store, and so the port
 
     threads = [threading.Thread(target=come, args=pair) for pair in enumerate(machines)]
     for thread in threads:
