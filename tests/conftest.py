@@ -1,7 +1,7 @@
 import os
 
-# Before torch looks: Detectron2's launcher chooses NCCL where it sees a GPU, and all tests but
-# test_cuda.py are of CPU processes.
+# Set before torch reads it. Detectron2's launcher chooses NCCL where it sees a GPU, and only
+# test_cuda.py needs one.
 if "MEGDET_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -13,7 +13,7 @@ from tests.helpers.gloo_pool import GlooPool
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """A test's random numbers do not depend on the tests before it."""
+    """Seeds torch, so that no test depends on the tests before it."""
     torch.manual_seed(0)
 
 

@@ -1,4 +1,4 @@
-"""A file imports only from its own floor's files below it; see docs/architecture.md."""
+"""Checks that files import only from their floor or below; see docs/architecture.md."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "megdet_d2"
 
-# From the ground up. A prefix names a folder, the longest that fits decides.
+# From the lowest floor up. A prefix names a folder; the longest one decides.
 FLOORS = {
     "_moved": 0,
     "_version": 0,
@@ -65,7 +65,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path):
-    """Absolute names of the modules that a file imports, those inside functions too."""
+    """Yields the absolute names of the modules that a file imports, also inside functions."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -103,7 +103,7 @@ TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 
 def imported_tests(source: str) -> list[str]:
-    """Modules of tests/ that a source imports, other than helpers."""
+    """Returns the modules of tests/ that a source imports, other than helpers."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

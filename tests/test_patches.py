@@ -1,4 +1,4 @@
-"""docs/architecture.md lists every patch and every private name of Detectron2 and torch in use."""
+"""Checks that docs/architecture.md lists every patch and private name of other packages in use."""
 
 import ast
 import importlib
@@ -44,7 +44,6 @@ def found() -> list[set[tuple[str, str]]]:
         namespace = vars(importlib.import_module(f"megdet_d2.{module}"))
         patches |= {(where, name) for name in find_patches(tree, namespace, OWN)}
         private |= {(where, name) for name in find_private_names(tree, namespace)}
-    assert patches >= DOCUMENTED, f"no longer in the code: {DOCUMENTED - patches}"
     return [patches - DOCUMENTED, private]
 
 

@@ -30,7 +30,7 @@ def images(rank, height=64, width=64, number=2):
 
 def train_step(model, batch):
     """Makes one step, and returns all that it leaves behind, as tensors by name."""
-    torch.manual_seed(1)  # of the proposals that are sampled
+    torch.manual_seed(1)  # for the proposals that are sampled
     with EventStorage(), counted_all_reduces() as lengths:
         losses = model(batch)
         sum(losses.values()).backward()
@@ -70,6 +70,6 @@ def compare_detectors(rank, overrides, stages, ddp=False):
         options = {"broadcast_buffers": False, "device_ids": None}
         plain, ours = (create_ddp_model(model, **options) for model in (plain, ours))
     expected, got = train_step(plain, images(rank)), train_step(ours, images(rank))
-    assert set(calls.values()) == {2}, calls  # or nothing was computed again
+    assert set(calls.values()) == {2}, calls  # otherwise nothing was computed again
     assert any(name.startswith("gradient") for name in got)
     return differing_tensors(got, expected), int(got["all-reduces"])

@@ -1,7 +1,7 @@
-"""A training that breaks by itself: python -m tests.helpers.faulty FAULT OUTPUT COCO TIMEOUT ...
+"""Runs a training that fails: python -m tests.helpers.faulty FAULT OUTPUT COCO TIMEOUT.
 
-The launcher, the trainer and what happens to it are the real ones. OUTPUT/pids is written when the
-fault comes, so that a test knows whom to look for.
+FAULT is the name of a function of this module that takes the trainer. The launcher, the trainer and
+the fault are real: signals, exceptions, stopped processes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 from megdet_d2.engine import launch
 from tests.helpers.training import train
 
-AT = 3  # the iteration
+AT = 3  # the iteration of the fault
 OVERRIDES = ("SOLVER.CHECKPOINT_PERIOD", 2)
 EVALUATED = (*OVERRIDES, "DATASETS.TEST", ("mixed",), "TEST.EVAL_PERIOD", 2)
 
@@ -55,14 +55,14 @@ def in_evaluation(trainer, act=strike):
     def hook(module, inputs):
         if not module.training and comm.get_rank() == 1:
             images.append(1)
-            if len(images) == 16:  # 12 an evaluation: in the second, of AT
+            if len(images) == 16:  # 12 per evaluation: in the second one, after iteration AT
                 act()
 
     trainer.checkpointer.model.register_forward_pre_hook(hook)
 
 
 def while_saving(trainer):
-    """Rank 0, when part of the file is written."""
+    """Kills rank 0 when a part of the checkpoint is written."""
 
     def watch():
         while not any(Path(trainer.cfg.OUTPUT_DIR).glob("*0000003.pth*")):
@@ -74,12 +74,12 @@ def while_saving(trainer):
 
 
 def hung(trainer):
-    """Stopped, as by a debugger: it ignores whatever it is sent, and its sockets stay open."""
+    """Stops rank 1, as a debugger does: it ignores signals, and its sockets stay open."""
     in_forward(trainer, lambda: strike(signal.SIGSTOP))
 
 
 def rpn_of_one_rank(trainer):
-    """What Detectron2's RPN raises where its scores are not finite, on one rank alone."""
+    """Raises on rank 1 the error of Detectron2's RPN for scores that are not finite."""
 
     def fail():
         raise FloatingPointError(
@@ -97,7 +97,7 @@ def error_in_evaluation(trainer):
 
 
 def worker_stopped(trainer):
-    """Its pipe stays open: the loader waits for it, whatever its own limit is."""
+    """Stops a loader's worker. Its pipe stays open, so the loader waits beyond its limit."""
     from tests.helpers.processes import children
 
     def stop():
@@ -108,7 +108,7 @@ def worker_stopped(trainer):
 
 
 def slow_steps(trainer):
-    """No fault but time for one: the test kills somebody else."""
+    """Makes steps slow, so that the test has time to kill another process."""
 
     def wait(module, inputs):
         if trainer.iter == AT:
@@ -123,10 +123,10 @@ def main(args):
     setup_logger(distributed_rank=comm.get_rank(), name="megdet_d2")
     fault = globals()[args.fault]
     overrides = EVALUATED if "evaluation" in args.fault else OVERRIDES
-    # Only where they are what it is about: they take long to start where the machine is busy.
+    # Workers take long to start on a busy machine, so only faults that need them have them.
     workers = int(args.fault in ("worker_stopped", "slow_steps"))
     overrides += ("MEGDET.TIMEOUT", args.timeout, "DATALOADER.NUM_WORKERS", workers)
-    if fault is rpn_of_one_rank:  # the others know nothing of it, and so nobody rolls back
+    if fault is rpn_of_one_rank:  # only one rank sees it, so no rank rolls back
         overrides += ("MEGDET.ON_DIVERGENCE", "half_lr")
     train(comm.get_rank(), args.output, args.coco, overrides, fault=fault)
 

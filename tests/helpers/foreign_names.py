@@ -119,7 +119,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _root(node: ast.AST) -> str | None:
-    """The name before the first dot; "self" only where nothing is between it and the attribute."""
+    """Returns the name before the first dot; "self" only for an attribute of ``self`` itself."""
     if isinstance(node, ast.Attribute) and _is_self(node.value):
         return "self"
     while isinstance(node, ast.Attribute):
@@ -138,7 +138,7 @@ def _call(node: ast.Call) -> str:
 
 
 def _writes_to_dict(node: ast.AST) -> bool:
-    """``vars(x)[name] = ...``, ``x.__dict__[name] = ...``, ``x.__dict__.update(...)``."""
+    """Finds ``vars(x)[name] = ...``, ``x.__dict__[name] = ...``, ``x.__dict__.update(...)``."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
         return _is_dict_of(node.value)
     return (
@@ -200,7 +200,7 @@ def _is_standard(value: Any) -> bool:
 
 @functools.cache
 def _names_of(cls: type) -> frozenset[str]:
-    """Names that a class of another package defines or sets on itself."""
+    """Returns the names that a class of another package defines or sets on itself."""
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     except (OSError, TypeError):  # not written in Python

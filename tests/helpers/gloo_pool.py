@@ -1,8 +1,8 @@
-"""A pool of real gloo processes that outlives a test: its start takes seconds, a task milliseconds.
+"""Keeps real gloo processes for many tests: starting them takes seconds, a task milliseconds.
 
-A task is a function of a test module, called in every process as ``task(rank, *args)``; what the
-ranks return comes back as a list. A task that raises on any rank, or takes too long, fails the
-test, and the pool is thrown away, since its processes may be out of step.
+A task is a function of a test module. Every process calls ``task(rank, *args)``, and the test gets
+a list of the results. A task that raises on a rank, or takes too long, fails the test. The pool is
+then replaced, because its processes may be out of step.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ START_TIMEOUT = 200  # seconds
 
 
 class RankError(AssertionError):
-    """A task raised on at least one rank; the message has every rank's traceback."""
+    """Reports a task that raised on one rank or more; the message has the tracebacks of all."""
 
 
 class GlooPool:
@@ -26,7 +26,7 @@ class GlooPool:
         self._workers: list = []
 
     def run(self, task, *args, timeout: float = 60) -> list:
-        """``task(rank, *args)`` in every process; the list of what they returned, by rank."""
+        """Calls ``task(rank, *args)`` in every process, and returns the results by rank."""
         if not self._workers:
             self._start()
         for _, pipe in self._workers:
@@ -46,11 +46,11 @@ class GlooPool:
         return [reply for _, reply in replies]
 
     def _start(self) -> None:
-        # Forked from a server that has imported everything once: its threads are not started, and
-        # eight processes are ready as soon as one.
+        # Forks come from a server that has imported everything once and has no threads yet. Eight
+        # processes are ready as soon as one.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megdet_d2", "pytest"])
-        os.environ["OMP_NUM_THREADS"] = THREADS  # before the server starts, which hands it on
+        os.environ["OMP_NUM_THREADS"] = THREADS  # before the server starts: its forks inherit it
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -64,7 +64,7 @@ class GlooPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
-        for _, pipe in self._workers:  # imports take long, and are no part of a task's time
+        for _, pipe in self._workers:  # imports take long and do not count as a task's time
             if not pipe.poll(START_TIMEOUT) or pipe.recv() != "ready":
                 self.close()
                 raise RankError(f"a process of the pool was not ready within {START_TIMEOUT} s")

@@ -1,4 +1,4 @@
-"""What the Triton kernels must satisfy, for test_kernels.py and test_cuda.py."""
+"""Checks of the Triton kernels, shared by test_kernels.py and test_cuda.py."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 OUTERMOST, INNERMOST = "channels outermost", "channels innermost"
-# No multiples of a tile, and small, since the interpreter is slow.
+# Sizes are no multiples of a tile, and small because the interpreter is slow.
 CASES = [
     ((3, 1, 5000), OUTERMOST, torch.float32),
     ((2, 3, 40, 33), OUTERMOST, torch.bfloat16),
@@ -23,7 +23,7 @@ CASES = [
     ((3, 6, 5), INNERMOST, torch.float16),
 ]
 ACTIVATIONS = list(itertools.product([False, True], [False, True]))  # (ReLU, addition)
-# Of one rounding to the dtype; the interpreter cuts bfloat16 off, where a GPU rounds it.
+# Relative error of one rounding to the dtype. The interpreter truncates to bfloat16, a GPU rounds.
 EPS = {torch.float16: 2**-11, torch.bfloat16: 2**-7, torch.float32: 2**-21, torch.float64: 2**-48}
 
 
@@ -46,7 +46,7 @@ def channels_sum(x: Tensor) -> Tensor:
 
 
 def moments(x):
-    """Mean and variance from the kernel's sums, as the layer takes them."""
+    """Returns mean and variance from the kernel's sums, computed as in the layer."""
     from megdet_d2.norm import kernels
 
     sums, squares = kernels.power_sums(x)
@@ -55,14 +55,14 @@ def moments(x):
 
 
 def check_all(device: str, case, activations=ACTIVATIONS) -> None:
-    """The four functions against float64."""
+    """Compares the four functions with float64."""
     from megdet_d2.norm import kernels
 
     layout, dtype = case[1:]
     x, residual, dy = (make(case, seed).to(device) for seed in range(3))
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     other_layout = OUTERMOST if layout == INNERMOST else INNERMOST
-    dy = _lay_out(dy, other_layout)  # the kernels' business
+    dy = _lay_out(dy, other_layout)  # the kernels must handle it
     exact, eps = x.double(), EPS[dtype]
     n = x.numel() // x.shape[1]
 
@@ -115,7 +115,7 @@ def check_all(device: str, case, activations=ACTIVATIONS) -> None:
 
 
 def check_moments_are_robust(device: str, innermost: bool) -> None:
-    """float32 variance far from zero, and where the first values of a channel mislead."""
+    """Checks float32 variance far from zero, and with untypical first values of a channel."""
     noise = torch.randn(2, 2, 2600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outlier = noise.clone()
     outlier[0, :, 0] = 1e4
@@ -138,7 +138,7 @@ def check_moments_are_robust(device: str, innermost: bool) -> None:
 
 
 def check_relu_masks_agree(device: str, dtype: torch.dtype) -> None:
-    """dy' is dy exactly where y > 0: for outputs next to 0, and for those that underflow to it."""
+    """Checks that dy' is dy exactly where y > 0, also for y near 0 or underflowing to 0."""
     from megdet_d2.norm import kernels
 
     x = make(((2, 3, 1500), OUTERMOST, dtype)).to(device)
@@ -162,7 +162,7 @@ def check_relu_masks_agree(device: str, dtype: torch.dtype) -> None:
 
 
 def check_layer(device: str, layout: str, relu: bool, addition: bool, padded: bool) -> None:
-    """The layer on these kernels, activations fused, against torch's operators one by one."""
+    """Compares the layer with fused activations on these kernels with torch's single operators."""
     from megdet_d2 import CrossGPUBatchNorm
     from megdet_d2.norm import functional
     from megdet_d2.norm.padding import ValidRegion

@@ -27,7 +27,7 @@ THIN = [
     "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
     "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.SEM_SEG_HEAD.CONVS_DIM", 8,
 ]  # fmt: skip
-# Detectron2 dilates and groups bottlenecks alone, hence a thin ResNet-50.
+# Detectron2 dilates and groups only bottlenecks, so this is a thin ResNet-50.
 THIN_R50 = [
     "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 16,
     "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8,

@@ -1,4 +1,4 @@
-"""A Detectron2 project that has never heard of megdet_d2: trains a detector on random images.
+"""A Detectron2 project without a line about megdet_d2: trains a detector on random images.
 
 python plain_project.py --config-file CONFIG [Detectron2's flags] [KEY VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Real processes that are to fail: started, watched, and seen to have gone."""
+"""Starts real processes that a test makes fail, and checks that they have ended."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ def environment() -> dict[str, str]:
 
 
 def start(*command, **env) -> subprocess.Popen:
-    """In a session of its own, so that all it leaves behind can be found."""
-    log = tempfile.TemporaryFile("w+")  # a pipe would fill up while a test waits for another
+    """Starts Python with this command, in a new session, by which its processes can be found."""
+    log = tempfile.TemporaryFile("w+")  # a pipe could fill up and block the process
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         env={**environment(), **env}, cwd=ROOT, start_new_session=True,
@@ -28,7 +28,7 @@ def start(*command, **env) -> subprocess.Popen:
 
 
 def finish(process, within=240) -> tuple[int, str]:
-    """Its status, within so many seconds, and all that it and its children wrote."""
+    """Waits ``within`` seconds at most; returns the exit status and all output, children's too."""
     status = process.wait(within)
     process.log.seek(0)
     return status, process.log.read()
@@ -42,17 +42,17 @@ def wait_for(path, process, within=240) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, by /proc; not Python's helper of shared memory."""
+    """Returns the child processes of ``pid``, without Python's tracker of shared memory."""
     return [p for p, fields in _processes() if int(fields[1]) == pid and not _is_tracker(p)]
 
 
 def session(pid: int) -> list[int]:
-    """Living processes of the session that ``pid`` began."""
+    """Returns the running processes of the session that ``pid`` began."""
     return [p for p, fields in _processes() if int(fields[3]) == pid and fields[0] != "Z"]
 
 
 def all_gone(pid: int, within: float) -> float:
-    """Seconds until no process of the session is left; fails after ``within``."""
+    """Waits until the session has no process; returns the seconds, or fails after ``within``."""
     began = time.monotonic()
     while session(pid):
         left = [Path(f"/proc/{p}/cmdline").read_text().replace("\0", " ") for p in session(pid)]
@@ -65,7 +65,7 @@ def _processes():
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             yield int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has gone
+        except OSError:  # it has ended
             continue
 
 

@@ -1,4 +1,4 @@
-"""A training step of a small detector: two processes, one of them without a proposal."""
+"""Trains a small detector for two steps on two processes, one of which has no proposal."""
 
 import contextlib
 
@@ -46,7 +46,7 @@ def train_two_steps(rank, overrides, half=False):
 
 
 def check_two_steps(pool, overrides, half=False):
-    """Runs ``train_two_steps`` and checks what it returns; the gradients' sums by name."""
+    """Checks the results of ``train_two_steps``; returns the sums of the gradients by name."""
     (sums, regions), (others, none) = pool.run(train_two_steps, list(overrides), half, timeout=120)
     assert regions > 0 and none == 0
     assert sums == others
@@ -54,6 +54,6 @@ def check_two_steps(pool, overrides, half=False):
 
 
 def with_gradient(sums, part):
-    """Whether every parameter whose name contains ``part`` has a gradient, and there are some."""
+    """Returns True if some parameters have ``part`` in their name, and all a gradient."""
     found = [value for name, value in sums.items() if part in name]
     return bool(found) and all(value != 0 for value in found)

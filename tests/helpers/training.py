@@ -1,4 +1,4 @@
-"""Small trainings for tests: a config, images of two shapes, what a run has seen and made."""
+"""Runs small trainings on images of two shapes, and returns what they have seen and made."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from tests.helpers.paths import TINY
 
 
 def write_images(folder: Path, images: int = 24, shape=None) -> list[list[str]]:
-    """Noise with two boxes each, half of it wide and half tall, as DATASETS.COCO takes it."""
+    """Writes images of noise with two boxes each, wide and tall; returns DATASETS.COCO's value."""
     import cv2
 
     rng = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def write_images(folder: Path, images: int = 24, shape=None) -> list[list[str]]:
 
 
 def config(output, coco, *overrides):
-    """The tiny config on those images, random scale, crop and flip; not resolved."""
+    """Returns the tiny config on those images, with random scale, crop and flip; not resolved."""
     from detectron2.config import get_cfg
 
     import megdet_d2
@@ -53,7 +53,7 @@ def config(output, coco, *overrides):
 
 
 def train(rank, output, coco, overrides=(), resume=False, fault=None):
-    """Trains to the end; what this process has seen and made, comparable bit by bit.
+    """Trains to the end; returns what this process has seen and made, to compare bit by bit.
 
     ``fault(trainer)``, if given, breaks something before training starts.
     """
@@ -92,7 +92,7 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
 
 
 def settle(model):
-    """Gives an untrained detector's norms statistics; with 0 and 1 its scores would be 0 or 1."""
+    """Fills the running statistics of an untrained detector, whose scores would all be 0 or 1."""
     import torch
 
     with torch.no_grad():
@@ -104,7 +104,7 @@ def settle(model):
 
 
 def read_rows(output):
-    """metrics.json, without what is measured in seconds."""
+    """Reads metrics.json, without the values in seconds."""
     lines = Path(output, "metrics.json").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if "time" not in k and k != "eta_seconds"}
@@ -113,7 +113,7 @@ def read_rows(output):
 
 
 def copy_checkpoint(source, output, name):
-    """A folder as a kill right after saving ``name`` would have left it."""
+    """Makes a folder as a kill right after saving ``name`` would leave it."""
     os.makedirs(output)
     shutil.copy(os.path.join(source, name), output)
     Path(output, "last_checkpoint").write_text(name)
@@ -134,5 +134,5 @@ def _digests(tensors):
 
 
 def differing(a: dict, b: dict) -> list[str]:
-    """Names under which two dicts of digests differ."""
+    """Returns the names under which two dicts of digests differ."""
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
