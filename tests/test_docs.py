@@ -1,8 +1,10 @@
 """What README and docs name is there: functions, config keys, files, make's targets."""
 
+import csv
 import functools
 import importlib
 import re
+import statistics
 
 import pytest
 from detectron2.config import get_cfg
@@ -115,3 +117,21 @@ def test_tests_that_a_page_names_are_there():
         assert any(f"def {name}" in source for source in sources), name
     for name in re.findall(r"`(?:tests/[\w/]+/)?(test_\w+\.py)", page):
         assert list((ROOT / "tests").rglob(name)), name
+
+
+@pytest.mark.parametrize(
+    ("file", "row"),
+    [
+        ("bccd", "1_b16_frozen"),
+        ("bccd", "06_b16_bn16"),
+        ("bccd", "10_b64_bn16"),
+        ("bccd", "12_b128_bn16"),
+        ("bn_size", "4_b64_bn16"),
+    ],
+)
+def test_readme_has_the_figures_of_the_committed_results(file, row):
+    with open(ROOT / f"docs/results/experiments/{file}.csv", newline="") as lines:
+        aps = [float(line["ap"]) for line in csv.DictReader(lines) if line["row"] == row]
+    assert len(aps) == 3
+    figure = f"{statistics.mean(aps):.1f} ± {statistics.stdev(aps):.1f}"
+    assert figure in (ROOT / "README.md").read_text()
