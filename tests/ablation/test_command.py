@@ -1,4 +1,4 @@
-"""megdet ablate: rows and their reduction, the loop over trainings, the table of what came back."""
+"""Tests megdet ablate: rows and their reduction, the trainings, the table of results."""
 
 import csv
 import fcntl
@@ -27,7 +27,7 @@ from megdet_d2.ablation.rows import read_rows
 from megdet_d2.cli import main
 
 TABLE3 = "configs/ablations/table3"
-# docs/experiments.md's mapping, on 2 cores: mini-batch, BN size, processes, micro-batches.
+# The mapping of docs/experiments.md on 2 cores: mini-batch, BN size, processes, micro-batches.
 REDUCED = {
     "01_b16_base": (8, 0, 2, 1),
     "02_b2_bn2": (1, 1, 1, 1),
@@ -48,7 +48,7 @@ REDUCED = {
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
-    """And on a machine without a GPU, so that rows of 128 are not refused for having fewer."""
+    """Hides GPUs too, so that rows for 128 GPUs are not refused."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -56,7 +56,7 @@ def in_the_checkout(monkeypatch):
 
 @pytest.fixture
 def listed(tmp_path):
-    """A YAML list of three rows of one config."""
+    """Writes a YAML list of three rows of one config."""
     path = tmp_path / "rules.yaml"
     config = os.path.relpath(ROOT / TABLE3 / "14_b256_bn16.yaml", tmp_path)
     path.write_text(
@@ -134,7 +134,7 @@ def test_reduced_rows_keep_the_papers_ratios():
         assert b.cfg.SOLVER.WARMUP_FACTOR == a.cfg.SOLVER.WARMUP_FACTOR
         lr = [r.cfg.SOLVER.BASE_LR / r.cfg.MEGDET.REFERENCE_LR for r in (a, b)]
         assert lr[0] == pytest.approx(lr[1])
-        # The same decays at the same parts of training, but for whole iterations.
+        # The decays are at the same fractions of the training, up to whole iterations.
         at = [[s / r.cfg.SOLVER.MAX_ITER for s in r.cfg.SOLVER.STEPS] for r in (a, b)]
         assert at[0] == pytest.approx(at[1], abs=0.02)
         assert b.images <= 4004 + 2548 * b.name.endswith("long")
@@ -193,7 +193,7 @@ def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path
 
 
 def test_rows_that_differ_in_what_is_not_kept_are_not_reduced(tmp_path):
-    """They would all become one, and the table would compare it with itself."""
+    """They would all become the same row, and the table would compare it with itself."""
     path = tmp_path / "rows.yaml"
     rows = "{a: {SOLVER.MOMENTUM: 0.9}, b: {SOLVER.MOMENTUM: 0.95}}"
     path.write_text(f"CONFIG: {ROOT / TABLE3 / '06_b16_bn16.yaml'}\nROWS: {rows}\n")
@@ -220,7 +220,7 @@ def test_launch_lines_are_torchruns(listed, capsys):
     assert words[words.index("--nnodes") + 1] == "16"
     assert words[words.index("--nproc-per-node") + 1] == "8"
     assert words[words.index("MEGDET.LR_FACTOR") + 1] == "0.5"
-    # Each training has its own seed and folder, whatever the overrides say.
+    # Each training has its own seed and folder, even if an override has another seed.
     tail = [shlex.split(line)[-4:] for line in lines]
     assert tail[1] == ["SEED", "1", "OUTPUT_DIR", "out/half/seed1"]
     assert tail[4] == ["SEED", "2", "OUTPUT_DIR", "out/half/seed2"]
@@ -235,7 +235,7 @@ def test_one_machine_needs_no_rendezvous(capsys):
 
 
 def test_groups_have_to_fit_into_the_machines_at_hand():
-    """16 images of 2 a GPU are 8 GPUs, which are no machine's of 4."""
+    """A BN size of 16 with 2 images per GPU needs 8 GPUs, and the machines have 4."""
     with pytest.raises(SystemExit, match="row 06_b16_bn16 .*no equal groups of the 4 processes"):
         main(["ablate", TABLE3, "--print", "--gpus-per-machine", "4", "--rows", "06*"])
 
@@ -260,7 +260,7 @@ def test_submitting_fills_in_the_schedulers_command(listed, tmp_path):
         ),
         ("x\ny.z.DivergenceError: rank 1\n", "DivergenceError: rank 1"),
         ("one\nValueError: two\n\n", "ValueError: two"),
-        (  # what it had overcome
+        (  # an error before the last start does not count
             "DivergenceError: loss is nan\nStarting training from iteration 20\nOut of memory\n",
             "Out of memory",
         ),
@@ -271,7 +271,7 @@ def test_failure_reason(text, reason):
     assert local.failure_reason(text) == reason
 
 
-# Stands in for a training in the tests of the loop: what it leaves is as Detectron2 writes it.
+# Replaces a training: it writes the files that Detectron2 writes.
 SCRIPT = """
 import json, os, shutil, sys
 args = sys.argv[1:]
@@ -317,7 +317,7 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     command = ["ablate", str(listed), "--script", script, "--output", str(output)]
     main([*command, "--seeds", "1,2"])
     trained = log.read_text().splitlines()
-    # The first seed of every row first: a table with every row is there as soon as can be.
+    # The first seed of every row comes first, so that every row is in the table early.
     assert trained == [
         str(output / f"{row}/seed{seed}") for seed in (1, 2) for row in ("linear", "half", "none")
     ]
@@ -334,7 +334,7 @@ def test_the_loop_trains_tabulates_and_goes_on_where_it_stopped(listed, tmp_path
     assert (output / "results.png").stat().st_size > 5_000
     assert out.split("\n\n")[0].strip() in (output / "results.md").read_text()
 
-    # Nothing is repeated: not what is complete, and not what failed; but what is unfinished is.
+    # Finished and failed trainings are not repeated, unfinished ones are.
     (output / "none/seed1/metrics.json").unlink()
     main([*command, "--seeds", "1,2"])
     more = log.read_text().splitlines()[len(trained) :]
@@ -362,7 +362,7 @@ def test_the_table_has_what_earlier_commands_have_trained(listed, tmp_path):
 
 
 def test_a_folder_that_another_process_trains_in_is_left_to_it(listed, tmp_path, capfd):
-    """As one that has outlived the command that started it."""
+    """A training may outlive the command that started it."""
     script, log = write_script(listed, tmp_path)
     busy = tmp_path / "out/half/seed1"
     busy.mkdir(parents=True)
@@ -374,7 +374,7 @@ def test_a_folder_that_another_process_trains_in_is_left_to_it(listed, tmp_path,
 
 
 def test_several_trainings_at_a_time(tmp_path, monkeypatch):
-    """Two that wait for each other: one after another, neither would come to its end."""
+    """Each of the two trainings waits for the other one, so both must run at the same time."""
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys, time\n"
@@ -404,7 +404,7 @@ def test_several_trainings_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
-    """Seeds differ by 10 AP, the rows of a seed by 1 and 2: the gain is 1.5, and hardly varies."""
+    """Seeds differ by 10 AP, the rows of a seed by 1 and 2: the gain is 1.5 and varies little."""
     aps = {"linear": (30.0, 40.0, 50.0), "half": (31.0, 42.0, None)}
     results = [
         Result(row, seed, "done" if ap else "failed", ap=ap)
@@ -456,7 +456,7 @@ def test_other_overrides_are_not_taken_for_these(listed, tmp_path):
     for words in (["--collate"], []):
         with pytest.raises(SystemExit, match="MODEL.WEIGHTS a.pth, and row .*another --output"):
             main([*command, *words])
-    # A row of the same name, and another meaning.
+    # Now a row of the same name has another value.
     listed.write_text(listed.read_text().replace("LR_FACTOR: 0.5", "LR_FACTOR: 0.25"))
     with pytest.raises(SystemExit, match="MEGDET.LR_FACTOR 0.5, and row half now has 0.25"):
         main([*command, "MODEL.WEIGHTS", "a.pth"])
@@ -464,7 +464,7 @@ def test_other_overrides_are_not_taken_for_these(listed, tmp_path):
 
 
 def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
-    """It rolled back, or was started again; and one at its end is done whatever had happened."""
+    """Errors before a roll-back or a new start do not count; a finished training is done."""
     row = read_rows(listed)[0]
     job = Job(row, 1, tmp_path)
     log = tmp_path / "log.txt"
@@ -479,7 +479,7 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
         "torch.OutOfMemoryError: CUDA out of memory\n[01/01 INFO]: Total training time\n"
     )
     assert read_result(job).reason == "torch.OutOfMemoryError: CUDA out of memory"
-    (tmp_path / "failure.json").write_text("")  # a full disk
+    (tmp_path / "failure.json").write_text("")  # as a full disk leaves it
     assert "failure.json cannot be read" in read_result(job).reason
     (tmp_path / "failure.json").write_text('{"reason": "no GPU"}')
     assert read_result(job).reason == "no GPU"
@@ -490,7 +490,7 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
     (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
     result = read_result(job)
     assert (result.status, result.ap) == ("done", 30)
-    last["bbox/AP"] = math.nan  # as Detectron2 writes where nothing was detected
+    last["bbox/AP"] = math.nan  # as Detectron2 writes it without detections
     lines = [json.dumps(training), json.dumps(last)]
     (tmp_path / "metrics.json").write_text("\n".join(lines) + "\n")
     result = read_result(job)
@@ -498,7 +498,7 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
 
 
 def test_the_documented_slurm_line_starts_every_machine(listed, tmp_path, monkeypatch):
-    """With an sbatch that runs its script here, and an srun that runs it once a machine."""
+    """The sbatch of this test runs its script here, and the srun runs it once per machine."""
     text = (ROOT / "docs/experiments.md").read_text()
     template = text.partition("--submit '")[2].partition("'\n")[0].replace("\\\n", "")
     log = tmp_path / "log"
@@ -666,7 +666,7 @@ def test_report_takes_no_overrides(capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_reduced_rows_train_for_real(tmp_path):
-    """Two rows, few images: one comes to its end, one diverges; and nothing is done twice."""
+    """Of two rows with few images one finishes and one diverges; nothing is done twice."""
     folder = tmp_path / "rows"
     folder.mkdir()
     for name, extra in (("fine", ""), ("wild", "MEGDET: {LR_FACTOR: 1.0e+12}\n")):

@@ -1,4 +1,4 @@
-"""Every row of Tables 2 and 3 resolves to the paper's numbers at its real world size."""
+"""Tests that every row of Tables 2 and 3 resolves to the paper's numbers at its world size."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ TABLE3 = {
     "19_b256_bn32_long": (256, 32, 64, 37.7, 9.4),
     "20_b256_bn16_long": (256, 16, 128, 37.7, 5.4),
 }
-# Batches below the reference: their warm-up is of one height, min(r, r̂) = r̂.
+# Mini-batches below the reference have a constant warm-up, because min(r, r̂) = r̂.
 SMALL = {
     2: (2, 0.0025, 649000, (472000, 590000), 59000, 1.0),
     4: (4, 0.005, 324500, (236000, 295000), 29500, 1.0),
@@ -56,7 +56,8 @@ ROWS = {
     **{f"table2/{n}": (b, 0, b // 2, f, ap, h) for n, (b, f, ap, h) in TABLE2.items()},
     **{f"table3/{n}": (b, bn, g, 1, ap, h) for n, (b, bn, g, ap, h) in TABLE3.items()},
 }
-# What is not a row of a table: GPUs, BN size, learning rate, warm-up's start, CGBN layers.
+# Rows that are not in the paper's tables: GPUs, BN size, learning rate, start of the warm-up,
+# CGBN layers.
 BACKBONE, FPN, HEADS = 42, 8, 4
 OTHERS = {
     "warmup/1_b64_frozen_reference": (32, 0, 0.08, 0.25, 0),
@@ -91,7 +92,7 @@ OTHERS = {
 
 @pytest.fixture
 def fake_world():
-    """Starts a world of so many ranks in this one process: no message is sent, groups are real."""
+    """Starts a world of fake ranks in this process: groups are real, but no message is sent."""
 
     def start(world_size: int) -> None:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -106,7 +107,7 @@ def fake_world():
 
 def test_every_row_is_here_and_no_other():
     found = (CONFIGS / "ablations").glob("*/*.yaml")
-    # The appendix's rows, of the reduced detector alone, are in test_challenge_rows.
+    # test_challenge_rows has the rows of the appendix, which are for the reduced detector only.
     rows = {f"{p.parent.name}/{p.stem}" for p in found if p.parent.name != "challenge"}
     assert rows == set(ROWS) | set(OTHERS)
     assert (len(TABLE2), len(TABLE3)) == (5, 20)
@@ -157,8 +158,8 @@ def test_variation_is_what_its_name_says(name, fake_world):
     check_groups(cfg, gpus, bn_size, layers)
 
 
-# On the reduced detector: ResNet-18 has 20 convolutions with a norm; the thin ResNet-50, whose res2
-# is as wide as the stem and needs no shortcut, 52; the FPN 8, and the box head one.
+# Norms of the reduced detector: ResNet-18 has 20, the thin ResNet-50 has 52, since its res2 is as
+# wide as the stem and needs no shortcut. The FPN has 8, the box head one.
 R18, THIN_R50 = 20 + 8 + 1, 52 + 8 + 1
 CHALLENGE = {
     "01_baseline": R18,
@@ -181,7 +182,7 @@ CHALLENGE = {
 
 
 def test_challenge_rows():
-    """Each row is the reduced detector with one technique, and the norm is where it should be."""
+    """Each row is the reduced detector with one technique, and has the expected number of norms."""
     rows = {row.name: row for row in read_rows(CONFIGS / "ablations" / "challenge")}
     assert list(rows) == list(CHALLENGE)
     solvers = {str(row.cfg.SOLVER) for row in rows.values()}
@@ -193,7 +194,7 @@ def test_challenge_rows():
 
 
 def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
-    """The model's groups, as the trainer would make them, are of ``bn_size`` images."""
+    """Checks that the groups, made as in the trainer, have ``bn_size`` images."""
     model = build_on_meta(cfg)
     layers = cgbn_layers(model)
     assert len(layers) == num_layers
@@ -205,7 +206,7 @@ def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
     sizes = {layer.group_size() for layer in layers}
     assert sizes == {bn_size // images}
     assert f"each over {bn_size} images" in describe_norms(model, images)
-    # The groups cut the world into whole parts: BN sizes over the mini-batch, none left over.
+    # The groups divide the world into equal parts without a rest.
     ranks = sizes.pop()
     assert gpus // ranks * bn_size == cfg.SOLVER.IMS_PER_BATCH and gpus % ranks == 0
     made = [group for group in groups._cache.values() if group is not groups.SELF]

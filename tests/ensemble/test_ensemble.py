@@ -1,4 +1,4 @@
-"""megdet ensemble: fusion against its definitions, AP against Detectron2's, the command."""
+"""Tests megdet ensemble: fusion against its definitions, AP against Detectron2, the command."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def result(box, score, image_id=1, category_id=3):
 
 
 def random_results(seed, count=24, apart=False):
-    """Boxes of two classes in both images; ``apart``: after NMS at 0.5, as a detector's are."""
+    """Returns boxes of two classes in both images; with ``apart``, after NMS at 0.5."""
     rng = np.random.default_rng(seed)
     results = []
     for image_id, size in SIZES.items():
@@ -59,14 +59,14 @@ def assert_same(ours, expected):
 def test_weighted_boxes_are_the_means_by_score():
     a = [result([10, 20, 100, 40], 0.9), result([150, 10, 20, 20], 0.8)]
     b = [result([20, 20, 100, 40], 0.6), result([10, 20, 100, 40], 0.7, category_id=4)]
-    # 0.9 and 0.6: a mean of boxes by 3 : 2. What one of two models found has half its score.
+    # Scores 0.9 and 0.6 give a mean of the boxes by 3 : 2. A box of one model has half its score.
     expected = [
         result([14, 20, 100, 40], 0.75),
         result([150, 10, 20, 20], 0.4),
         result([10, 20, 100, 40], 0.35, category_id=4),
     ]
     assert_same(fuse([a, b], SIZES), expected)
-    # Twice the weight for the first: boxes by 1.8 : 0.6, scores by 2 : 1.
+    # With twice the weight for the first model: boxes by 1.8 : 0.6, scores by 2 : 1.
     expected = [
         result([12.5, 20, 100, 40], (2 * 0.9 + 0.6) / 3),
         result([150, 10, 20, 20], 2 * 0.8 / 3),
@@ -76,7 +76,7 @@ def test_weighted_boxes_are_the_means_by_score():
 
 
 def test_two_boxes_of_one_model_are_of_one_model():
-    """Their score is a mean, times the share of the models, by weight, that saw the object."""
+    """The score is the mean times the share, by weight, of the models with a box."""
     twice = [result([10, 20, 100, 40], 0.9), result([14, 20, 100, 40], 0.8)]
     (lone,) = fuse([twice, []], SIZES)
     assert lone["score"] == pytest.approx(0.85 / 2)
@@ -86,7 +86,7 @@ def test_two_boxes_of_one_model_are_of_one_model():
 
 
 def plain_soft_nms(results, threshold):
-    """Bodla et al., Figure 2 with Equation 2."""
+    """Suppresses by Bodla et al., Figure 2 with Equation 2."""
     left = [dict(r) for r in results]
     while left:
         best = max(left, key=lambda r: r["score"])
@@ -141,10 +141,10 @@ def test_odd_boxes_make_no_odd_fusion(method, caplog, recwarn, capsys):
         result([150, 90, 100, 100], 0.8),  # over the corner
         result([300, 20, 10, 10], 0.7),  # outside
         result([20, 20, 0, 10], 0.6),  # without area
-        result([100, 20, 10, 10], 0.0),  # its weight in a mean would be 0 of 0
-        result([60, 20.004, 40, 80], 0.5),  # rounding
+        result([100, 20, 10, 10], 0.0),  # in a mean its weight would be 0 / 0
+        result([60, 20.004, 40, 80], 0.5),  # over the lower edge by rounding
     ]
-    # One is all there is of its image.
+    # One is alone in its image.
     odd.append(result([-5, 0, 5, 5], 0.9, image_id="b"))
     fused = fuse([odd, []], SIZES, method=method, weights=(1, 1))
     part = 0.5 if method == "wbf" else 1
@@ -178,7 +178,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noisy(coco, tmp_path_factory):
-    """Files of three detectors' results: the objects, moved, and others."""
+    """Writes the results of three detectors: the objects, shifted, and false ones."""
     folder, files = tmp_path_factory.mktemp("noisy"), []
     truth = json.loads(open(coco[0][1]).read())
     for seed in range(3):
@@ -212,7 +212,7 @@ def test_ap_is_detectron2s(coco, noisy):
     assert 5 < ours["AP"] < 95 and math.isnan(ours["APl"])
     assert list(ours) == list(METRICS)
     assert ours == pytest.approx({m: expected[m] for m in METRICS}, abs=1e-6, nan_ok=True)
-    # Its input is as it was; a detector that finds nothing has AP 0.
+    # It does not change its input; without detections the AP is 0.
     assert results == json.loads(noisy[0].read_text())
     assert evaluate(truth, [])["AP"] == 0
     perfect = [result(a["bbox"], 1, a["image_id"], 1) for a in truth.dataset["annotations"]]
@@ -220,7 +220,7 @@ def test_ap_is_detectron2s(coco, noisy):
 
 
 def read_table(text):
-    """Rows of the Markdown table by their first cell."""
+    """Returns the rows of the Markdown table by their first cell."""
     rows = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows[2:]}
 
@@ -242,7 +242,7 @@ def test_saved_results_alone(coco, noisy, tmp_path, capsys):
     text = capsys.readouterr().out
     table = read_table(text)
     assert list(table) == [*files, "mean", "ensemble: wbf, IoU 0.55"]
-    # Errors of the three are independent: their mean position is better than each.
+    # The errors of the three are independent, so their mean position is better than each.
     aps = [float(cells[1]) for cells in table.values()]
     assert aps[3] == pytest.approx(np.mean(aps[:3]), abs=0.06) and aps[4] > max(aps[:3])
     assert "index" not in text  # pycocotools prints a lot
@@ -253,7 +253,7 @@ def test_saved_results_alone(coco, noisy, tmp_path, capsys):
     assert table["ensemble: wbf, IoU 0.55"][1] == (
         f"{evaluate(read_annotations(coco[0][1]), fused)['AP']:.1f}"
     )
-    # The same by the data set's name, and twice the same file: its own AP.
+    # By the name of the data set, the same file twice has the AP of the file.
     command = ["ensemble", files[0], files[0], "--dataset", "mixed", "--fusion", "nms"]
     output = ["--output", str(tmp_path / "twice"), "--weights", "1,1"]
     main([*command, *output, "DATASETS.COCO", repr(coco)])
@@ -276,7 +276,7 @@ def test_the_embedded_data_set_is_made_first(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def models(coco, tmp_path_factory):
-    """Two detectors of different configs, untrained: a run's folder, and a config with weights."""
+    """Makes two untrained detectors of different configs: a run, and a config with weights."""
     folder, sources = tmp_path_factory.mktemp("models"), []
     for number, overrides in enumerate(
         [(), ("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "INPUT.MIN_SIZE_TEST", 64, "TEST.AUG.ENABLED", True)]
@@ -310,7 +310,7 @@ def test_models_of_different_configs_and_a_file(models, noisy, coco, tmp_path, c
         for name in ("1_run0/inference", "3_other/inference_TTA", ".")
     ]
     per_image = [[sum(r["image_id"] == i for r in rows) for i in range(1, 5)] for rows in results]
-    assert per_image[0] == per_image[1] == [7] * 4  # the override is everyone's
+    assert per_image[0] == per_image[1] == [7] * 4  # the override applies to all models
     assert_same(
         results[2],
         fuse(
@@ -322,7 +322,7 @@ def test_models_of_different_configs_and_a_file(models, noisy, coco, tmp_path, c
 
 
 def edited(path, to, **changes):
-    """A copy of a results file, its second entry changed."""
+    """Writes a copy of a results file with a changed second entry."""
     rows = json.loads(path.read_text())
     rows[1].update(changes)
     to.write_text(json.dumps(rows))
@@ -394,7 +394,7 @@ def test_errors_come_before_work(case, models, noisy, coco, tmp_path):
 
 
 def other_classes(run, coco, folder):
-    """The run's weights under a config whose data set calls its class otherwise."""
+    """Returns the weights of a run with a config whose data set has another class name."""
     content = json.load(open(coco[0][1]))
     content["categories"][0]["name"] = "b"
     (folder / "other.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Equations 2 to 4: estimates against known variances, and against gradients computed by hand."""
+"""Tests Equations 2 to 4 against known variances, and against gradients computed by hand."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ from tests.helpers.paths import TINY
 
 
 class Regression(nn.Module):
-    """Mean of (w·x - y)² over the images of a forward, as a detector's loss is."""
+    """Computes the mean of (w·x - y)² over the images of a forward pass, like a detector's loss."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def make_images(count, seed=0):
 
 
 def pairs_of(true_gradient, sigma, sizes, pairs, exponent=1.0, seed=0):
-    """Pairs of Gaussian gradients whose variance falls as N ** -exponent."""
+    """Returns pairs of Gaussian gradients whose variance falls as N ** -exponent."""
     rng = np.random.default_rng(seed)
     dimension, found = len(true_gradient), {}
     for n in sizes:
@@ -106,7 +106,7 @@ def test_interval_holds_the_slope_about_as_often_as_it_says():
     g = np.full(50, 0.05)
     fits = [fit(pairs_of(g, 3.0, [1, 2, 4], 12, seed=seed), resamples=200) for seed in range(60)]
     hits = np.mean([f.interval[0] <= -1 <= f.interval[1] for f in fits])
-    assert 0.8 <= hits < 1  # of 95 %; resampling so few pairs is a little optimistic
+    assert 0.8 <= hits < 1  # 95 % are expected; with so few pairs the interval is a little narrow
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5])
@@ -114,7 +114,7 @@ def test_dependent_images_are_told_from_independent_ones(exponent):
     result = fit(pairs_of(np.full(400, 0.05), 3.0, [1, 2, 4, 8, 16], 12, exponent))
     assert result.slope == pytest.approx(-exponent, abs=0.05)
     assert not result.interval[0] < -1 < result.interval[1]
-    # r̂ = k r would then make the update vary more than k steps do.
+    # With r̂ = k r the update then varies more than k steps.
     assert result.update_variances()[16] == pytest.approx(16 ** (1 - exponent), rel=0.1)
 
 
@@ -157,7 +157,7 @@ def test_module_of(name, module):
 
 
 def run_ddp(rank, iterations):
-    """Two processes train with the hook; their local gradients are computed apart by hand."""
+    """Trains two processes with the hook, and computes their local gradients by hand."""
     torch.manual_seed(0)
     plain = Regression()
     del plain.unused
@@ -176,7 +176,7 @@ def run_ddp(rank, iterations):
 def test_hook_compares_local_gradients_with_their_mean(pool2):
     (a, variance, scale), (b, *others) = pool2.run(run_ddp, 5)
     assert others == [variance, scale]
-    # Of two, Σ|g_i - ḡ|² / (2 - 1) is ½|a - b|², and E a·b is |G|².
+    # For two processes Σ|g_i - ḡ|² / (2 - 1) is ½|a - b|², and E a·b is |G|².
     half = [0.5 * (x - y).square().sum().item() for x, y in zip(a, b, strict=True)]
     dots = [(x * y).sum().item() for x, y in zip(a, b, strict=True)]
     assert variance == pytest.approx(np.mean(half))
@@ -185,7 +185,7 @@ def test_hook_compares_local_gradients_with_their_mean(pool2):
 
 
 def train_and_write(rank, folder):
-    """As docs/experiments.md registers the hook: behind the one that writes."""
+    """Registers the hook as docs/experiments.md does, after the one that writes."""
     torch.manual_seed(0)
     plain = Regression()
     del plain.unused

@@ -1,4 +1,4 @@
-"""The closing report: metrics read as Detectron2 writes them, pictures that show what they say."""
+"""Tests megdet report: reading of runs, curves, plots, tables, detections and the page."""
 
 import base64
 import builtins
@@ -36,7 +36,7 @@ EVAL_ROW = '{"bbox/AP": %s, "bbox/AP-0": 1, "bbox/AP50": 40, "bbox/APm": NaN, "i
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """An OUTPUT_DIR with everything a training leaves, of four images with every object found."""
+    """Makes an OUTPUT_DIR as of a training, with four test images and every object detected."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     (tmp_path / "datasets" / "megdet_digits").mkdir(parents=True)
     run = tmp_path / "run"
@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
 
     register_datasets(cfg)
     results = [
-        # The results count the categories as the annotation json does: from 1.
+        # Results have the category ids of the annotation json, which count from 1.
         {
             "image_id": image["image_id"],
             "category_id": annotation["category_id"] + 1,
@@ -97,7 +97,7 @@ def test_detectron2s_own_writer_is_understood(tmp_path):
         for iteration in range(4):
             storage.iter = iteration
             storage.put_scalars(total_loss=3.0 - iteration, lr=0.1)
-            if iteration in (1, 3):  # between two writes, and together with one
+            if iteration in (1, 3):  # one between two writes, one together with a write
                 storage.put_scalars(**{"bbox/AP": float(iteration)}, smoothing_hint=False)
             if iteration != 1:
                 writer.write()
@@ -128,7 +128,7 @@ def test_curves_show_the_values(run):
     metrics = run / "metrics.json"
     metrics.write_text(metrics.read_text().replace("20.5", "35.5"))
     changed = (pixels(plots.plot_curves(run, run / "curves.png")) != before).any(axis=(1, 2))
-    assert changed[600:].any() and not changed[:520].any()  # the AP's panel alone
+    assert changed[600:].any() and not changed[:520].any()  # only the panel of the AP
 
 
 @pytest.mark.parametrize("row", [TRAIN_ROW % (19, 2.0), EVAL_ROW % ("NaN", 40)])
@@ -148,7 +148,7 @@ def test_detections_are_drawn_beside_the_truth(run):
     empty = pixels(plots.draw_detections(run, run / "detections.png", num_images=4))
     columns = (drawn != empty).any(axis=(0, 2))
     assert columns[350:700].any() and columns[1050:].any()
-    assert not columns[:350].any() and not columns[700:1050].any()  # the truth stays
+    assert not columns[:350].any() and not columns[700:1050].any()  # the truth is the same
 
 
 def test_detections_below_the_threshold_are_not_drawn(run):
@@ -224,7 +224,7 @@ def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):
 
 
 def write_run(folder, batch_size=16, seconds=0.5, ap=30.0, samples=()):
-    """A run of 100 iterations, the paper's normal policy over 200 images an epoch or so."""
+    """Writes a run of 110 iterations: the normal policy with ten iterations per epoch."""
     folder.mkdir(parents=True)
     cfg = get_cfg()
     add_megdet_config(cfg)
@@ -256,18 +256,18 @@ def write_run(folder, batch_size=16, seconds=0.5, ap=30.0, samples=()):
 def test_a_run_as_numbers(tmp_path):
     run = Run.read(write_run(tmp_path / "a", batch_size=8))
     iterations, aps = run.evaluations()
-    # The last evaluation is written under the number behind the last iteration.
+    # The last evaluation is written one iteration after the last training iteration.
     assert iterations.tolist() == [50, 110] and aps.tolist() == [15.0, 30.0]
     assert run.epochs(iterations).tolist() == [5, 11]
     assert run.final("AP50") == 60
-    # 100 of the 110 iterations are logged, at half a second: another trainer's medians.
+    # 100 of the 110 iterations are logged, at half a second, as medians of another trainer.
     assert run.hours() == pytest.approx(100 * 0.5 / 3600)
     assert run.hours_at(np.array([50])) == pytest.approx(50 * 0.5 / 3600)
     assert run.images_per_second() == pytest.approx(16)
 
 
 def test_hours_are_those_of_all_iterations(tmp_path):
-    """A loader that stalls in one iteration of five: a median says nothing of it."""
+    """The loader stalls in one iteration of five, which a median does not show."""
     folder = write_run(tmp_path / "a", batch_size=8)
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     rows = [r | {"training_time": r["iteration"] + 1.0} if "time" in r else r for r in rows]
@@ -294,7 +294,7 @@ def test_a_run_of_a_stranger_runs_no_code(run, tmp_path):
 
 
 def test_a_decay_that_was_not_reached_is_not_drawn(tmp_path):
-    """Detectron2's default STEPS, 30,000, would stretch the axis of a short training."""
+    """The default STEPS of Detectron2, 30,000, would stretch the axis of a short training."""
     folder = write_run(tmp_path / "a", batch_size=8)
     config = (folder / "config.yaml").read_text()
     before = pixels(plots.plot_accuracy([Run.read(folder)], tmp_path / "a.png"))
@@ -314,7 +314,7 @@ def test_nothing_is_written_to_the_run_where_another_folder_is_asked_for(run, tm
 
 
 def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
-    """100 iterations of 16, then, from a checkpoint after 80 of them, 40 to 110 of 32."""
+    """It has 100 iterations of 16 images, and from a checkpoint after 80 goes on with 40 of 32."""
     folder = write_run(tmp_path / "a", batch_size=32)
 
     def rows(batch_size, seconds, first, last):
@@ -330,10 +330,10 @@ def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
         ]
 
     before, after = rows(16, 0.5, 19, 100), rows(32, 0.75, 59, 111)
-    before.insert(3, {"iteration": 74, "bbox/AP": 10.0})  # of 1,200 images
+    before.insert(3, {"iteration": 74, "bbox/AP": 10.0})  # after 1,200 images
     last = {"iteration": 109, "total_loss": 1.0, "time": 0.75, "images_seen": 110 * 32}
     after += [last | {"effective_batch_size": 32}, {"iteration": 110, "bbox/AP": 20.0}]
-    # An evaluation of its own, at iteration 41: the next row is of its mini-batch, the last not.
+    # A separate evaluation at iteration 41 has the mini-batch of the next row, not of the last one.
     lines = [*before, {"iteration": 41, "bbox/AP": 12.0}, *after]
     metrics = folder / "metrics.json"
     metrics.write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -341,7 +341,7 @@ def test_a_run_resumed_with_another_mini_batch_counts_images(tmp_path):
     iterations, aps = run.evaluations()
     assert aps.tolist() == [10.0, 12.0, 20.0] and run.final() == 20
     assert iterations.tolist() == [38, 42, 110]  # 1,200 images are 37.5 iterations of 32
-    # The 100th of the first part stands: what it saw, the second part saw anew, but later.
+    # The row of the 100th iteration stays, because the second part reaches its images later.
     done, _ = run.series("time")
     assert done.tolist() == [10, 20, 30, 40, 50, 60, 80, 100, 110]
     assert run.hours() * 3600 == pytest.approx(100 * 0.5 + 60 * 0.75)
@@ -406,7 +406,7 @@ def test_accuracy_is_drawn_over_epochs_and_over_hours(tmp_path, change):
     after = pixels(plots.plot_accuracy([a, b], tmp_path / "after.png"))
     columns = (before != after)[:400].any(axis=(0, 2))
     assert columns[600:].any()
-    # Time changes nothing over epochs.
+    # Over epochs the seconds change nothing.
     assert columns[100:540].any() == (change == "ap")
 
 
@@ -431,7 +431,7 @@ def test_the_page_holds_everything_itself(run):
     assert len(pictures) == 4 and all(p.startswith("data:image/png;base64,") for p in pictures)
     decoded = base64.b64decode(pictures[-1].partition(",")[2])
     assert decoded == (run / "detections.png").read_bytes()
-    # No script, style, font or picture from anywhere else.
+    # It loads no script, style, font or picture from elsewhere.
     assert not re.findall(r"https?://|<script|<link|@import|url\(", page)
     assert 'name="viewport"' in page and "max-width: 100%" in page
     assert "<td>20.5</td><td>40.0</td>" in page
