@@ -5,6 +5,7 @@ this package beside it, and ``megdet --help`` or a mistyped flag answers at once
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -95,6 +96,8 @@ def _ignore_deprecations() -> None:
 
     Filters of the user, by ``-W`` or ``PYTHONWARNINGS``, come before these.
     """
+    # Detectron2 calls an old function of torch.fx, about which torch logs a line.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning, append=True)
     warnings.filterwarnings("ignore", "torch.meshgrid", append=True)
     filters = ["ignore::FutureWarning", "ignore:torch.meshgrid"]

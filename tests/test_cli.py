@@ -1,5 +1,6 @@
 """The megdet command: help without torch, without a warning, and the words that it takes."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -95,3 +96,27 @@ def test_train_takes_overrides_anywhere(monkeypatch):
 def test_an_error_of_a_training_has_its_traceback():
     with pytest.raises(FileNotFoundError, match="no config nothing.yaml"):
         megdet_cli.main(["train", "--config-file", "nothing.yaml"])
+
+
+WARNS = """
+import subprocess, sys, warnings
+import megdet_cli
+if len(sys.argv) > 1:
+    megdet_cli._ignore_deprecations()
+    subprocess.run([sys.executable, __file__], check=True)
+warnings.warn("deprecated", FutureWarning)
+warnings.warn("torch.meshgrid: in an upcoming release", UserWarning)
+"""
+
+
+@pytest.mark.parametrize("users_filter", ["", "error::FutureWarning"])
+def test_deprecations_are_hidden_in_child_processes_too(users_filter, tmp_path):
+    script = tmp_path / "warns.py"
+    script.write_text(WARNS)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": users_filter}
+    command = [sys.executable, str(script), "hide"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    if users_filter:  # it comes before ours
+        assert "FutureWarning: deprecated" in result.stderr and result.returncode == 1
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
