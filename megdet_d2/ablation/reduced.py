@@ -1,6 +1,6 @@
-"""``--reduced``: the rows of an ablation for a laptop, their ratios kept.
+"""Reduces the rows of an ablation for a laptop and keeps their ratios, for ``--reduced``.
 
-On a small model and the embedded data set; docs/experiments.md has the mapping.
+The reduced rows have a small model and the embedded data set. docs/experiments.md has the mapping.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ from megdet_d2.config import load_config
 from .rows import Row, differences, load_row, to_opts
 
 REDUCED_BASE = Path("configs/ablations/Base-reduced.yaml")
-# Images of a mini-batch and of a BN size become so many times fewer. 2 is the most that Table 3's
-# smallest row, BN size 2, can bear.
+# Divides mini-batch and BN size. 2 is the largest divisor for Table 3, whose smallest BN size is 2.
 IMAGE_DIVISOR = 2
-# Epochs of a reduced row between two evaluations.
+# Epochs between two evaluations of a reduced row.
 REDUCED_EVAL_EPOCHS = 3
-# What a reduced row takes over as it is: all that the rows of configs/ablations differ in, besides
+# Keys that a reduced row keeps: all keys in which the rows of configs/ablations differ, except for
 # images and GPUs. The rows of challenge are small already and run without --reduced.
 CARRIED = (
     "MODEL.RESNETS.NORM",
@@ -36,7 +35,8 @@ CARRIED = (
     "MEGDET.WARMUP_EPOCHS",
     "MEGDET.WARMUP_START",
 )
-# What rows may differ in besides: it is reduced, follows from what is, or changes no result.
+# Other keys in which rows may differ: they are reduced, follow from reduced ones, or do not change
+# the result.
 REDUCED = (
     "MEGDET.ABLATION.",
     "MEGDET.ACCUMULATION_STEPS",
@@ -52,7 +52,7 @@ REDUCED = (
     "SOLVER.WARMUP_",
     "TEST.EVAL_PERIOD",
 )
-# A reduced row takes these from REDUCED_BASE, so that a row of another cannot be reduced.
+# A reduced row takes these keys from REDUCED_BASE. A row with another value cannot be reduced.
 ARCHITECTURE = (
     "MODEL.META_ARCHITECTURE",
     "MODEL.BACKBONE.NAME",
@@ -63,19 +63,19 @@ ARCHITECTURE = (
 
 
 def reduce_rows(rows: Sequence[Row], cores: int, overrides: Sequence[str] = ()) -> list[Row]:
-    """The rows' ratios on ``REDUCED_BASE``: what they say of norms, rule and policy, fewer images.
+    """Returns the rows with their norms, scaling rules and policies on ``REDUCED_BASE``.
 
-    Mini-batch and BN size are divided by ``IMAGE_DIVISOR``, so that the number of groups and k, the
-    mini-batch over the reference, are the paper's. GPUs become processes, one a core at the most.
-    Groups that the cores have no room for come one after another, as micro-batches of an update.
+    Mini-batch and BN size are divided by ``IMAGE_DIVISOR``. So the number of groups and k, the
+    mini-batch over the reference, are the paper's. GPUs become processes, at most one per core. If
+    there are more groups than cores, they run one after another, as micro-batches of an update.
 
     Args:
-        cores: how many processes there is room for.
+        cores: the most processes.
         overrides: KEY VALUE ..., for every reduced row.
 
     Raises:
-        ValueError: a mini-batch or BN size that cannot be divided; a row of another architecture,
-            or small as it is; rows that differ in what none of them would keep.
+        ValueError: a mini-batch or a BN size cannot be divided, a row has another architecture or
+            is small already, or rows differ in a key that is not kept.
     """
     reduced = []
     for row in rows:
@@ -91,7 +91,7 @@ def _reduce(row: Row, cores: int, overrides: Sequence[str]) -> Row:
     base_file = model_zoo.find(REDUCED_BASE)
     base = load_config(base_file, overrides)
     _check_reducible(row.cfg, base)
-    bn_size = row.bn_size or row.batch_size  # without CGBN there is nothing to keep whole
+    bn_size = row.bn_size or row.batch_size  # without CGBN, the mini-batch is one group
     for key, value in (("SOLVER.IMS_PER_BATCH", row.batch_size), ("MODEL.CGBN.BN_SIZE", bn_size)):
         if value % IMAGE_DIVISOR:
             raise ValueError(f"{key} is {value}, and --reduced divides it by {IMAGE_DIVISOR}")
@@ -106,7 +106,7 @@ def _reduce(row: Row, cores: int, overrides: Sequence[str]) -> Row:
         "SOLVER.IMS_PER_BATCH": batch_size,
         "MODEL.CGBN.BN_SIZE": bn_size if row.bn_size else -1,
         "TEST.EVAL_PERIOD": REDUCED_EVAL_EPOCHS * epoch,
-        "SOLVER.CHECKPOINT_PERIOD": row.images,  # none but the last: minutes are soon repeated
+        "SOLVER.CHECKPOINT_PERIOD": row.images,  # only the last: a training takes minutes
         "MEGDET.ACCUMULATION_STEPS": groups // at_once,
         "MEGDET.ABLATION.GPUS": at_once * per_group,
         "MEGDET.ABLATION.PAPER_AP": row.paper_ap,
@@ -116,31 +116,33 @@ def _reduce(row: Row, cores: int, overrides: Sequence[str]) -> Row:
 
 
 def _check_reducible(cfg: CfgNode, base: CfgNode) -> None:
-    """Refuses rows that would all become the base, whatever they are about."""
+    """Raises a ``ValueError`` for a row whose difference from other rows would be lost."""
     if cfg.DATASETS.TRAIN == load_config(model_zoo.find(REDUCED_BASE)).DATASETS.TRAIN:
         raise ValueError(
             f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}, the embedded data set: the row is "
-            "small as it is; run it without --reduced"
+            "small already; run it without --reduced"
         )
     for key in ARCHITECTURE:
         value, reduced = (attrgetter(key)(c) for c in (cfg, base))
         if value != reduced:
             raise ValueError(
-                f"{key} is {value}, and --reduced has {reduced} for all rows; make a row of "
-                f"{REDUCED_BASE} with it, and run that without --reduced"
+                f"{key} is {value}, and --reduced has {reduced} for all rows; make a row based on "
+                f"{REDUCED_BASE} with this value, and run it without --reduced"
             )
 
 
 def _check_differences(rows: Sequence[Row]) -> None:
+    """Raises a ``ValueError`` if rows differ in a key that is not kept."""
     for row in rows[1:]:
         for key, (first, other) in differences(rows[0].cfg, row.cfg).items():
             if key not in CARRIED and not key.startswith(REDUCED):
                 raise ValueError(
                     f"row {rows[0].name} has {key} {first}, row {row.name} has {other}, and "
-                    f"--reduced takes it from {REDUCED_BASE}; make rows of that with it, and run "
-                    "them without --reduced"
+                    f"--reduced takes it from {REDUCED_BASE}; make rows based on that file with "
+                    "these values, and run them without --reduced"
                 )
 
 
 def _largest_divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of ``number`` that is at most ``most``."""
     return max((n for n in range(1, most + 1) if number % n == 0), default=1)

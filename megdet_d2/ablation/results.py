@@ -1,4 +1,4 @@
-"""What became of an ablation's trainings, beside the paper's figures: Markdown, CSV and a plot."""
+"""Reads the results of an ablation and writes them beside the paper's: Markdown, CSV and a plot."""
 
 import csv
 import json
@@ -7,8 +7,10 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -22,7 +24,17 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Result:
-    """One training. ``status`` is "done", "failed" or "unfinished"; AP in percent, or None."""
+    """The result of one job.
+
+    Attributes:
+        row: name of the row.
+        seed: SEED of the training.
+        status: "done", "failed" or "unfinished".
+        reason: why it failed.
+        ap, ap50, ap75: COCO's box AP in percent; None unless it is done.
+        hours: hours of training, without evaluations.
+        images_per_second: mean throughput of all processes together.
+    """
 
     row: str
     seed: int
@@ -35,27 +47,35 @@ class Result:
     images_per_second: float | None = None
 
 
-# In OUTPUT_DIR, from whoever started a training that failed: its exit code and the reason.
+# A file in OUTPUT_DIR, written if a local training has failed: its exit code and the reason.
 FAILURE = "failure.json"
 MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
 
 
 def read_result(job: Job) -> Result:
-    """Returns what the files of a job say; it may still be running, also on another machine.
+    """Returns the result of a job from its files.
 
-    A finished training is "done", whatever errors it had before.
+    The job may still run, here or on another machine. A finished training is "done", even if it
+    had errors before.
     """
     row, seed, folder = job.row, job.seed, job.folder
     try:
         run = Run.read(folder)
     except (FileNotFoundError, ValueError):
         run = None
-    if run is not None and run.final() is not None:
-        aps = {name.lower(): run.final(name) for name in ("AP", "AP50", "AP75")}
-        if math.isnan(aps["ap"]):  # Detectron2's word for a detector that detects nothing
+    if run is not None and (ap := run.final()) is not None:
+        if math.isnan(ap):  # Detectron2 writes NaN if there is no detection
             return Result(row.name, seed, "failed", "no detection on the test set")
-        rates = {"hours": run.hours(), "images_per_second": run.images_per_second()}
-        return Result(row.name, seed, "done", **aps, **rates)
+        return Result(
+            row.name,
+            seed,
+            "done",
+            ap=ap,
+            ap50=run.final("AP50"),
+            ap75=run.final("AP75"),
+            hours=run.hours(),
+            images_per_second=run.images_per_second(),
+        )
     failure, log = folder / FAILURE, folder / "log.txt"
     if failure.is_file():
         try:
@@ -63,7 +83,7 @@ def read_result(job: Job) -> Result:
         except (KeyError, ValueError):
             reason = f"{failure} cannot be read"
         return Result(row.name, seed, "failed", reason)
-    # A launcher of a cluster leaves no failure.json; a training that fails says so in its log.
+    # On a cluster there is no failure.json. The log has the error.
     reason = find_error(log.read_text(errors="replace")) if log.is_file() else None
     if reason:
         return Result(row.name, seed, "failed", reason)
@@ -71,9 +91,10 @@ def read_result(job: Job) -> Result:
 
 
 def find_error(text: str) -> str | None:
-    """What ended a training, from its log: its divergence, or the error of a traceback.
+    """Returns the error that ended a training, from its log; None if there is none.
 
-    What it said before it was last started again, or rolled back, is past.
+    It is a divergence, or the error of a traceback. Errors before the training was last started or
+    rolled back do not count.
     """
     latest = text.rpartition("Starting training from iteration")[2]
     diverged = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
@@ -82,11 +103,13 @@ def find_error(text: str) -> str | None:
     return next(iter(diverged[-1:] + errors[-1:]), None)
 
 
-def summarize(rows: list[Row], results: list[Result], baseline: str | None = None) -> list[dict]:
-    """A dict a row: mean and sample deviation over the seeds that came to an end, and failures.
+def summarize(
+    rows: Sequence[Row], results: Sequence[Result], baseline: str | None = None
+) -> list[dict[str, Any]]:
+    """Returns one dict per row: mean and sample deviation over the finished seeds, and failures.
 
-    ``gain`` is AP less that of the row ``baseline``, seed by seed: trainings of one seed draw the
-    same images, so that this deviates less than the difference of two means.
+    "gain" is the AP minus that of the row ``baseline`` with the same seed. Trainings of one seed
+    draw the same images, so the gain deviates less than the difference of two means.
     """
     reference = {r.seed: r.ap for r in results if r.row == baseline and r.status == "done"}
     summary = []
@@ -105,12 +128,14 @@ def summarize(rows: list[Row], results: list[Result], baseline: str | None = Non
             "failed": failed,
             "failure_rate": failed / (len(done) + failed) if done or failed else None,
         }
-        measured = {measure: [getattr(result, measure) for result in done] for measure in MEASURES}
+        measured: dict[str, list[float | None]] = {
+            measure: [getattr(result, measure) for result in done] for measure in MEASURES
+        }
         if baseline is not None:
             pairs = [(result.ap, reference.get(result.seed)) for result in done]
-            measured["gain"] = [ap - other for ap, other in pairs if other is not None]
-        for measure, values in measured.items():
-            values = [value for value in values if value is not None]
+            measured["gain"] = [a - b for a, b in pairs if a is not None and b is not None]
+        for measure, found in measured.items():
+            values = [value for value in found if value is not None]
             line[measure] = statistics.fmean(values) if values else None
             line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
         line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
@@ -119,22 +144,26 @@ def summarize(rows: list[Row], results: list[Result], baseline: str | None = Non
 
 
 def collate(
-    rows: list[Row],
-    results: list[Result],
+    rows: Sequence[Row],
+    results: Sequence[Result],
     output: Path,
     title: str,
     baseline: str | None = None,
 ) -> str:
-    """Writes results.md, results.csv, results.png and runs.csv to ``output``; returns the table.
+    """Writes results.md, results.csv, results.png and runs.csv; returns the Markdown table.
 
-    ``baseline`` is the row that each is compared with, if any.
+    Args:
+        output: the folder; it is made if necessary.
+        title: heading of results.md.
+        baseline: name of the row with which each is compared, if any.
     """
     output.mkdir(parents=True, exist_ok=True)
     summary = summarize(rows, results, baseline)
     table = to_markdown(summary, results, baseline)
     head = (
-        f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds; hours "
-        "are of training, without evaluations. The paper's figures are of COCO on its GPUs.\n\n"
+        f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds. Hours "
+        "are those of training, without evaluations. The paper's numbers are for COCO on its "
+        "GPUs.\n\n"
     )
     (output / "results.md").write_text(head + table + "\n")
     _write_csv(output / "results.csv", list(summary[0]), summary)
@@ -143,8 +172,10 @@ def collate(
     return table
 
 
-def to_markdown(summary: list[dict], results: list[Result], baseline: str | None = None) -> str:
-    """The table as a reader wants it, and below it why trainings failed."""
+def to_markdown(
+    summary: Sequence[dict[str, Any]], results: Sequence[Result], baseline: str | None = None
+) -> str:
+    """Returns the table of ``summarize`` and, below it, the reasons of failures."""
     lines = [
         {
             "row": line["row"],
@@ -173,8 +204,8 @@ def to_markdown(summary: list[dict], results: list[Result], baseline: str | None
     return "\n".join([text, *(["", "Failed:", "", *notes] if notes else [])])
 
 
-def plot(summary: list[dict], path: Path) -> None:
-    """Measured AP with its deviation, and in a panel of its own the paper's where it has any."""
+def plot(summary: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the measured AP with its deviation, and in a second panel the paper's AP."""
     has_paper = any(line["paper_ap"] is not None for line in summary)
     figure = make_figure(9 if has_paper else 7, 1.2 + 0.3 * len(summary))
     panels = figure.subplots(1, 2 if has_paper else 1, sharey=True, squeeze=False)[0]
@@ -196,7 +227,8 @@ def plot(summary: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def _cell(line: dict, measure: str, digits: int, sign: str = "-") -> str:
+def _cell(line: dict[str, Any], measure: str, digits: int, sign: str = "-") -> str:
+    """Returns mean ± deviation, "failed", or "" if there is no value."""
     mean, deviation = line[measure], line[f"{measure}_std"]
     if mean is None:
         return "failed" if line["failed"] and measure == "ap" else ""
@@ -204,7 +236,7 @@ def _cell(line: dict, measure: str, digits: int, sign: str = "-") -> str:
     return f"{mean:{sign}.{digits}f}{spread}"
 
 
-def _write_csv(path: Path, columns: list[str], lines) -> None:
+def _write_csv(path: Path, columns: list[str], lines: Iterable[dict[str, Any]]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -1,7 +1,7 @@
-"""The rows of an ablation: a folder of configs, or a list of overrides of one, read and checked."""
+"""Reads and checks the rows of an ablation: a folder of configs, or a list of overrides."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,17 +22,17 @@ GPUS_PER_MACHINE = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One training of an ablation, but for its seed.
+    """A config of an ablation, which is trained once per seed.
 
     Attributes:
-        name: of its folder, and in the table.
-        config_file: what to train.
-        opts: overrides, KEY VALUE ..., as on train_net.py's command line.
-        cfg: what both come to, the schedule resolved for ``processes``.
-        processes: over all machines.
-        paper_ap: the paper's mmAP in percent, or "failed".
-        paper_hours: the paper's.
-        gpus_per_machine: of the machines that it is for.
+        name: name of the folder, and in the table.
+        config_file: the config.
+        opts: overrides, KEY VALUE ..., as on the command line of train_net.py.
+        cfg: config and overrides merged, the schedule resolved for ``processes``.
+        processes: number of processes on all machines.
+        paper_ap: the paper's mmAP in percent, or "failed"; None if the paper has no such row.
+        paper_hours: the paper's hours of training.
+        gpus_per_machine: GPUs of each machine, which limit a BN group.
     """
 
     name: str
@@ -46,21 +46,22 @@ class Row:
 
     @property
     def batch_size(self) -> int:
+        """Returns the images of a mini-batch."""
         return self.cfg.SOLVER.IMS_PER_BATCH
 
     @property
     def bn_size(self) -> int:
-        """Images that a group normalises over; 0 without CGBN, as in the paper's Table 3."""
+        """Returns the images that a group normalises over; 0 without CGBN, as in Table 3."""
         if not uses_cgbn(self.cfg):
             return 0
         if self.cfg.MODEL.CGBN.BN_SIZE != -1:
             return self.cfg.MODEL.CGBN.BN_SIZE
-        group = _most_of_a_group(self.cfg, self.processes, self.gpus_per_machine)
+        group = _largest_group(self.cfg, self.processes, self.gpus_per_machine)
         return images_per_micro_batch(self.cfg, self.processes) * group
 
     @property
     def images(self) -> int:
-        """Of the whole training."""
+        """Returns the images of the whole training."""
         return self.cfg.SOLVER.MAX_ITER * self.batch_size
 
 
@@ -70,34 +71,35 @@ def read_rows(
     gpus_per_machine: int = GPUS_PER_MACHINE,
     patterns: str = "*",
 ) -> list[Row]:
-    """The rows that ``source`` names, in order, each checked before any is trained.
+    """Returns the rows of ``source``, in order and checked.
 
     Args:
-        source: a folder of configs, one a row, by name; or a YAML file with ``CONFIG``, a path
-            beside it, and ``ROWS``, for each name the keys to override and their values. Where
-            there is no such path, the name of a shipped one: "table3", "ablations/table3".
-        overrides: KEY VALUE ..., for every row, after the row's own.
-        gpus_per_machine: what BN groups have to fit into, but for ``CROSS_MACHINE``.
-        patterns: only rows of these names, "0[6-9]*,1*".
+        source: a folder with one config per row; or a YAML file with ``CONFIG``, a path relative to
+            the file, and ``ROWS``, which has the keys to override for each name. If there is no
+            such path, it is the name of a shipped ablation: "table3", "ablations/table3".
+        overrides: KEY VALUE ..., for every row, after the overrides of the row.
+        gpus_per_machine: the most processes in a BN group, unless ``CROSS_MACHINE`` is set.
+        patterns: names of rows to take, as in "0[6-9]*,1*".
 
     Raises:
-        FileNotFoundError, ValueError: no row, or one that cannot be trained, by its name.
+        FileNotFoundError: there is no ``source``.
+        ValueError: there is no row, or a row cannot be trained. The message names the row.
     """
     with contextlib.suppress(FileNotFoundError):
         source = model_zoo.find(source, folder="ablations")
     source = Path(source)
     if source.is_dir():
         files = [p for p in sorted(source.glob("*.yaml")) if not p.name.startswith("Base-")]
-        listed = {path.stem: (path, ()) for path in files}
+        listed: dict[str, tuple[Path, tuple[str, ...]]] = {path.stem: (path, ()) for path in files}
     elif source.is_file():
         listed = _read_list(source)
     else:
         raise FileNotFoundError(f"{source} is neither a folder of configs nor a YAML list of rows")
     if not listed:
-        raise ValueError(f"{source} has no row: a row is a .yaml that does not begin with Base-")
+        raise ValueError(f"{source} has no row: a row is a .yaml file not named Base-...")
     chosen = [n for n in listed if any(fnmatch(n, p) for p in patterns.split(","))]
     if not chosen:
-        raise ValueError(f"--rows {patterns} fits none of {', '.join(listed)}")
+        raise ValueError(f"--rows {patterns} matches none of {', '.join(listed)}")
     rows = []
     for name in chosen:
         config_file, opts = listed[name]
@@ -109,8 +111,8 @@ def read_rows(
 
 
 def differences(a: CfgNode, b: CfgNode) -> dict[str, tuple[Any, Any]]:
-    """The keys, as "SOLVER.BASE_LR", in which two configs differ, with both values."""
-    found = {}
+    """Returns the keys, as "SOLVER.BASE_LR", in which two configs differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
     for key in a.keys() | b.keys():
         one, other = a.get(key), b.get(key)
         if isinstance(one, CfgNode) and isinstance(other, CfgNode):
@@ -121,7 +123,7 @@ def differences(a: CfgNode, b: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    # A list of a config is a tuple in what is dumped and read again, or the other way.
+    # A list becomes a tuple, or a tuple a list, when a config is written and read again.
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -132,42 +134,42 @@ def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
         raise ValueError(f"{source} is not YAML: {error}") from error
     if not isinstance(content, dict) or set(content) != {"CONFIG", "ROWS"}:
         raise ValueError(
-            f"{source} is not a list of rows: it has to have CONFIG, the path of a config, and "
-            "ROWS, for each row's name the keys to override: {MEGDET.SCALING_RULE: sqrt}"
+            f"{source} is not a list of rows: it needs CONFIG, the path of a config, and ROWS, "
+            "with the keys to override for each name: {sqrt: {MEGDET.SCALING_RULE: sqrt}}"
         )
     rows = content["ROWS"]
     if not isinstance(rows, dict) or not all(isinstance(k, dict | None) for k in rows.values()):
         raise ValueError(
-            f"ROWS of {source} is {rows!r}; give a name to each row, and to each name the keys to "
-            "override: half: {MEGDET.LR_FACTOR: 0.5}"
+            f"ROWS of {source} is {rows!r}; give a name to each row, and the keys to override to "
+            "each name: half: {MEGDET.LR_FACTOR: 0.5}"
         )
     config_file = source.parent / content["CONFIG"]
     return {str(name): (config_file, to_opts(keys or {})) for name, keys in rows.items()}
 
 
-def to_opts(keys: dict) -> tuple[str, ...]:
-    """{KEY: value} as on train_net.py's command line, KEY VALUE ...."""
+def to_opts(keys: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns keys and values as overrides of a command line, KEY VALUE ...."""
     return tuple(str(word) for pair in keys.items() for word in pair)
 
 
 def load_row(
     name: str, config_file: Path, opts: Sequence[str], gpus_per_machine: int = GPUS_PER_MACHINE
 ) -> Row:
-    """A row of these, its schedule resolved for its number of processes, and checked.
+    """Returns a row, checked, its schedule resolved for its number of processes.
 
     Raises:
-        FileNotFoundError, ValueError: it cannot be trained, or would have no AP.
+        FileNotFoundError, ValueError: it cannot be trained, or has no test set for the AP.
     """
     cfg = load_config(config_file, opts)
     if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty; name the set that the rows' AP is of")
+        raise ValueError("DATASETS.TEST is empty; name the data set for the AP of the rows")
     processes = cfg.MEGDET.ABLATION.GPUS
     if cfg.MEGDET.POLICY and not cfg.MEGDET.EPOCH_IMAGES:
-        register_datasets(cfg)  # an epoch is to be counted in it
+        register_datasets(cfg)  # to count the images of an epoch
     scale_config(cfg, world_size=processes)
     if uses_cgbn(cfg):
         images = images_per_micro_batch(cfg, processes)
-        most = _most_of_a_group(cfg, processes, gpus_per_machine)
+        most = _largest_group(cfg, processes, gpus_per_machine)
         ranks_per_group(cfg.MODEL.CGBN.BN_SIZE, images, most)
     paper = cfg.MEGDET.ABLATION
     return Row(
@@ -176,6 +178,6 @@ def load_row(
     )  # fmt: skip
 
 
-def _most_of_a_group(cfg: CfgNode, processes: int, gpus_per_machine: int) -> int:
-    """Processes that a BN group can have."""
+def _largest_group(cfg: CfgNode, processes: int, gpus_per_machine: int) -> int:
+    """Returns the most processes that a BN group can have."""
     return processes if cfg.MODEL.CGBN.CROSS_MACHINE else min(processes, gpus_per_machine)

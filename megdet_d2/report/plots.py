@@ -30,7 +30,7 @@ __getattr__ = renamed(
 )
 
 SCORE_THRESHOLD = 0.5
-_EVALUATE = "evaluate: train_net.py --eval-only --resume --config-file {run}/config.yaml"
+_EVALUATE = "evaluate: megdet train --eval-only --resume --config-file {run}/config.yaml"
 
 
 def plot_curves(run: str | Path, path: Path) -> Path:

@@ -19,7 +19,7 @@ from megdet_d2.schedule.build import images_per_epoch
 
 logger = logging.getLogger(__name__)
 
-TRAIN = "train first: train_net.py --config-file ... OUTPUT_DIR {run}"
+TRAIN = "train first: megdet train --config-file ... OUTPUT_DIR {run}"
 # Metrics that count batches and images which a training has skipped, if it wrote them.
 SKIP_COUNTERS = ("cgbn_skipped_batches", "skipped_images")
 

@@ -427,7 +427,7 @@ def test_a_gain_is_of_the_seeds_that_both_rows_have(listed, tmp_path, capsys):
     ("words", "match"),
     [
         (["--baseline", "9_b"], "--baseline is 9_b, and the rows are 1_b16_frozen, "),
-        (["--rows", "9_*"], "--rows 9_.* fits none of 1_b16_frozen, "),
+        (["--rows", "9_*"], "--rows 9_.* matches none of 1_b16_frozen, "),
         (["--jobs", "2", "--cores", "4"], "--jobs is 2, and row 1_.* 8 processes, .*GPUS 2"),
         (["--jobs", "3", "--reduced", "--cores", "2"], "--jobs is 3"),
         (["--jobs", "0", "--reduced"], "--jobs is 0"),

@@ -191,7 +191,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(run, name):
     (run / name).unlink()
     with pytest.raises(SystemExit) as error:
         main(["report", str(run)])
-    assert str(run / name) in str(error.value) and "train_net.py" in str(error.value)
+    assert str(run / name) in str(error.value) and "megdet train" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "inference/coco_instances_results.json"])
@@ -199,7 +199,7 @@ def test_an_empty_file_is_named_with_the_command_that_fills_it(run, name):
     (run / name).write_text("")
     with pytest.raises(SystemExit) as error:
         main(["report", str(run)])
-    assert str(run / name) in str(error.value) and "train_net.py" in str(error.value)
+    assert str(run / name) in str(error.value) and "megdet train" in str(error.value)
 
 
 def test_no_images_are_refused(run):
