@@ -1,20 +1,21 @@
-"""Sublinear memory (§4, Table 3): a segment keeps its input, and backward computes it again.
+"""Sublinear memory (§4, Table 3): segments that keep their input only and run again in backward.
 
-What the second forward must not repeat is kept from the first: the statistics of CGBN, C floats a
-layer, and with them its collective. Running statistics are updated once, by any norm, and loss and
-gradients are those of the plain model.
+The statistics of CGBN, C floats per layer, are kept from the first forward. So the second forward
+repeats no collective. Every norm updates its running statistics once. The loss and the gradients
+are those of the plain model.
 
     checkpoint_stages(model, ("res2", "res3", "res4", "res5", "fpn"))  # a Detectron2 model
     checkpoint_modules(backbone.layers)                                # modules of any model
 
-Both replace ``forward`` on the modules given, so ``state_dict``, hooks and names stay. In
-evaluation and under ``torch.no_grad`` the modules run as ever.
+Both replace ``forward`` on the given modules, so ``state_dict``, hooks and names stay. In
+evaluation and under ``torch.no_grad`` the modules run normally.
 """
 
 import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -32,32 +33,37 @@ import megdet_d2.norm.functional  # noqa: F401  # its operators, torch.ops.megde
 RESNET_STAGES = ("res2", "res3", "res4", "res5")
 STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")
 
-# Whether the output of an operator, called with these arguments, is kept for the second forward.
+# Called as keep(op, *args); True keeps the output of this call for the second forward.
 Keep = Callable[..., bool]
 
 
 def keep_nothing(op: torch._ops.OpOverload, *args) -> bool:
-    """Nothing but the statistics, which are always kept."""
+    """Returns False: only the statistics of CGBN are kept, as always."""
     return False
 
 
 def keep_spatial_convolutions(op: torch._ops.OpOverload, *args) -> bool:
-    """Convolutions wider than 1×1: of a bottleneck half the arithmetic, a twelfth of the bytes."""
+    """Returns True for convolutions wider than 1×1.
+
+    They are half the arithmetic of a bottleneck block, and a twelfth of its bytes.
+    """
     return op is torch.ops.aten.convolution.default and max(args[1].shape[2:]) > 1
 
 
 def checkpoint_stages(model: nn.Module, stages: Sequence[str], blocks: int = 2) -> nn.Module:
-    """Makes the named stages of a Detectron2 model segments, in place; returns the model.
-
-    "stem"; "res2" to "res5"; "fpn", each of its convolutions with its norm; "rpn", the head of the
-    RPN or of RetinaNet; "roi_heads", the layers of its heads.
+    """Turns the named stages of a Detectron2 model into segments, in place.
 
     Args:
-        blocks: residual blocks in a segment of "res2" to "res5". More keep less, but need more at
-            once when res2 is computed again.
+        stages: any of ``STAGES``: "stem"; "res2" to "res5"; "fpn" (each convolution with its norm);
+            "rpn" (the head of the RPN or of RetinaNet); "roi_heads" (the layers of the heads).
+        blocks: residual blocks per segment of "res2" to "res5". More blocks keep less memory, but
+            need more at once when res2 is computed again.
+
+    Returns:
+        the model.
 
     Raises:
-        ValueError: a name that is none of ``STAGES``, or that this model has no module for.
+        ValueError: a name is not in ``STAGES``, or the model has no module for it.
     """
     check_stages(stages)
     for stage in stages:
@@ -65,33 +71,40 @@ def checkpoint_stages(model: nn.Module, stages: Sequence[str], blocks: int = 2) 
         if not segments:
             has = ", ".join(name for name in STAGES if list(_segments(model, name)))
             raise ValueError(
-                f"MODEL.SUBLINEAR.STAGES has {stage!r}, and the model has no such stage; "
-                f"use some of those it has: {has or 'none, so use checkpoint_modules'}"
+                f"MODEL.SUBLINEAR.STAGES has {stage!r}, but the model has no such stage; "
+                f"use some of its stages: {has or 'none, so use checkpoint_modules'}"
             )
         for module, method in segments:
             if stage in RESNET_STAGES:
-                _replace(module, method, _forward_in_runs, module, blocks, _keep_in_stage(module))
+                keep = _keep_in_stage(cast(nn.Sequential, module))
+                _replace(module, method, _forward_in_runs, module, blocks, keep)
             else:
                 _replace(module, method, _forward, getattr(module, method), module, keep_nothing)
     return model
 
 
 def checkpoint_modules(modules: Iterable[nn.Module], keep: Keep = keep_nothing) -> None:
-    """Makes each of ``modules`` a segment: any modules, whose forward takes and returns anything.
+    """Turns each of ``modules`` into a segment, in place.
 
-    Tensors outside of tuples, lists and dicts (in an object's attributes) do not count as inputs,
-    and are kept alive by the object. Layers inside that communicate, other than CGBN, do so twice.
+    Layers other than CGBN that communicate inside a segment do so twice.
 
     Args:
-        keep: called as ``keep(op, *args)``; True keeps the operator's output as well. What is kept
-            must not be changed in place afterwards.
+        modules: any modules, whose forward takes and returns anything. Tensors in an object's
+            attributes, outside of tuples, lists and dicts, do not count as inputs: the object
+            keeps them in memory.
+        keep: called as ``keep(op, *args)``; True also keeps the operator's output. A kept output
+            must not be changed in place later.
     """
     for module in modules:
         _replace(module, "forward", _forward, module.forward, module, keep)
 
 
 def check_stages(stages: Sequence[str]) -> None:
-    """Raises a ValueError at a name that is none of ``STAGES``."""
+    """Checks the names.
+
+    Raises:
+        ValueError: a name is not in ``STAGES``.
+    """
     for stage in stages:
         if stage not in STAGES:
             raise ValueError(
@@ -101,20 +114,20 @@ def check_stages(stages: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def kept_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Within it, forwards count what autograd and segments keep for backward.
+    """Counts, for the length of a ``with`` block, the bytes that are kept for backward.
 
     Yields:
-        A function that returns the bytes so far, every storage counted once, parameters and
-        buffers of ``model`` not at all.
+        a function that returns the bytes so far. It counts every storage once, and leaves out the
+        parameters and buffers of ``model``.
     """
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}  # what is kept is alive, so an address stands for one storage
+    kept: dict[int, int] = {}  # by address, which is unique because kept storages are alive
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output itself would hold the graph that holds it
+        return tensor.detach()  # otherwise an output and its graph would hold each other
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(kept.values())
@@ -124,11 +137,11 @@ def kept_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def _segments(model: nn.Module, stage: str) -> Iterator[tuple[nn.Module, str]]:
-    """The modules of a stage, each with the method that computes it."""
+    """Yields the modules of a stage, each with the name of the method that computes it."""
     backbone = getattr(model, "backbone", None)
     bottom_up = getattr(backbone, "bottom_up", backbone)
     if stage == "stem" or stage in RESNET_STAGES:
-        found = [getattr(bottom_up, stage, None)]
+        found: list[Any] = [getattr(bottom_up, stage, None)]
     elif stage == "fpn":
         found = [*getattr(backbone, "lateral_convs", ()), *getattr(backbone, "output_convs", ())]
     elif stage == "rpn":
@@ -143,16 +156,16 @@ def _segments(model: nn.Module, stage: str) -> Iterator[tuple[nn.Module, str]]:
         pooler = getattr(heads, "box_pooler", None)
         if pooler is not None and list(pooler.parameters()):  # a ContextPooler
             found.append(pooler)
-        # Their forward computes the loss too, and logs it.
+        # Their forward also computes the loss and logs it, so only their layers are a segment.
         for head in (getattr(heads, "mask_head", None), getattr(heads, "keypoint_head", None)):
-            if hasattr(head, "layers"):
+            if head is not None and hasattr(head, "layers"):
                 yield head, "layers"
     yield from ((module, "forward") for module in found if module is not None)
 
 
 def _keep_in_stage(stage: nn.Sequential) -> Keep:
-    # Basic blocks are 3×3 convolutions through and through. And where no norm follows, the ReLU
-    # overwrites the convolution's output.
+    # Basic blocks consist of 3×3 convolutions only. Without a norm, the ReLU overwrites the
+    # convolution's output.
     for block in stage:
         if not isinstance(block, BottleneckBlock) or block.conv2.norm is None:
             return keep_nothing
@@ -163,7 +176,7 @@ def _keep_in_stage(stage: nn.Sequential) -> Keep:
 
 
 def _replace(module: nn.Module, method: str, function: Callable, *args) -> None:
-    # On the instance, and a partial of plain functions: it can be deep-copied and pickled.
+    # On the instance. A partial of plain functions can be deep-copied and pickled.
     current = getattr(module, method)
     if getattr(current, "func", None) not in (_forward, _forward_in_runs):
         setattr(module, method, functools.partial(function, *args))
@@ -172,15 +185,15 @@ def _replace(module: nn.Module, method: str, function: Callable, *args) -> None:
 def _forward_in_runs(stage: nn.Sequential, blocks: int, keep: Keep, x: Tensor) -> Tensor:
     for start in range(0, len(stage), blocks):
         run = stage[start : start + blocks]
-        run.training = stage.training  # not run.train(), which would reach the blocks
+        run.training = stage.training  # run.train() would change the blocks too
         x = _forward(run.forward, run, keep, x)
     return x
 
 
 @torch.compiler.disable  # a segment runs eagerly in a compiled model: its buffers are swapped
 def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
-    """``plain``, the method of ``module``, as one segment."""
-    # Tensors within lists would be out of autograd's sight, and out of the count of bytes.
+    """Runs ``plain``, a method of ``module``, as one segment."""
+    # Autograd would not see tensors inside lists, and the bytes would not be counted.
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     has_backward = any(tensor.requires_grad for tensor in [*tensors, *module.parameters()])
@@ -200,13 +213,15 @@ def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
     )
 
 
-# So that kept_bytes, and users' own hooks, see what segments keep. Older torch has no such option.
+# Shows kept_bytes and users' hooks what segments keep. Older torch does not have this option.
 _OPTION = "respect_saved_tensors_hooks"
-_RESPECT_HOOKS = {_OPTION: True} if _OPTION in inspect.signature(checkpoint).parameters else {}
+_RESPECT_HOOKS: dict[str, Any] = (
+    {_OPTION: True} if _OPTION in inspect.signature(checkpoint).parameters else {}
+)
 
 
 def _contexts(module: nn.Module, keep: Keep):
-    """The contexts of a segment's first and second forward."""
+    """Returns the contexts of a segment's first and second forward."""
 
     def policy(_, op, *args, **kwargs) -> CheckpointPolicy:
         statistics = op is torch.ops.megdet_d2.statistics.default
@@ -219,9 +234,9 @@ def _contexts(module: nn.Module, keep: Keep):
 
 
 class _SecondForward:
-    """Kept outputs replace their operators, and what layers write into buffers is dropped.
+    """A context in which kept outputs replace their operators, and buffers keep their values.
 
-    Batch norms update their running statistics in forward. The second time they do so in copies.
+    Batch norms update their running statistics in forward. In this context they update copies.
     """
 
     def __init__(self, module: nn.Module, kept: contextlib.AbstractContextManager):

@@ -225,7 +225,7 @@ def test_stage_that_the_model_lacks_is_refused():
     model = nn.Module()
     model.backbone = nn.Module()
     model.backbone.res2 = nn.Sequential()
-    with pytest.raises(ValueError, match=r"has 'fpn', and the model has no such stage.*: res2"):
+    with pytest.raises(ValueError, match=r"has 'fpn', but the model has no such stage.*: res2"):
         checkpoint_stages(model, ("res2", "fpn"))
 
 

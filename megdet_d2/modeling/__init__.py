@@ -1,4 +1,4 @@
-"""The appendix's techniques, registered on import, and ResNet blocks with fused CGBN."""
+"""The models of the paper's appendix, registered on import, and ResNet blocks with fused CGBN."""
 
 from . import (  # noqa: F401
     atrous,

@@ -1,9 +1,10 @@
 """Atrous convolution (Yu and Koltun, arXiv:1511.07122; DeepLab, arXiv:1606.00915) under an FPN.
 
-(F ∗_l k)(p) = Σ_{s + l t = p} F(s) k(t)  (Yu and Koltun, Equation 2): the taps of a kernel stand l
-pixels apart, so that it sees further, and no resolution is given up for it. Detectron2's
-MODEL.RESNETS.RES5_DILATION 2 has l = 2 in every 3×3 convolution of res5, and stride 1 where res5
-otherwise begins with stride 2. Level by level:
+    (F ∗_l k)(p) = Σ_{s + l t = p} F(s) k(t)                       (Yu and Koltun, Equation 2)
+
+The taps of a kernel are l pixels apart. So it covers a larger field without a loss of resolution.
+Detectron2's MODEL.RESNETS.RES5_DILATION 2 sets l = 2 in every 3×3 convolution of res5, and stride 1
+in place of stride 2 at the start of res5. The levels are:
 
     stride      4     8     16      32    64
     stock       res2  res3  res4    res5
@@ -11,9 +12,9 @@ otherwise begins with stride 2. Level by level:
     here        res2  res3  res5             (res5 is computed from res4, at res4's stride)
                 p2    p3    p4      p5    p6
 
-An FPN wants each level at twice the stride of the one before. So res5 takes res4's place, and the
-stock FPN goes over res2, res3 and res5. p5 and p6 are rebuilt above p4. As every level has its
-stock stride, anchors and the assignment of boxes to levels stay the stock ones.
+An FPN needs each level at twice the stride of the one before. So res5 takes the place of res4, and
+the stock FPN uses res2, res3 and res5. ``AtrousTopBlock`` builds p5 and p6 from p4. Every level has
+its stock stride, so anchors and the assignment of boxes to levels do not change.
 """
 
 import fvcore.nn.weight_init as weight_init
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 
 
 class AtrousTopBlock(nn.Module):
-    """p5 and p6 above p4: a 3×3 convolution of stride 2 with its norm, then FPN's subsampling.
+    """The FPN's top block: p5 by a 3×3 convolution of stride 2, and p6 by FPN's subsampling.
 
     Args:
-        channels: C, of every level.
-        norm: of p5's convolution, as *.NORM keys have it.
+        channels: C, the same for every level.
+        norm: the norm of the convolution, as in the *.NORM keys.
     """
 
     num_levels = 2
@@ -45,46 +46,47 @@ class AtrousTopBlock(nn.Module):
         self.p6 = LastLevelMaxPool()
 
     def forward(self, p4: Tensor) -> list[Tensor]:
-        """(N, C, H, W) at stride 16 to (N, C, ⌈H/2⌉, ⌈W/2⌉) and (N, C, ⌈H/4⌉, ⌈W/4⌉)."""
+        """Returns p5 (N, C, ⌈H/2⌉, ⌈W/2⌉) and p6 (N, C, ⌈H/4⌉, ⌈W/4⌉) of p4 (N, C, H, W)."""
         p5 = self.p5(p4)
         return [p5, *self.p6(p5)]
 
 
 @BACKBONE_REGISTRY.register()
 def build_atrous_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The FPN over a ResNet with dilated res5; p2 to p6 at strides 4, 8, 16, 32 and 64.
+    """Builds the FPN on a ResNet with dilated res5; p2 to p6 have strides 4, 8, 16, 32 and 64.
 
-    The ResNet is what MODEL.ATROUS.BOTTOM_UP builds; the rest is in MODEL.RESNETS and MODEL.FPN.
+    MODEL.ATROUS.BOTTOM_UP names the ResNet's builder. The other keys are in MODEL.RESNETS and
+    MODEL.FPN.
 
     Raises:
-        ValueError: RES5_DILATION is not 2; FPN.IN_FEATURES do not end in res5, or have res4;
+        ValueError: RES5_DILATION is not 2; FPN.IN_FEATURES do not end in res5, or contain res4;
             ATROUS.BOTTOM_UP is not registered, or has other outputs.
     """
     dilation, in_features = cfg.MODEL.RESNETS.RES5_DILATION, list(cfg.MODEL.FPN.IN_FEATURES)
     bottom_up = cfg.MODEL.ATROUS.BOTTOM_UP
     if dilation != 2:
         raise ValueError(
-            f"MODEL.RESNETS.RES5_DILATION is {dilation}, and {cfg.MODEL.BACKBONE.NAME} is for a "
+            f"MODEL.RESNETS.RES5_DILATION is {dilation}, but {cfg.MODEL.BACKBONE.NAME} needs a "
             "dilated res5; set it to 2, or MODEL.BACKBONE.NAME to build_resnet_fpn_backbone"
         )
     if in_features[-1:] != ["res5"] or "res4" in in_features:
         raise ValueError(
-            f"MODEL.FPN.IN_FEATURES is {in_features}, and a dilated res5 has res4's stride, 16, "
-            'and takes its place; set it, and MODEL.RESNETS.OUT_FEATURES, to ["res2", "res3", '
-            '"res5"]'
+            f"MODEL.FPN.IN_FEATURES is {in_features}, but a dilated res5 has res4's stride, 16, "
+            'and takes its place; set IN_FEATURES, and MODEL.RESNETS.OUT_FEATURES, to ["res2", '
+            '"res3", "res5"]'
         )
     if bottom_up not in BACKBONE_REGISTRY:
         raise ValueError(
-            f"MODEL.ATROUS.BOTTOM_UP is {bottom_up!r}, and no backbone has that name; use "
+            f"MODEL.ATROUS.BOTTOM_UP is {bottom_up!r}, but no backbone has this name; use "
             "build_resnet_backbone or build_se_resnet_backbone"
         )
     resnet = BACKBONE_REGISTRY.get(bottom_up)(cfg, input_shape)
     outputs = resnet.output_shape()
     if not set(in_features) <= set(outputs):
         raise ValueError(
-            f"MODEL.FPN.IN_FEATURES is {in_features}, and {bottom_up} (MODEL.ATROUS.BOTTOM_UP) has "
-            f"the outputs {', '.join(outputs)}; name a ResNet without FPN, and MODEL.RESNETS."
-            "OUT_FEATURES like IN_FEATURES"
+            f"MODEL.FPN.IN_FEATURES is {in_features}, but {bottom_up} (MODEL.ATROUS.BOTTOM_UP) has "
+            f"the outputs {', '.join(outputs)}; choose a ResNet without FPN, and set MODEL.RESNETS."
+            "OUT_FEATURES to IN_FEATURES"
         )
     return FPN(
         bottom_up=resnet,

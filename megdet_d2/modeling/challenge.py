@@ -1,4 +1,4 @@
-"""The appendix's ROI heads in one: OHEM, context and segmentation supervision."""
+"""ROI heads with the appendix's OHEM, context and segmentation supervision together."""
 
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 
@@ -9,8 +9,8 @@ from .segmentation import SegmentationROIHeads
 
 @ROI_HEADS_REGISTRY.register()
 class ChallengeROIHeads(OHEMROIHeads, ContextROIHeads, SegmentationROIHeads):
-    """All three, each by its own keys: MODEL.OHEM, MODEL.CONTEXT and MODEL.SEGMENTATION.
+    """ROI heads with all three techniques; keys MODEL.OHEM, MODEL.CONTEXT and MODEL.SEGMENTATION.
 
-    For two of them write a class like this one with two bases. Each extends ``StandardROIHeads`` in
-    another place: which proposals train, what the box head sees, which losses there are.
+    For two of them, write a class like this one with two bases. Each extends another part of
+    ``StandardROIHeads``: the proposals that train, the features of the box head, and the losses.
     """

@@ -1,33 +1,34 @@
 """Context around a box (Li et al., "Attentive Contexts"; Gidaris and Komodakis, multi-region CNN).
 
-A box head sees the features F pooled from a box b. Here it sees as well those of larger boxes with
-the same centre, and of the whole image I, joined by a 1×1 convolution back to C channels:
+A stock box head gets the features F pooled from a box b. Here it also gets the features of larger
+boxes with the same centre, and of the whole image I. A 1×1 convolution joins them to C channels:
 
     F'(b) = ReLU(norm(W [F(b); F(s_1 b); ...; F(s_k b); F(I)]))
 
-Both papers enlarge to s = 1.8. It stands in front of the box head, so any box head works behind it.
+Both papers use s = 1.8. The module comes before the box head, so it works with any box head.
 """
 
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
-from detectron2.layers import Conv2d, get_norm
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 
 @ROI_HEADS_REGISTRY.register()
 class ContextROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` with a ``ContextPooler`` in front of the box head.
+    """``StandardROIHeads`` with a ``ContextPooler`` before the box head.
 
-    Mask and keypoint heads pool as ever.
+    The poolers of mask and keypoint heads are the stock ones.
     """
 
     @classmethod
-    def _init_box_head(cls, cfg, input_shape):
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super()._init_box_head(cfg, input_shape)
         keys = cfg.MODEL.CONTEXT
         ret["box_pooler"] = ContextPooler(
@@ -39,40 +40,46 @@ class ContextROIHeads(StandardROIHeads):
         )
         return ret
 
-    def forward(self, images, features, proposals, targets=None):
-        """See ``ROIHeads.forward``.
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Sets the image sizes of the pooler, then runs ``StandardROIHeads.forward``.
 
         Raises:
-            TypeError: built without a config, and with a box pooler that has no context.
+            TypeError: the box pooler is no ``ContextPooler``; possible only without a config.
         """
         if not isinstance(self.box_pooler, ContextPooler):
             raise TypeError(
                 f"ContextROIHeads has a {type(self.box_pooler).__name__} as box_pooler, so there "
-                "is no context; give ContextPooler(pooler, channels)"
+                "is no context; use ContextPooler(pooler, channels)"
             )
         self.box_pooler.image_sizes = images.image_sizes
         return super().forward(images, features, proposals, targets)
 
 
 class ContextPooler(nn.Module):
-    """The equation above; takes and returns what the ``ROIPooler`` it wraps does.
+    """F'(b) of the module's equation, in place of the ``ROIPooler`` that it wraps.
 
-    Each region is pooled from the level that the wrapped pooler finds for its size.
+    It has the inputs and outputs of that pooler, which selects the level of each region by size.
 
     Args:
-        pooler: pools (M, C, h, w).
+        pooler: pools boxes to (M, C, h, w).
         channels: C.
-        scales: s_1 to s_k, by which width and height of a box are multiplied; what is then outside
-            of the image is cut off.
-        whole_image: join the features of the whole image as well.
-        norm: of the convolution, as ``get_norm`` takes it.
+        scales: s_1 to s_k, factors of a box's width and height. The enlarged box is clipped to the
+            image.
+        whole_image: also joins the features of the whole image.
+        norm: the norm of the convolution, as in ``get_norm``.
 
     Attributes:
-        image_sizes: (height, width) of each image in pixels, without padding: set before every
-            forward, since boxes do not know their image.
+        image_sizes: (height, width) of each image in pixels, without padding. Set it before every
+            forward, since boxes do not store the size of their image.
 
     Raises:
-        ValueError: neither scales nor the whole image; a scale that is not above 0.
+        ValueError: there are neither scales nor the whole image, or a scale is not above 0.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class ContextPooler(nn.Module):
         super().__init__()
         if not (scales or whole_image):
             raise ValueError(
-                "MODEL.CONTEXT.SCALES is empty and WHOLE_IMAGE False, so there is no context; give "
+                "MODEL.CONTEXT.SCALES is empty and WHOLE_IMAGE False, so there is no context; set "
                 "scales such as (1.8,), or use a MODEL.ROI_HEADS.NAME without context"
             )
         if any(scale <= 0 for scale in scales):
@@ -106,11 +113,16 @@ class ContextPooler(nn.Module):
         weight_init.c2_msra_fill(self.join)
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        """Features (N, C, H, W) by level and boxes by image to (M, C, h, w)."""
+        """Returns F'(b) of all boxes, (M, C, h, w).
+
+        Args:
+            x: features (N, C, H, W), by level.
+            box_lists: boxes, by image; M in all.
+        """
         return self.join(torch.cat(self.regions(x, box_lists), dim=1))
 
     def regions(self, x: list[Tensor], box_lists: list[Boxes]) -> list[Tensor]:
-        """F(b), F(s_1 b) to F(s_k b) and F(I), each (M, C, h, w), of all boxes."""
+        """Returns F(b), F(s_1 b) to F(s_k b) and F(I) of all boxes, each (M, C, h, w)."""
         pooled = [self.pooler(x, box_lists)]
         for scale in self.scales:
             larger = [
@@ -127,9 +139,10 @@ class ContextPooler(nn.Module):
 
 
 def enlarge(boxes: Boxes, scale: float, image_size: tuple[int, int]) -> Boxes:
-    """Boxes of the same centres, width and height times ``scale``, cut off at the image's edge.
+    """Returns boxes with the same centres, enlarged by ``scale`` and clipped to the image.
 
     Args:
+        scale: factor of width and height.
         image_size: (height, width), pixels.
     """
     centre = boxes.get_centers()

@@ -1,8 +1,8 @@
-"""ResNet's blocks with CGBN, the addition of the shortcut and ReLU in one pass over the values.
+"""ResNet blocks that apply CGBN, the shortcut and ReLU in one pass over the values.
 
-Detectron2's blocks apply ReLU, and add the shortcut, behind the convolution's norm, so that a
-feature map is read and written up to three times. The classes here differ from their parents in
-``forward`` alone; parameters, buffers and their names are the same.
+Detectron2's blocks add the shortcut and apply ReLU after the norm. So they read and write a feature
+map up to three times. The classes here override ``forward`` only. Parameters, buffers and their
+names stay the same.
 """
 
 import torch.nn.functional as F
@@ -14,31 +14,34 @@ from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 
 
 class FusedBasicStem(BasicStem):
-    """(N, 3, H, W) to (N, C, H/4, W/4), as ``BasicStem``."""
+    """``BasicStem`` with the fused pass: (N, 3, H, W) to (N, C, H/4, W/4)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output; see the class for shapes."""
         x = _conv_norm_relu(self.conv1, x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 class FusedBasicBlock(BasicBlock):
-    """(N, C, H, W) to (N, C', H/s, W/s), as ``BasicBlock``."""
+    """``BasicBlock`` with the fused pass: (N, C, H, W) to (N, C', H/s, W/s)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output; see the class for shapes."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x), shortcut)
 
 
 class FusedBottleneckBlock(BottleneckBlock):
-    """(N, C, H, W) to (N, C', H/s, W/s), as ``BottleneckBlock``."""
+    """``BottleneckBlock`` with the fused pass: (N, C, H, W) to (N, C', H/s, W/s)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output; see the class for shapes."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
         out = _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x))
         return _conv_norm_relu(self.conv3, out, shortcut)
 
 
-_FUSED = {
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
     BasicStem: FusedBasicStem,
     BasicBlock: FusedBasicBlock,
     BottleneckBlock: FusedBottleneckBlock,
@@ -49,10 +52,12 @@ _UNFUSED = {fused: plain for plain, fused in _FUSED.items()}
 def fuse_activations(model: nn.Module) -> int:
     """Fuses the activations of the model's ResNet blocks with their CGBN layers, in place.
 
+    It changes the class of a block. Some blocks stay as they are: those with another norm (frozen
+    by FREEZE_AT, for example), with an activation in a convolution (SE's gates), deformable blocks,
+    and blocks of other projects.
+
     Returns:
-        How many blocks it did. Left alone are blocks with another norm (those that FREEZE_AT has
-        frozen, for one), with an activation of their own (SE's gates), deformable ones and those of
-        other projects.
+        the number of blocks that this call has fused.
     """
     fused = 0
     for block in model.modules():
@@ -76,5 +81,5 @@ def _conv_norm_relu(conv: Conv2d, x: Tensor, residual: Tensor | None = None) -> 
     x = conv._conv_forward(x, conv.weight, conv.bias)
     if isinstance(conv.norm, CrossGPUBatchNorm):
         return conv.norm(x, residual, relu=True)
-    x = conv.norm(x)  # the model has been reverted, or frozen, since
+    x = conv.norm(x)  # revert_cgbn or freeze has replaced the CGBN layer
     return F.relu_(x if residual is None else x + residual)

@@ -1,13 +1,14 @@
-"""Online hard example mining (Shrivastava et al., CVPR 2016): train on the worst regions.
+"""Online hard example mining (OHEM; Shrivastava et al., CVPR 2016, Figure 2 and §4.2).
 
-Figure 2 there, Algorithm in §4.2. Of all R proposals of an image, each labelled by the matcher:
+The detector trains on the proposals with the largest losses. For the R proposals of an image, each
+labelled by the matcher:
 
-1. a forward without gradients gives the loss of each, ℓ_i = L_cls + [foreground] L_box;
-2. NMS with ℓ_i as score drops a proposal that overlaps one of a larger loss, since the two would
-   count the same mistake twice;
-3. the B hardest that are left go forward and backward.
+1. A forward without gradients computes the loss of each, ℓ_i = L_cls + [foreground] L_box.
+2. NMS with ℓ_i as score removes a proposal that overlaps one of a larger loss, since the two would
+   count the same mistake twice.
+3. The B hardest of the rest go forward and backward.
 
-There is no share of foreground to keep: where a class is neglected its losses grow.
+There is no fixed fraction of foreground: the losses of a class that gets too few proposals grow.
 """
 
 import contextlib
@@ -17,14 +18,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from detectron2.config import configurable
-from detectron2.layers import batched_nms, cat
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, batched_nms, cat
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     FastRCNNOutputLayers,
     StandardROIHeads,
 )
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
@@ -35,19 +36,19 @@ SCOPES = ("image", "batch")
 
 @ROI_HEADS_REGISTRY.register()
 class OHEMROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` that keeps the hardest proposals in place of a random sample.
+    """``StandardROIHeads`` that trains on the hardest proposals in place of a random sample.
 
-    Its mask and keypoint heads train on the same ones. Inference is stock.
+    Mask and keypoint heads train on the same proposals. Inference is that of ``StandardROIHeads``.
 
     Args:
-        batch_size_per_image: B, the proposals kept.
-        ohem_scope: the B hardest of each "image", or of the process's "batch" of N images the
-            B N hardest, however they are spread over the images.
-        ohem_nms_thresh: the IoU above which the easier of two proposals is dropped.
-        ohem_nms_per_class: let a proposal only drop those of its own label.
+        batch_size_per_image: B, the proposals to keep per image.
+        ohem_scope: "image" keeps the B hardest of each image. "batch" keeps the B N hardest of all
+            N images of the process, however they are distributed over the images.
+        ohem_nms_thresh: IoU above which NMS removes the proposal with the smaller loss.
+        ohem_nms_per_class: restricts NMS to proposals with the same label.
 
     Raises:
-        ValueError: an unknown scope; a loss that the ranking does not know.
+        ValueError: the scope is unknown, or the predictor has a loss that OHEM cannot rank by.
     """
 
     @configurable
@@ -60,7 +61,7 @@ class OHEMROIHeads(StandardROIHeads):
         ohem_nms_per_class: bool = False,
         **kwargs,
     ):
-        # A random sample of as many as there are is every proposal that the matcher has labelled.
+        # A random sample of unlimited size is every proposal that the matcher has labelled.
         super().__init__(batch_size_per_image=sys.maxsize, positive_fraction=1.0, **kwargs)
         if ohem_scope not in SCOPES:
             raise ValueError(f"MODEL.OHEM.SCOPE is {ohem_scope!r}; use one of {', '.join(SCOPES)}")
@@ -72,10 +73,11 @@ class OHEMROIHeads(StandardROIHeads):
         self._features: list[Tensor] = []
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Returns the constructor's arguments."""
         keys = cfg.MODEL.OHEM
         ret = super().from_config(cfg, input_shape)
-        del ret["positive_fraction"]  # losses decide how many are foreground
+        del ret["positive_fraction"]  # the losses determine the number of foreground proposals
         return {
             **ret,
             "ohem_scope": keys.SCOPE,
@@ -83,8 +85,14 @@ class OHEMROIHeads(StandardROIHeads):
             "ohem_nms_per_class": keys.NMS_PER_CLASS,
         }
 
-    def forward(self, images, features, proposals, targets=None):
-        """See ``ROIHeads.forward``."""
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Runs ``StandardROIHeads.forward`` on the hardest proposals."""
         # For _losses_of: Detectron2 does not pass features to label_and_sample_proposals.
         self._features = [features[name] for name in self.box_in_features]
         try:
@@ -96,10 +104,10 @@ class OHEMROIHeads(StandardROIHeads):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """The hardest proposals, each image's hardest first; see ``ROIHeads``."""
-        # Masks and the like wait until the hardest are known: a copy for every proposal is large.
+        """Returns the hardest proposals of each image, the hardest first; see ``ROIHeads``."""
+        # Fields such as masks are added to the hardest only: a copy for every proposal is large.
         known = [boxes_of(image) for image in targets]
-        with EventStorage():  # what stock logs of all proposals is not what is trained on
+        with EventStorage():  # drops the counts of all proposals, which do not all train
             labelled = super().label_and_sample_proposals(proposals, known)
         losses = self._losses_of(labelled)
         kept = hardest(
@@ -121,15 +129,15 @@ class OHEMROIHeads(StandardROIHeads):
         return hard
 
     def _losses_of(self, proposals: list[Instances]) -> Tensor:
-        # Layers in evaluation: a norm then uses its running statistics, does not update them, and
-        # communicates with nobody, so processes stay in step however many proposals each has.
-        # Besides, batch statistics of all proposals, nearly all of them easy background, would not
-        # be those of the B that train.
+        # Layers are in evaluation mode. A norm then uses its running statistics, does not update
+        # them, and makes no collective, so processes with different numbers of proposals stay in
+        # step. Also, the batch statistics of all proposals, nearly all of them easy background,
+        # differ from those of the B that train.
         with evaluation(self.box_pooler, self.box_head, self.box_predictor):
             x = self.box_pooler(self._features, [image.proposal_boxes for image in proposals])
             losses = proposal_losses(self.box_predictor, self.box_head(x), proposals)
-        # Under autocast older torch would use this forward's copies of the weights, which have no
-        # gradient, in the next.
+        # Under autocast older torch would use this forward's copies of the weights in the next
+        # forward, and these copies have no gradient.
         torch.clear_autocast_cache()
         return losses
 
@@ -137,16 +145,17 @@ class OHEMROIHeads(StandardROIHeads):
 def proposal_losses(
     predictor: FastRCNNOutputLayers, x: Tensor, proposals: Sequence[Instances]
 ) -> Tensor:
-    """The loss of each proposal, of which ``predictor.losses`` are the mean.
+    """Returns the loss of each proposal; the sum of ``predictor.losses`` is their mean.
 
     ℓ = w_cls (−log p_u) + w_box [u is foreground] Σ smooth_L1(t_u − v), Fast R-CNN's Equation 1.
 
     Args:
-        x: (R, ...) features of all images' proposals, as ``predictor`` takes them.
+        predictor: class scores and box deltas, with smooth L1 as the box loss.
+        x: (R, ...), features of the proposals of all images, the input of ``predictor``.
         proposals: with proposal_boxes, gt_classes and, in an image with objects, gt_boxes.
 
     Returns:
-        (R,) float32.
+        (R,), float32.
     """
     scores, deltas = (prediction.float() for prediction in predictor(x))
     labels = cat([image.gt_classes for image in proposals])
@@ -178,20 +187,21 @@ def hardest(
     nms_thresh: float,
     nms_per_class: bool,
 ) -> list[Tensor]:
-    """Which proposals to train on, steps 2 and 3 above.
+    """Selects the proposals to train on: steps 2 and 3 of the module's algorithm.
 
     Args:
-        losses: (R,), of all images' proposals.
+        losses: (R,), losses of the proposals of all images.
         proposals: with proposal_boxes and gt_classes.
-        number: to keep in each image; with the scope "batch", on average.
+        number: B, proposals to keep per image; with the scope "batch" on average.
+        scope, nms_thresh, nms_per_class: as in ``OHEMROIHeads``.
 
     Returns:
-        for each image the int64 indices of its own, the hardest first.
+        for each image the int64 indices of its kept proposals, the hardest first.
     """
     sizes = torch.tensor([len(image) for image in proposals], device=losses.device)
     image_of = torch.repeat_interleave(sizes)
     labels = cat([image.gt_classes for image in proposals])
-    # NMS leaves boxes of different groups alone.
+    # NMS compares boxes of one group only.
     group = torch.stack([image_of, labels]).unique(dim=1, return_inverse=True)[1]
     boxes = cat([image.proposal_boxes.tensor for image in proposals])
     kept = batched_nms(boxes, losses, group if nms_per_class else image_of, nms_thresh)
@@ -203,7 +213,7 @@ def hardest(
 
 
 def boxes_of(objects: Instances) -> Instances:
-    """Their gt_boxes and gt_classes, and as gt_object the index of each."""
+    """Returns the objects with gt_boxes, gt_classes and, as gt_object, the index of each."""
     index = torch.arange(len(objects), device=objects.gt_classes.device)
     return Instances(
         objects.image_size,
@@ -214,8 +224,8 @@ def boxes_of(objects: Instances) -> Instances:
 
 
 def add_fields(proposals: Instances, objects: Instances) -> None:
-    """What else is known of the object that each proposal was matched with, in place."""
-    if proposals.has("gt_object"):  # not where there are no objects
+    """Adds to each proposal the other fields of its matched object, in place."""
+    if proposals.has("gt_object"):  # missing in an image without objects
         matched = proposals.gt_object
         proposals.remove("gt_object")
         for name, value in objects.get_fields().items():
@@ -225,10 +235,10 @@ def add_fields(proposals: Instances, objects: Instances) -> None:
 
 @contextlib.contextmanager
 def evaluation(*modules: nn.Module) -> Iterator[None]:
-    """Within it all layers of ``modules`` are in evaluation; then each is as it was.
+    """Puts all layers of ``modules`` in evaluation mode for a ``with`` block, and restores them.
 
-    Their forward pre-hooks are not called either: TEST.PRECISE_BN has one at every batch norm, for
-    which a second call in an iteration is an error.
+    It also removes their forward pre-hooks for this time. TEST.PRECISE_BN adds one to every batch
+    norm, and a second call in an iteration would be an error.
     """
     layers = [layer for module in modules for layer in module.modules()]
     before = [(layer, layer.training, layer._forward_pre_hooks) for layer in layers]
@@ -245,11 +255,11 @@ def _check_losses(predictor: nn.Module) -> None:
     kind = getattr(predictor, "box_reg_loss_type", None)
     if kind != "smooth_l1":
         raise ValueError(
-            f"MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is {kind!r}, by which OHEM cannot rank; "
-            'use "smooth_l1", or MODEL.ROI_HEADS.NAME without OHEM'
+            f"MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is {kind!r}, but OHEM cannot rank by it; "
+            'use "smooth_l1", or a MODEL.ROI_HEADS.NAME without OHEM'
         )
     if predictor.use_sigmoid_ce:
         raise ValueError(
-            "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True, by which OHEM cannot rank; set it and "
+            "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True, but OHEM cannot rank by it; set it and "
             "USE_FED_LOSS False, or use a MODEL.ROI_HEADS.NAME without OHEM"
         )

@@ -1,21 +1,21 @@
 """Segmentation supervision (Mao et al., CVPR 2017; Shrivastava and Gupta, ECCV 2016).
 
-While it trains, a detector also says of each place in a feature map to which class it belongs. The
-features learn it, and the layers that said it are not run in inference:
+In training, the detector also predicts the class of each cell p of a feature map P. The features
+learn from this loss. Inference does not run the additional layers f:
 
-    L = L_rpn + L_rcnn + λ mean_p(−log softmax(f(P)_p)[y_p]),  p over the cells within the images
+    L = L_rpn + L_rcnn + λ mean_p(−log softmax(f(P)_p)[y_p]),  p over the cells inside the images
 
-Labels y come of the boxes, for data without masks, or of the masks.
+The labels y come from the masks, or from the boxes for data without masks.
 """
 
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
-from detectron2.config import configurable
-from detectron2.layers import Conv2d, get_norm
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,17 +25,17 @@ IGNORED = -1
 
 @ROI_HEADS_REGISTRY.register()
 class SegmentationROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` with the loss ``loss_segmentation``; all else is stock.
+    """``StandardROIHeads`` with the additional loss ``loss_segmentation``.
 
     Args:
-        segmentation_head: (N, C, h, w) to logits (N, K + 1, h, w), background behind the classes.
-        segmentation_in_feature: name of the feature map it takes.
-        segmentation_stride: pixels between two of its cells.
+        segmentation_head: f, (N, C, h, w) to logits (N, K + 1, h, w). The last one is background.
+        segmentation_in_feature: name of the feature map P.
+        segmentation_stride: pixels between two cells of P.
         segmentation_targets: "boxes" or "masks".
         segmentation_loss_weight: λ.
 
     Raises:
-        ValueError: unknown targets, or a feature map that there is not.
+        ValueError: the targets are unknown, or the feature map does not exist.
     """
 
     @configurable
@@ -62,7 +62,8 @@ class SegmentationROIHeads(StandardROIHeads):
         self.segmentation_loss_weight = segmentation_loss_weight
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Returns the constructor's arguments."""
         keys, name = cfg.MODEL.SEGMENTATION, cfg.MODEL.SEGMENTATION.IN_FEATURE
         if name not in input_shape:
             raise ValueError(
@@ -71,7 +72,7 @@ class SegmentationROIHeads(StandardROIHeads):
             )
         if keys.TARGETS == "masks" and not cfg.MODEL.MASK_ON:
             raise ValueError(
-                'MODEL.SEGMENTATION.TARGETS is "masks", and MODEL.MASK_ON False, so Detectron2 '
+                'MODEL.SEGMENTATION.TARGETS is "masks", but MODEL.MASK_ON is False, so Detectron2 '
                 'loads no masks; set MODEL.MASK_ON True, or TARGETS "boxes"'
             )
         return {
@@ -88,10 +89,17 @@ class SegmentationROIHeads(StandardROIHeads):
             "segmentation_loss_weight": keys.LOSS_WEIGHT,
         }
 
-    def forward(self, images, features, proposals, targets=None):
-        """See ``ROIHeads.forward``."""
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Runs ``StandardROIHeads.forward``, and in training adds ``loss_segmentation``."""
         results, losses = super().forward(images, features, proposals, targets)
         if self.training:
+            assert targets is not None, "targets are required in training"
             logits = self.segmentation_head(features[self.segmentation_in_feature])
             labels = semantic_labels(
                 targets,
@@ -111,7 +119,7 @@ class SegmentationHead(nn.Sequential):
     Args:
         in_channels, num_classes: C and K.
         conv_dims: channels of each 3×3 convolution.
-        norm: theirs, as ``get_norm`` takes it.
+        norm: the norm of the 3×3 convolutions, as in ``get_norm``.
     """
 
     def __init__(
@@ -143,19 +151,23 @@ def semantic_labels(
     num_classes: int,
     masks: bool = False,
 ) -> Tensor:
-    """y: the class of the smallest object over a cell's centre, by the area of its box.
+    """Returns the labels y: the class of the smallest object that covers a cell's centre.
+
+    The area of the box decides which object is the smallest.
 
     Args:
-        targets: with gt_boxes, gt_classes and, for ``masks``, gt_masks where there are objects.
-        grid: (h, w) of the feature map; cell (i, j) has its centre at ((j + ½) stride, (i + ½)
+        targets: with gt_boxes and gt_classes; for ``masks`` also gt_masks, in images with objects.
+        grid: (h, w) of the feature map. The centre of cell (i, j) is at ((j + ½) stride, (i + ½)
             stride) pixels.
-        masks: objects are where their gt_masks are, and not all over their boxes.
+        stride: pixels between two cells.
+        num_classes: K, the label of background.
+        masks: an object covers its mask; otherwise it covers its whole box.
 
     Returns:
-        (N, h, w) int64: a class, ``num_classes`` for background, ``IGNORED`` outside of the image.
+        (N, h, w), int64: a class, ``num_classes`` for background, ``IGNORED`` outside of the image.
 
     Raises:
-        ValueError: objects without masks.
+        ValueError: ``masks`` is True, and there are objects without masks.
     """
     return torch.stack([_labels_of(image, grid, stride, num_classes, masks) for image in targets])
 
@@ -171,7 +183,7 @@ def _labels_of(
     else:
         left, top, right, bottom = boxes[..., None, None].unbind(1)
         covers = (left <= x) & (x < right) & (top <= y[:, None]) & (y[:, None] < bottom)
-    # Background is an object everywhere, larger than any.
+    # Background is an object that covers everything and is larger than any other.
     area = F.pad(target.gt_boxes.area(), (0, 1), value=torch.finfo(boxes.dtype).max)
     classes = F.pad(classes, (0, 1), value=num_classes)
     covers = torch.cat([covers, covers.new_ones(1, *grid)])
@@ -181,10 +193,10 @@ def _labels_of(
 
 
 def _mask_at(target: Instances, rows: Tensor, columns: Tensor) -> Tensor:
-    """(M, h, w) bool: the masks of the objects at these pixels."""
+    """Returns the masks of the objects at these pixels: bool, (M, h, w)."""
     if not target.has("gt_masks"):
         raise ValueError(
-            'MODEL.SEGMENTATION.TARGETS is "masks", and an image has objects without masks; use '
+            'MODEL.SEGMENTATION.TARGETS is "masks", but an image has objects without masks; use '
             'annotations with "segmentation", or TARGETS "boxes"'
         )
     masks = target.gt_masks
@@ -195,14 +207,14 @@ def _mask_at(target: Instances, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, the mean over cells that are not ``IGNORED``; 0 where all are.
+    """Returns the mean cross entropy over the cells that are not ``IGNORED``; 0 without such cells.
 
     Args:
         logits: (N, K + 1, h, w), any floating dtype.
-        labels: (N, h, w) int64.
+        labels: (N, h, w), int64.
 
     Returns:
-        a scalar float32 that depends on the logits, however few cells count.
+        a float32 scalar. It depends on the logits even if all cells are ignored, as DDP needs it.
     """
     total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)

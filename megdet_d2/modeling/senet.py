@@ -1,16 +1,16 @@
 """Squeeze-and-excitation (Hu et al., arXiv:1709.01507, Figures 1 to 3) in Detectron2's ResNets.
 
-A residual block y = ReLU(x + u) becomes y = ReLU(x + s ⊙ u), a gate for each channel of u, the
-normalised output of the block's last convolution:
+A residual block y = ReLU(x + u) becomes y = ReLU(x + s ⊙ u). Here u is the normalised output of the
+block's last convolution, and s is a gate with one value per channel:
 
     z = mean of u over H × W                          squeeze, Equation 2
     s = σ(W₂ δ(W₁ z)),  W₁: C → C/r,  δ = ReLU        excitation, Equation 3
 
-Detectron2's convolution applies norm, then activation, before the block adds the shortcut: the
-gate, torchvision's ``SqueezeExcitation``, is that activation. So blocks, whether basic, bottleneck
-or deformable, of a ResNet or a ResNeXt, stay the stock ones, and so do the names of all parameters
-but the gates' ``conv3.activation.fc1`` and ``.fc2`` (``conv2`` in basic blocks): weights of
-ResNe(X)t load as ever, and those without a counterpart are the gates' alone.
+Detectron2's convolution applies its norm, then its activation, before the block adds the shortcut.
+The gate, torchvision's ``SqueezeExcitation``, is this activation. So the blocks (basic, bottleneck
+or deformable, of a ResNet or a ResNeXt) are the stock ones, and weights of ResNe(X)t load normally.
+The only new parameters are the gates' ``conv3.activation.fc1`` and ``.fc2`` (``conv2`` in basic
+blocks).
 """
 
 from detectron2.config import CfgNode
@@ -25,27 +25,27 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
-# σ(2) = 0.88: near enough to 1 that a network with ResNe(X)t's weights computes about what it did,
-# with enough of σ's slope left (0.10, of at most 0.25) for the gates to learn.
+# σ(2) = 0.88 is close to 1, so a network with ResNe(X)t's weights computes nearly the same. And the
+# slope of σ there, 0.10 of at most 0.25, lets the gates learn.
 OPEN = 2.0
 
 
 @BACKBONE_REGISTRY.register()
 def build_se_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """``build_resnet_backbone`` with gates; keys MODEL.RESNETS and MODEL.SE.
+    """Builds Detectron2's ResNet with gates, by the keys MODEL.RESNETS and MODEL.SE.
 
     Raises:
-        ValueError: as ``add_squeeze_excitation``.
+        ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
     """
     return _add_by_config(build_resnet_backbone(cfg, input_shape), cfg)
 
 
 @BACKBONE_REGISTRY.register()
 def build_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_resnet_fpn_backbone`` with gates in its ResNet; keys MODEL.RESNETS, FPN and SE.
+    """Builds Detectron2's FPN on a ResNet with gates, by the keys MODEL.RESNETS, FPN and SE.
 
     Raises:
-        ValueError: as ``add_squeeze_excitation``.
+        ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
     """
     fpn = build_resnet_fpn_backbone(cfg, input_shape)
     _add_by_config(fpn.bottom_up, cfg)
@@ -53,15 +53,18 @@ def build_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def add_squeeze_excitation(resnet: ResNet, reduction: int = 16) -> ResNet:
-    """Puts a gate behind the last norm of every residual block, in place; returns the ResNet.
+    """Adds a gate after the last norm of every residual block, in place.
 
-    Every gate starts as the constant σ(``OPEN``), for any input.
+    At first every gate is the constant σ(``OPEN``), for any input.
 
     Args:
-        reduction: r; a block's gate has C/r hidden channels.
+        reduction: r; the gate of a block with C channels has C/r hidden channels.
+
+    Returns:
+        the ResNet.
 
     Raises:
-        ValueError: a reduction below 1, or over the channels of res2.
+        ValueError: the reduction is below 1, or above the channels of res2.
     """
     blocks = [block for stage in resnet.stages for block in stage]
     narrowest = min(block.out_channels for block in blocks)
@@ -86,4 +89,4 @@ def _gate(channels: int, reduction: int) -> SqueezeExcitation:
 
 def _add_by_config(resnet: ResNet, cfg: CfgNode) -> ResNet:
     add_squeeze_excitation(resnet, cfg.MODEL.SE.REDUCTION)
-    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)  # the new gates of frozen stages too
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)  # again, for the gates of frozen stages

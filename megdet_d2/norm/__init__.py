@@ -1,3 +1,5 @@
-"""Cross-GPU batch normalization (§3.3). Read batch_norm, then functional; registry is the seam to
-Detectron2.
+"""Cross-GPU batch normalization (§3.3).
+
+Read ``batch_norm`` first, then ``functional``. ``registry`` adds the layer to Detectron2's norms.
+``configure`` applies the config's keys to a model.
 """

@@ -1,9 +1,8 @@
-"""The arithmetic of one process, from ATen's primitives: any device, and CPU above all.
+"""The passes of Algorithm 1 over one process's values, by ATen's primitives, for any device.
 
-Tensors of values are dense, contiguous or channels_last, with channels second; vectors are (C,) in
-the statistics' dtype, float64 for float64 values and float32 for all others. ``kernels`` has
-functions of the same four names in Triton; its gradients also undo a ReLU, while here the caller
-has masked dy.
+Tensors of values are (N, C, *), contiguous or channels_last. Vectors are (C,), in the statistics'
+dtype: float64 for float64 values, and float32 for all others. ``kernels`` has functions of the same
+four names in Triton. Its gradients include the ReLU; here the caller has masked dy.
 """
 
 import torch
@@ -11,24 +10,24 @@ from torch import Tensor
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Float64 for float64, float32 for every other input, half precision included."""
+    """Returns float64 for a float64 x, and float32 for any other, half precision included."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ x and Σ x² of each channel, (C,) in float64; x is not empty.
+    """Returns Σ x and Σ x² of each channel, (C,), float64; x is not empty.
 
-    Float64 holds a sum of squares exactly enough to take the variance from it: with a mean of 10⁴
-    deviations 8 of its 16 digits remain, more than a float32 input has. But on the CPU ATen's
-    kernel accumulates in float32, so where |μ| > 2σ the sums are taken again around a pivot.
+    A float64 sum of squares is exact enough for the variance. With a mean of 10⁴ deviations, 8 of
+    its 16 digits remain, more than a float32 input has. But on the CPU ATen's kernel accumulates in
+    float32. So where |μ| > 2σ the sums are computed again around a pivot.
     """
     n = x.numel() // x.shape[1]
     if x.is_cuda:
-        # Not batch_norm_stats, whose 1 / √(σ² + ε) damages a small σ², and is 0 where both are.
+        # Not batch_norm_stats: its 1 / √(σ² + ε) loses a small σ², and is 0 where both are 0.
         mean, var = (t.double() for t in torch.batch_norm_update_stats(x, None, None, 0.0))
         return n * mean, n * torch.addcmul(var, mean, mean)
-    # ATen's own statistics are slow (contiguous) or lose five digits (channels_last), so the sums
-    # come from the kernel that is meant for gradients.
+    # ATen's statistics are slow (contiguous) or lose five digits (channels_last). So the sums come
+    # from ATen's kernel for gradients.
     sums, squares = _sums_of_products(x, x, None)
     if bool((sums.square() > 0.8 * n * squares).any()):  # |μ| > 2σ
         pivot = (sums / n).to(statistics_dtype(x))
@@ -41,7 +40,7 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ dy and Σ dy x̂, (C,), with x̂ = (x - mean) · invstd; x is not empty."""
+    """Returns Σ dy and Σ dy x̂, (C,), with x̂ = (x - mean) · invstd; x is not empty."""
     dy = like_layout(dy, x)
     if x.is_cuda:
         ones = torch.ones_like(mean)
@@ -56,7 +55,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
 def normalize(
     x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """(x - mean) · scale + bias, then + residual where there is one, then max(0, ·) on demand."""
+    """Returns y = (x - mean) · scale + bias [+ residual], or max(0, y) with ``relu``."""
     y = _affine(x, mean, scale, bias)
     if residual is not None:
         y += residual
@@ -72,35 +71,38 @@ def input_gradient(
     mean_dy: Tensor,
     mean_dy_xhat: Tensor,
 ) -> Tensor:
-    """dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), in x's dtype and layout; x is not empty."""
+    """Returns dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), with x̂ = (x - mean) · invstd.
+
+    dx has x's shape, dtype and layout; x is not empty.
+    """
     dy = like_layout(dy, x)
     if x.is_cuda:
-        # The kernel divides the sums it is given by the count: here they are means already, and a
-        # count of 1 cannot overflow its int32.
+        # The kernel divides sums by an int32 count. The arguments here are means already, and a
+        # count of 1 cannot overflow.
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
             dy, x, mean, invstd, scale / invstd, mean_dy, mean_dy_xhat / invstd, one
         )
-    # Half precision is rounded once, at the end: mean_dy may be far larger than what is left of dy.
+    # Round to half precision once, at the end: mean_dy may be far larger than the difference.
     dtype, x = x.dtype, x.to(mean.dtype)
     dx = _affine(x, mean, -scale * invstd * mean_dy_xhat, -scale * mean_dy)
     return dx.addcmul_(dy.to(dx.dtype), per_channel(scale, dx).to(dx.dtype)).to(dtype)
 
 
 def per_channel(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector (C,) in the shape that broadcasts against x (N, C, *)."""
+    """Returns the vector (C,) in a shape that broadcasts against x (N, C, *)."""
     return vector.view(-1, *[1] * (x.dim() - 2))
 
 
 def like_layout(dy: Tensor, x: Tensor) -> Tensor:
-    """dy in x's dtype and layout, which the primitives expect of it."""
+    """Returns dy in x's dtype and layout, as the primitives need it."""
     if dy.stride() == x.stride() and dy.dtype == x.dtype:
         return dy
     return torch.empty_like(x).copy_(dy)
 
 
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    # Batch norm's evaluation: one read, one write. Variance 1 and ε 0 leave the scale as it is.
+    # Batch norm in evaluation: one read, one write. Variance 1 and ε 0 leave the scale unchanged.
     if x.is_cuda:
         return torch.batch_norm_elemt(x, scale, bias, mean, torch.ones_like(mean), 0.0)
     ones = torch.ones_like(mean)
@@ -108,39 +110,48 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Σ a and Σ a (b - mean), (C,) in float64, of CPU tensors of one layout.
+    """Returns Σ a and Σ a (b - mean), (C,), float64; a and b are CPU tensors of one layout.
 
-    ATen adds up in float32. So each channel is cut into lanes, whose sums are short, and the lanes
+    ATen adds up in float32. So each channel is divided into lanes with short sums, and the lanes
     are added up in float64.
     """
     channels, n = a.shape[1], a.numel() // a.shape[1]
     ones = torch.ones(channels, dtype=statistics_dtype(a))
     means = torch.zeros_like(ones) if mean is None else mean
-    if n > len(a) and a.is_contiguous():  # a channel is summed by whole vectors
+    if n > len(a) and a.is_contiguous():  # ATen sums a channel by whole vectors
         size = n // len(a)
         lanes = next((g for g in range(-(-n // 4096), size) if size % g == 0), size)
         if lanes > 1:
             a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
             ones, means = (t.repeat_interleave(lanes) for t in (ones, means))
-        sums = _native_sums(a, b, means, ones)
-        return tuple(t.double().view(channels, lanes).sum(1) for t in sums)
-    # Channels are innermost, and a channel's values are summed one by one.
+        sums, products = _native_sums(a, b, means, ones)
+        return (
+            sums.double().view(channels, lanes).sum(1),
+            products.double().view(channels, lanes).sum(1),
+        )
+    # Channels are innermost, and ATen sums a channel's values one by one.
     lanes = -(-n // 512)
     if lanes == 1:
-        return tuple(t.double() for t in _native_sums(a, b, means, ones))
+        sums, products = _native_sums(a, b, means, ones)
+        return sums.double(), products.double()
     a, b = (t.movedim(1, -1).reshape(n, channels) for t in (a, b))
     whole = n // lanes * lanes
-    cut = (t[:whole].view(-1, lanes * channels) for t in (a, b))
-    sums = _native_sums(*cut, means.repeat(lanes), ones.repeat(lanes))
-    rest = _native_sums(a[whole:], b[whole:], means, ones) if whole < n else (0.0, 0.0)
-    return tuple(
-        t.double().view(lanes, channels).sum(0) + r for t, r in zip(sums, rest, strict=True)
+    sums, products = _native_sums(
+        a[:whole].view(-1, lanes * channels),
+        b[:whole].view(-1, lanes * channels),
+        means.repeat(lanes),
+        ones.repeat(lanes),
     )
+    sums, products = (t.double().view(lanes, channels).sum(0) for t in (sums, products))
+    if whole < n:
+        rest = _native_sums(a[whole:], b[whole:], means, ones)
+        sums, products = sums + rest[0], products + rest[1]
+    return sums, products
 
 
 def _native_sums(a: Tensor, b: Tensor, mean: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
-    # With training=False the kernel takes the statistics it is given, and the mask ends it at the
-    # sums for γ and β. Variance 1 and ε 0 leave b - mean as it is.
+    # With training=False the kernel uses the given statistics. The mask asks for the sums of γ and
+    # β only. Variance 1 and ε 0 leave b - mean unchanged.
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
         a, b, ones, mean, ones, None, None, False, 0.0, (False, True, True)
     )

@@ -1,53 +1,60 @@
-"""The layer: ``nn.BatchNorm2d`` with the statistics of a group of processes."""
+"""The layer ``CrossGPUBatchNorm``, and functions over all such layers of a model."""
+
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .functional import ALGORITHMS, Normalization, dense, statistics
-from .groups import SELF, BNGroup
+from .groups import SELF, BNGroup, SelfGroup
 from .padding import ValidRegion
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
-    """Cross-GPU Batch Normalization (MegDet §3.3, Algorithm 1).
+    """Cross-GPU Batch Normalization (MegDet §3.3, Algorithm 1): batch norm over several processes.
 
-    Takes (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), any N from 0, of any floating dtype,
-    sizes differing between processes as they like; returns the same shape, dtype and layout.
-    Parameters, buffers and ``state_dict`` are ``nn.BatchNorm2d``'s, so checkpoints go both ways
-    and whatever treats batch norm specially (Detectron2's FREEZE_AT and WEIGHT_DECAY_NORM,
-    PreciseBN, export) treats this layer so.
+    The equations are in ``functional``. The input is (N, C), (N, C, L), (N, C, H, W) or
+    (N, C, D, H, W), of any floating dtype. N may be 0, and sizes may differ between processes. The
+    output has the same shape, dtype and layout.
 
-    It is a plain batch norm in evaluation, in one process, and before a process group exists. In
-    training each forward is one collective (two with ``two_pass``) and each backward one, always:
-    all processes of the group have to run the layer, a process without images on an empty input.
+    Parameters, buffers and ``state_dict`` are those of ``nn.BatchNorm2d``. So the two load each
+    other's checkpoints. Code with a special case for batch norms (Detectron2's FREEZE_AT and
+    WEIGHT_DECAY_NORM, PreciseBN, export) treats this layer as one.
+
+    The layer is a plain batch norm in evaluation, in one process, and before a process group
+    exists. In training each forward makes one collective (two with "two_pass"), and each backward
+    makes one. So all processes of the group have to run the layer. A process without images runs
+    it on an empty input.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: as ``nn.BatchNorm2d``.
+        num_features, eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
         process_group: the processes to normalise over: a ``ProcessGroup``, ``SELF`` for this
-            process alone, or None for all, as in ``nn.SyncBatchNorm``. Kept by its name, so that
-            the layer can be deep-copied and pickled.
+            process alone, or None for all, as in ``nn.SyncBatchNorm``. The layer keeps its name
+            only, so that it can be deep-copied and pickled.
         algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
 
     Attributes:
-        accumulation_steps: forwards that make up one update of the parameters, k; 1 at first. Each
-            then moves the running statistics with the momentum 1 - (1 - momentum)^(1/k), so that k
-            of them forget as much as one forward with the whole mini-batch would.
+        accumulation_steps: k, the forwards per update of the parameters; 1 by default. Each forward
+            moves the running statistics with the momentum 1 - (1 - momentum)^(1/k). So k forwards
+            weigh as much as one forward with the whole mini-batch.
         valid_region: where each image of the input is, see ``padding``; None for everywhere.
-        num_batches_skipped: mini-batches that left the running statistics as they were, since
-            theirs were not finite, or of one value. Not part of ``state_dict``.
-        name: what errors call the layer, and what tells it from the group's other layers;
-            ``name_layers`` makes it the name in the model.
+        num_batches_skipped: mini-batches that left the running statistics unchanged, because their
+            statistics were not finite or came from one value. It is not in ``state_dict``.
+        name: the layer's name in errors. It also distinguishes the layers of a group, so it is the
+            same on every process; ``name_layers`` sets it to the name in the model.
 
     Raises:
         OutOfStepError: the processes of the group are in different layers; see ``collective``.
-        ValueError: an unknown algorithm; a process group that this process is not in; an input that
-            is not 2-D to 5-D; on CPU, a mini-batch of one value a channel.
+        ValueError: the algorithm is unknown; this process is not in the process group; the input is
+            not 2-D to 5-D; on CPU, the whole mini-batch has one value per channel.
+        RuntimeError: the gradient is differentiated a second time, which is not supported.
     """
 
-    reverts_to: type[nn.Module] = nn.BatchNorm2d  # what ``revert_cgbn`` makes of the layer
+    reverts_to: type[nn.Module] = nn.BatchNorm2d  # the class that ``revert_cgbn`` puts in place
 
     def __init__(
         self,
@@ -58,8 +65,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         track_running_stats: bool = True,
         process_group: BNGroup = None,
         algorithm: str = "one_reduce",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -74,52 +81,58 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
         self.accumulation_steps = 1
         self.valid_region: ValidRegion | None = None
-        # Until a model is there to name it by. No number: processes need not build the same layers
-        # besides those they share.
+        # Until name_layers is called. A number would not do, because a process may build layers
+        # that the others do not have.
         self.name = f"unnamed ({num_features} channels)"
 
     @property
     def process_group(self) -> BNGroup:
-        """The group given; assign to change it."""
+        """The process group to normalise over; assign to change it."""
         if self._group_name is None:
             return None
         if self._group_name == "":
             return SELF
-        return dist.distributed_c10d._resolve_process_group(self._group_name)
+        return _resolve_process_group(cast(Any, self._group_name))
 
     @process_group.setter
     def process_group(self, group: BNGroup) -> None:
-        # The size is kept beside the name: torch.compile cannot look a group up.
+        # Stored with the name, because torch.compile cannot look up a group.
         if group is None:
             self._group_name, self._group_size = None, None
-        elif group is SELF:
+        elif isinstance(group, SelfGroup):
             self._group_name, self._group_size = "", 1
         elif group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(
-                "CrossGPUBatchNorm: this process is not in the process group it was given; "
+                "CrossGPUBatchNorm: this process is not in the given process group; "
                 "give each process the group that it is in"
             )
         else:
             self._group_name, self._group_size = group.group_name, group.size()
 
     def group_size(self) -> int:
-        """How many processes share the statistics; 1 where no process group exists."""
+        """Returns the number of processes that share the statistics; 1 without a process group."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size() if self._group_size is None else self._group_size
 
     def _sync_name(self) -> str:
-        """Name of the group to reduce over; "" where there is nobody to reduce with."""
+        """Returns the name of the group to reduce over; "" for a group of one process."""
         if self.group_size() == 1:
             return ""
-        return self._group_name or dist.group.WORLD.group_name
+        if self._group_name:
+            return self._group_name
+        world: Any = dist.group.WORLD
+        return world.group_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Normalises x; see the class for shapes and dtypes.
+        """Normalises x, then adds ``residual`` and applies ReLU on demand.
+
+        Triton's kernels do all of it in one pass; elsewhere these are separate passes.
 
         Args:
-            residual: added to the result, of its shape and dtype.
-            relu: return max(0, ·) of that. Fused with the normalisation where Triton is.
+            x: see the class for shapes and dtypes.
+            residual: x's shape and dtype; or None.
+            relu: returns max(0, ·) of the sum.
         """
         self._check_input_dim(x)
         if not self.training:
@@ -154,6 +167,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             )
 
     def extra_repr(self) -> str:
+        """Returns the arguments for ``repr``, with the process group and the algorithm."""
         group = {None: "world", "": "self"}.get(self._group_name, self._group_name)
         text = f"{super().extra_repr()}, process_group={group}, algorithm={self.algorithm}"
         if self.accumulation_steps > 1:
@@ -162,18 +176,21 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
 
 
 def cgbn_layers(model: nn.Module) -> list[CrossGPUBatchNorm]:
-    """The CGBN layers of ``model``, in the order of ``model.modules()``."""
+    """Returns the CGBN layers of ``model``, in the order of ``model.modules()``."""
     return [layer for layer in model.modules() if isinstance(layer, CrossGPUBatchNorm)]
 
 
 def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
-    """Tells every CGBN layer of ``model`` that ``steps`` forwards make up an update; returns it.
+    """Sets ``accumulation_steps`` of every CGBN layer, in place; returns the model.
+
+    Args:
+        steps: forwards per update of the parameters.
 
     Raises:
         ValueError: steps is below 1.
     """
     if steps < 1:
-        raise ValueError(f"set_accumulation_steps: steps is {steps}; it counts from 1")
+        raise ValueError(f"set_accumulation_steps: steps is {steps}; give 1 or more")
     for layer in cgbn_layers(model):
         layer.accumulation_steps = steps
     return model

@@ -1,55 +1,56 @@
-"""The one collective of the norm: a sum over the group that notices processes out of step.
+"""The collective of the norm: a sum over the group that detects processes out of step.
 
-A process that skips a layer, or runs two in another order, makes its peers add up statistics of
-different layers: with messages of different sizes gloo aborts the process, with equal sizes the
-numbers mix in silence. So all messages have one length, and each carries a stamp of its layer and
-direction. With s the stamp of each of K processes, K Σs² = (Σs)² if and only if all are equal
-(Cauchy-Schwarz), which every process of the group sees at once, in the first call that does not
-match.
+If a process skips a layer, or runs two layers in another order, the group adds up statistics of
+different layers. With messages of different sizes gloo aborts the process; with equal sizes the
+numbers mix silently. So all messages have one length, and each carries a stamp s of its layer and
+direction. Over K processes, K Σs² = (Σs)² if and only if all stamps are equal (Cauchy-Schwarz).
+Every process of the group sees a mismatch at once, in the first call that does not match.
 """
 
 import zlib
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-# Channels a message has room for; wider layers take multiples of it. One constant, so that nobody
-# has to agree on it first. 32 KiB travel as fast as one: latency decides.
+# Channels that fit into a message; wider layers take multiples of it. A constant needs no agreement
+# between processes. Sending 32 KiB takes as long as 1 KiB, since latency dominates.
 ROOM = 2048
-# Bits of a stamp: squares of it add up exactly in float64 over 8,192 processes.
+# Bits of a stamp. Its squares add up exactly in float64 over 8,192 processes.
 _STAMP_BITS = 20
 
 _RULE = (
-    "Every process has to run the same layers in the same order, one without images on an empty "
-    "input."
+    "Every process has to run the same layers in the same order; a process without images runs "
+    "them on an empty input."
 )
 
-# On CUDA, by group: whether a mismatch has been seen, on the device, so that no layer waits for it.
+# For each group on CUDA: a flag on the device that is true after a mismatch. No layer waits for it.
 _mismatch: dict[str, Tensor] = {}
 
 
 class OutOfStepError(RuntimeError):
-    """Processes of one group were in different CGBN layers, or one did not come."""
+    """The error for processes of a group that are in different CGBN layers, or missing."""
 
 
 def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[Tensor, ...]:
-    """The sums of ``parts``, float64 vectors, over the processes of ``group``, as one message.
+    """Returns the sums of ``parts`` over the processes of ``group``, sent as one message.
 
     Args:
-        group: the process group's name; "" returns the parts as they are.
+        group: name of the process group; "" returns the parts unchanged.
         layer: the layer's name, the same on every process.
         direction: "forward", "forward, variance" or "backward".
+        parts: float64 vectors, of the same sizes on every process.
 
     Raises:
-        OutOfStepError: on CPU, on every process, where they are in different layers or directions,
-            or where the collective itself fails or times out. On CUDA a mismatch is kept for
-            ``raise_if_out_of_step``, and NCCL's watchdog ends a process whose peer does not come.
+        OutOfStepError: on CPU, on every process: the processes are in different layers or
+            directions, or the collective fails or times out. On CUDA ``raise_if_out_of_step``
+            raises a mismatch later, and NCCL's watchdog ends a process that waits too long.
     """
     if not group:
         return parts
-    process_group = _resolve_process_group(group)
+    process_group = _resolve_process_group(cast(Any, group))
     sizes = [part.numel() for part in parts]
     used = sum(sizes)
     length = 2 * ROOM * max(1, -(-(used - 1) // (2 * ROOM))) + 1
@@ -64,13 +65,13 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     except RuntimeError as error:
         raise OutOfStepError(
             f"CGBN layer {layer}, {direction}: the all-reduce over the {process_group.size()} "
-            "processes of its group failed: another process has ended, or is somewhere else. "
-            f"{_RULE} The backend says: {error}"
+            "processes of its group failed: another process has ended, or is in other code. "
+            f"{_RULE} The backend reports: {error}"
         ) from error
     if message.is_cuda:
         total, squares = message[length], message[length + 1]
         differ = process_group.size() * squares != total.square()
-        # In place, so that a replayed CUDA graph of the layer writes here too.
+        # In place, so that a replayed CUDA graph writes to the same flag.
         if group not in _mismatch:
             _mismatch[group] = torch.zeros_like(differ)
         _mismatch[group].logical_or_(differ)
@@ -82,7 +83,9 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
 
 
 def raise_if_out_of_step() -> None:
-    """Raises what CUDA layers have noticed since the last call; waits for the device.
+    """Raises an error if a CUDA layer has seen a mismatch since the last call.
+
+    It waits for the device.
 
     Raises:
         OutOfStepError: processes of a group were in different layers.
@@ -96,8 +99,8 @@ def raise_if_out_of_step() -> None:
             )
 
 
-def _raise(process_group: dist.ProcessGroup, layer: str, direction: str) -> None:
-    # All processes of the group are here: the sums that brought this one are the same on each.
+def _raise(process_group: dist.ProcessGroup, layer: str, direction: str) -> NoReturn:
+    # All processes of the group call this, because the sums that differ are the same on each.
     places: list = [None] * process_group.size()
     dist.all_gather_object(places, f"{layer}, {direction}", group=process_group)
     ranks = dist.get_process_group_ranks(process_group)

@@ -1,4 +1,7 @@
-"""Whole models from and to ``CrossGPUBatchNorm``, whatever they were built with."""
+"""Conversion of whole models to and from ``CrossGPUBatchNorm``."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,29 +19,32 @@ _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 def convert_cgbn(
     model: nn.Module, process_group: BNGroup = None, include_frozen: bool = False
 ) -> nn.Module:
-    """Makes every batch norm of ``model`` a ``CrossGPUBatchNorm`` of the same state.
-
-    Args:
-        model: converted in place; the return value matters where the model itself is a batch norm.
-        process_group: for all converted layers, see ``CrossGPUBatchNorm``; None is the world.
-        include_frozen: also convert Detectron2's ``FrozenBatchNorm2d``, whose γ and β then train.
+    """Replaces every batch norm of ``model`` by a ``CrossGPUBatchNorm`` with the same state.
 
     Parameters stay the same objects, so an optimizer built before still holds them.
 
+    Args:
+        model: converted in place, unless the model itself is a batch norm.
+        process_group: of all converted layers, see ``CrossGPUBatchNorm``; None for all processes.
+        include_frozen: also converts Detectron2's ``FrozenBatchNorm2d``, whose γ and β then train.
+
+    Returns:
+        the model, or the layer that replaces it.
+
     Raises:
-        ValueError: a batch norm with a forward of its own, such as one with an activation in it.
-            Then nothing is converted.
+        ValueError: a batch norm's class overrides ``forward``, for an activation say. The model is
+            then unchanged.
     """
     for name, layer in model.named_modules():
         owner = type(layer).forward.__qualname__.rpartition(".")[0]
         if _is_batch_norm(layer) and owner not in _NORMALIZERS:
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, whose forward may do more than "
-                "normalise, and that would be lost; put a plain batch norm, and what else it does, "
-                "in its place"
+                "normalise, and the conversion would lose that; replace it by a plain batch norm "
+                "and separate layers for the rest"
             )
 
-    def convert(layer: nn.Module) -> nn.Module:
+    def convert(layer: Any) -> nn.Module:
         frozen = include_frozen and type(layer).__name__ == "FrozenBatchNorm2d"
         if not (frozen or _is_batch_norm(layer)):
             return layer
@@ -58,10 +64,13 @@ def convert_cgbn(
 
 
 def revert_cgbn(model: nn.Module) -> nn.Module:
-    """Makes every ``CrossGPUBatchNorm`` of ``model`` a plain batch norm, in place.
+    """Replaces every ``CrossGPUBatchNorm`` of ``model`` by a plain batch norm, in place.
 
-    That is ``nn.BatchNorm2d``, or the 1-D or 3-D one that ``convert_cgbn`` found. For export, and
-    for code that knows nothing of process groups. Returns the model.
+    The plain one is ``nn.BatchNorm2d``, or the 1-D or 3-D batch norm that ``convert_cgbn``
+    replaced. Use it for export, and for code that does not support process groups.
+
+    Returns:
+        the model, or the layer that replaces it.
     """
 
     def revert(layer: nn.Module) -> nn.Module:
@@ -79,8 +88,8 @@ def _is_batch_norm(layer: nn.Module) -> bool:
     return isinstance(layer, _BATCH_NORMS) and not isinstance(layer, CrossGPUBatchNorm)
 
 
-def _replace(module: nn.Module, convert) -> nn.Module:
-    """``convert`` applied to every layer; one that stands in several places is converted once."""
+def _replace(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Applies ``convert`` to every layer, once even where the layer occurs in several places."""
     converted: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
@@ -93,14 +102,14 @@ def _replace(module: nn.Module, convert) -> nn.Module:
 
 def _move_state(old: nn.Module, new: nn.Module) -> nn.Module:
     for name in _STATE:
-        value = getattr(old, name, None)
+        value: Any = getattr(old, name, None)
         if value is None and name == "num_batches_tracked" and new.track_running_stats:
-            continue  # FrozenBatchNorm2d counts nothing: new starts from 0
+            continue  # FrozenBatchNorm2d has no count, so new starts from 0
         if isinstance(getattr(new, name), nn.Parameter) and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value.clone())
         setattr(new, name, value)
     for table in [name for name in vars(new) if name.endswith(_HOOK_TABLES)]:
-        # The table itself, so that the handles still remove what they added.
+        # The table itself, not a copy, so that the handles still remove their hooks.
         setattr(new, table, getattr(old, table))
     if new.track_running_stats:
         for name in ("num_batches_tracked", "num_batches_skipped"):

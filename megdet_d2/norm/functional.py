@@ -368,7 +368,8 @@ def _arithmetic(x: Tensor):
 def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns |B_i| (1,), Σ x (C,) and Σ x² (C,) over B_i, float64."""
     if x.numel() == 0:
-        return tuple(x.new_zeros(size, dtype=torch.float64) for size in (1, *2 * [x.shape[1]]))
+        zeros = x.new_zeros(2, x.shape[1], dtype=torch.float64)
+        return zeros.new_zeros(1), zeros[0], zeros[1]
     if valid is None:
         sums, squares = _arithmetic(x).power_sums(x)
         return sums.new_full((1,), x.numel() // x.shape[1]), sums, squares

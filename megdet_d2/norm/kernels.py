@@ -1,23 +1,23 @@
-"""The passes of Algorithm 1 over x as Triton kernels: each reads what it needs once.
+"""The passes of Algorithm 1 over x as Triton kernels; each pass reads its inputs once.
 
-Batch norm is bound by memory, so a pass is as good as its bandwidth. Two passes reduce x to values
-of a channel (``power_sums``, ``gradient_sums``), two map it to a tensor of its size (``normalize``,
-``input_gradient``); a following addition and ReLU ride along for no further pass.
+Memory bandwidth limits the speed of batch norm. Two passes reduce x to values per channel
+(``power_sums``, ``gradient_sums``). Two passes map x to a tensor of its size (``normalize``,
+``input_gradient``), and include a following addition and ReLU.
 
-Every x is dense, (N, C, *), 2-D to 5-D, with channels outermost (contiguous) or innermost
-(channels_last), and not empty. All kernels see it as a matrix, and cut it in the same way::
+x is (N, C, *), 2-D to 5-D, with channels outermost (contiguous) or innermost (channels_last), and
+not empty. All kernels treat it as a matrix and divide it into tiles in the same way::
 
-    channels outermost  x[n, c, s]   rows (n, c), columns s    a tile is of one channel
-    channels innermost  x[m, c]      rows m = (n, s), columns c  a tile is of BLOCK_K channels
+    channels outermost  x[n, c, s]   rows (n, c), columns s      a tile has one channel
+    channels innermost  x[m, c]      rows m = (n, s), columns c  a tile has BLOCK_K channels
 
-The tiles of one channel, or of one block of channels, are a group; a program of a reduction takes
-every ``splits``-th of a group. Arithmetic is float32, for float64 inputs float64. No function waits
-for the GPU, and the order of every sum is fixed.
+The tiles of one channel, or of one block of channels, form a group. A program of a reduction takes
+every ``splits``-th tile of a group. Arithmetic is float64 for float64 inputs, and float32 for all
+others. No function waits for the GPU, and the order of every sum is fixed.
 
 Values of the channels, such as mean or scale, are (C,), contiguous, on x's device.
 """
 
-from __future__ import annotations  # tl.constexpr below need not exist
+from __future__ import annotations  # the annotation tl.constexpr works without Triton
 
 import math
 import os
@@ -33,44 +33,47 @@ from .aten import statistics_dtype
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch's wheels for CPU come without
+except ImportError:  # torch's CPU wheels do not include it
     triton = None
 
-# Values in a tile: 16 for each of 128 threads, which makes two 16-byte loads in half precision and
-# four in float32. A tile is one row, or NARROW columns of more rows: a cache line in half
-# precision, and a fair fit for 7x7 regions.
+# Values in a tile: 16 for each of 128 threads, which are two 16-byte loads in half precision and
+# four in float32. A tile is one row, or NARROW columns of several rows. NARROW is a cache line in
+# half precision, and wastes little on 7x7 regions.
 TILE, NARROW, NUM_WARPS = 2048, 64, 4
-# Programs of a reduction: about four for each of the 132 multiprocessors of an H100, which run at
-# once with room in the registers, each with STAGES - 1 tiles on their way.
+# Programs of a reduction: about four for each of the 132 multiprocessors of an H100. The registers
+# suffice to run them at once, and each has STAGES - 1 loads of tiles in flight.
 PROGRAMS, STAGES = 512, 4
 
 
 def available() -> bool:
-    """Whether Triton can be imported and compile, and the functions below called on CUDA tensors.
+    """Returns True if Triton is installed and can compile, as the functions of this module need.
 
-    It builds its launchers with a C compiler and Python's headers, which slim containers and
-    distributions without their development packages do not have.
+    Triton builds its launchers with a C compiler and Python's headers. Slim containers, and
+    distributions without development packages, do not have them.
     """
     return triton is not None and _CAN_BUILD
 
 
-# Looked at once: torch.compile cannot trace what asks the file system.
+# Computed at import, because torch.compile cannot trace calls to the file system.
 _CAN_BUILD = bool(
     os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 ) and os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
-# --- for the caller ------------------------------------------------------------------------------
+# --- public functions ----------------------------------------------------------------------------
 
 
 def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ x and Σ x² of each channel, both (C,) float64, exact enough to take the variance from.
+    """Returns Σ x and Σ x² of each channel, exact enough to compute the variance from them.
 
     Args:
-        x: (N, C, *), float16, bfloat16, float32 or float64, dense, not empty.
+        x: (N, C, *), float16, bfloat16, float32 or float64, contiguous or channels_last, not empty.
+
+    Returns:
+        two vectors (C,), float64.
 
     Raises:
-        ValueError: x is neither contiguous nor channels_last, or empty.
+        ValueError: x is empty, or neither contiguous nor channels_last.
     """
     tiling = _tiling(x)
     channels, splits = x.shape[1], tiling.splits
@@ -95,22 +98,26 @@ def gradient_sums(
     relu: bool = False,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ dy' and Σ dy' x̂ of each channel, both (C,), float32 or, for a float64 x, float64.
+    """Returns Σ dy' and Σ dy' x̂ of each channel, with x̂ = (x - mean) · invstd.
 
-    x̂ = (x - mean) · invstd, and dy' is the gradient before the ReLU, if there was one: dy where the
-    output was positive, 0 elsewhere.
+    dy' is the gradient before the ReLU: dy where the output was positive, and 0 elsewhere. Without
+    ``relu`` it is dy.
 
     Args:
-        dy: x's shape, any floating dtype and layout; one that is not x's is copied into it.
+        dy: x's shape, any floating dtype and layout. Another layout than x's costs a copy.
         x: as in :func:`power_sums`.
-        mean, invstd: (C,) float32 or float64.
-        scale, bias: as given to :func:`normalize`. Needed where ``relu`` and no y is given.
-        relu: the output was rectified. Its sign comes from y where that is given, as after an
-            addition it must be, and is otherwise computed again, bit by bit, from x.
-        y: the rectified output, x's shape.
+        mean, invstd: (C,), float32 or float64.
+        scale, bias: as in :func:`normalize`. Required with ``relu`` and without y.
+        relu: the output went through a ReLU. Its sign comes from y if that is given, which is
+            required after an addition. Otherwise it is computed again from x, bit by bit.
+        y: the output after the ReLU, x's shape.
+
+    Returns:
+        two vectors (C,), float64 for a float64 x, and float32 for any other.
 
     Raises:
-        ValueError: as :func:`power_sums`; dy or y has not x's shape; the sign cannot be known.
+        ValueError: x is not valid, see :func:`power_sums`; dy or y does not have x's shape; or the
+            sign of the output cannot be computed.
     """
     tiling = _tiling(x)
     dy, y = _gradient_inputs(dy, x, scale, bias, relu, y)
@@ -133,16 +140,16 @@ def normalize(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """y = (x - mean) · scale + bias [+ residual] [, rectified], in x's shape, dtype and layout.
+    """Returns y = (x - mean) · scale + bias [+ residual], or max(y, 0) with ``relu``.
 
     Args:
-        x: as in :func:`power_sums`.
-        mean, scale, bias: (C,) float32 or float64; scale = γ / √(σ² + ε).
+        x: as in :func:`power_sums`. y has its shape, dtype and layout.
+        mean, scale, bias: (C,), float32 or float64; scale = γ / √(σ² + ε).
         residual: x's shape, any floating dtype and layout.
-        relu: y = max(y, 0).
+        relu: applies ReLU at the end.
 
     Raises:
-        ValueError: as :func:`power_sums`; or the residual has not x's shape.
+        ValueError: x is not valid, see :func:`power_sums`; or the residual does not have x's shape.
     """
     tiling = _tiling(x)
     if residual is not None:
@@ -168,18 +175,18 @@ def input_gradient(
     y: Tensor | None = None,
     needs_residual_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx = scale · (dy' - mean_dy - x̂ · mean_dy_xhat) and, where asked for, the residual's dy'.
+    """Returns dx = scale · (dy' - mean_dy - x̂ · mean_dy_xhat) and dy', the residual's gradient.
 
     Args:
         dy, x, mean, invstd, scale, bias, relu, y: as in :func:`gradient_sums`.
-        mean_dy, mean_dy_xhat: (C,) float32 or float64, over the whole mini-batch.
-        needs_residual_grad: return dy' as well.
+        mean_dy, mean_dy_xhat: (C,), float32 or float64, means over the whole mini-batch.
+        needs_residual_grad: also returns dy'.
 
     Returns:
-        Both in x's shape, dtype and layout; None for a dy' not asked for.
+        both in x's shape, dtype and layout; the second is None without ``needs_residual_grad``.
 
     Raises:
-        ValueError: as :func:`gradient_sums`.
+        ValueError: an argument is not valid, see :func:`gradient_sums`.
     """
     tiling = _tiling(x)
     dy, y = _gradient_inputs(dy, x, scale, bias, relu, y)
@@ -193,19 +200,22 @@ def input_gradient(
     return dx, dresidual
 
 
-# --- how x is cut --------------------------------------------------------------------------------
+# --- tiles of x ----------------------------------------------------------------------------------
 
 
 class _Tiling(NamedTuple):
     groups: int
-    tiles: int  # of a group
-    splits: int  # programs that a reduction gives a group
+    tiles: int  # per group
+    splits: int  # programs per group in a reduction
     sizes: tuple[int, int, int, int]  # rows of a group, channels, vectors in a row, groups
-    constants: dict  # what a kernel is compiled for
+    constants: dict  # compile-time constants of a kernel
 
 
 def _tiling(x: Tensor) -> _Tiling:
-    """Two shapes of tiles, two layouts, and the width of a load: kernels for these serve all x."""
+    """Returns the tiling of x.
+
+    A kernel is compiled per shape of a tile (two), layout (two), width of a load and dtype.
+    """
     innermost = _channels_innermost(x)
     if innermost is None or x.numel() == 0:
         raise ValueError(
@@ -215,13 +225,13 @@ def _tiling(x: Tensor) -> _Tiling:
     n, channels = x.shape[:2]
     size = x.numel() // (n * channels)
     rows, columns = (n * size, channels) if innermost else (n, size)
-    tile = TILE // 2 if x.dtype == torch.float64 else TILE  # STAGES of them fit shared memory
+    tile = TILE // 2 if x.dtype == torch.float64 else TILE  # STAGES tiles fit into shared memory
     block_k = NARROW if innermost or size < tile // 2 else tile
     block_r = tile // block_k
     row_tiles, column_tiles = -(-rows // block_r), -(-columns // block_k)
     groups, tiles = (column_tiles, row_tiles) if innermost else (channels, row_tiles * column_tiles)
-    # Loads are as wide as the start of every row is aligned, 16 bytes at the most. Triton looks at
-    # an argument's divisibility by 16 alone; a row of 50x84 values would be loaded one by one.
+    # A load is as wide as the alignment of the rows, at most 16 bytes. Triton checks an argument's
+    # divisibility by 16 only, and would load a row of 50x84 values one by one.
     vector = math.gcd(columns, 16 // x.element_size())
     return _Tiling(
         groups,
@@ -240,9 +250,9 @@ def _tiling(x: Tensor) -> _Tiling:
 
 
 def _channels_innermost(x: Tensor) -> bool | None:
-    """Whether channels are innermost in memory, or outermost; None where x is not dense."""
+    """Returns True for channels innermost in memory, False for outermost, None for neither."""
     if x.is_contiguous():
-        return x.numel() == x.shape[0] * x.shape[1]  # of (N, C, 1, 1) it may be said either way
+        return x.numel() == x.shape[0] * x.shape[1]  # (N, C, 1, 1) is both
     return True if x.movedim(1, -1).is_contiguous() else None
 
 
@@ -267,8 +277,8 @@ def _gradient_inputs(dy, x, scale, bias, relu, y) -> tuple[Tensor, Tensor | None
 
 
 def _jit(kernel):
-    # A kernel is compiled for its constants and the dtypes, then serves every size: so Triton must
-    # not specialise on sizes. What wide loads need to know of them is in VECTOR.
+    # A kernel is compiled for its constants and dtypes, and then serves every size. So Triton must
+    # not specialise on sizes. VECTOR holds the alignment that wide loads need.
     sizes = ["rows", "channels", "vectors", "groups", "tiles", "splits"]
     return triton.jit(kernel, do_not_specialize=sizes) if available() else kernel
 
@@ -278,9 +288,9 @@ def _tile(
     t, group, rows, channels, vectors,
     INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask (BLOCK_R, BLOCK_K) of a group's tile t, and the values a channel has in it.
+    """Returns offsets and mask (BLOCK_R, BLOCK_K) of a group's tile t, and the values per channel.
 
-    Row numbers fit 32 bits, offsets need not.
+    Row numbers fit into 32 bits; offsets may not.
     """
     columns = vectors * VECTOR
     if INNERMOST:
@@ -302,7 +312,7 @@ def _tile(
 
 @_jit
 def _channel(group, vectors, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A group's channels and their mask, (1, BLOCK_K) or (1, 1): broadcast against its tiles."""
+    """Returns a group's channels and their mask, (1, BLOCK_K) or (1, 1), to broadcast to tiles."""
     if INNERMOST:
         channel = group * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         inside = channel < vectors * VECTOR
@@ -314,16 +324,16 @@ def _channel(group, vectors, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOC
 
 @_jit
 def _of(values, channel, inside, ACC: tl.constexpr):
-    """The channels' entries of a (C,) tensor, or None of None."""
+    """Returns the channels' entries of a (C,) tensor, or None if the tensor is None."""
     if values is None:
         return None
-    else:  # Triton compiles both returns otherwise
+    else:  # without the else Triton would compile both returns
         return tl.load(values + channel, mask=inside, other=0.0).to(ACC)
 
 
 @_jit
 def _sum(tile, INNERMOST: tl.constexpr):
-    """The sum of each channel in a tile, in the shape of _channel's."""
+    """Returns the sum of each channel in a tile, in the shape that _channel returns."""
     total = tl.sum(tile, 0, keep_dims=True)
     if not INNERMOST:
         total = tl.sum(total, 1, keep_dims=True)
@@ -332,15 +342,16 @@ def _sum(tile, INNERMOST: tl.constexpr):
 
 @_jit
 def _affine(x, mean, scale, bias):
-    # An explicit fma: forward and backward must round alike, or the ReLU's mask is not y's sign.
+    # An explicit fma: forward and backward must round in the same way, or the mask of the ReLU
+    # would differ from y's sign.
     return tl.fma(x - mean, scale, bias)
 
 
 @_jit
 def _before_relu(dy, x, mean, scale, bias, y, offsets, mask, ACC: tl.constexpr):
-    """dy' of dy behind a ReLU. A NaN passes, as it does in torch's."""
+    """Returns dy', the gradient before the ReLU. A NaN passes, as in torch's ReLU."""
     if y is None:
-        # By way of x's dtype, in which y was stored.
+        # Rounded to x's dtype, as y was.
         output = _affine(x.to(ACC), mean, scale, bias).to(x.dtype).to(ACC)
     else:
         output = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
@@ -353,11 +364,11 @@ def _moments(
     INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(n, mean, Σ(x - mean)²) of one split of a group, to partials (3, C, splits)."""
+    """Stores n, mean and Σ(x - mean)² of one split of a group in partials (3, C, splits)."""
     group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
     # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile. With
-    # n₁ values in it, (pivot - mean)² ≤ variance · n / n₁ whatever the data, so Σd² - (Σd)²/n keeps
-    # its digits; and where the mean is far from zero, x - pivot is exact.
+    # n₁ values in it, (pivot - mean)² ≤ variance · n / n₁ for all data, so Σd² - (Σd)²/n keeps its
+    # digits. Where the mean is far from zero, x - pivot is exact.
     offsets, mask, n = _tile(
         split, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K
     )
@@ -386,7 +397,7 @@ def _moments(
 
 @_jit
 def _merge(sums, squares, partials, channels, splits, BLOCK: tl.constexpr):
-    """One program merges the splits of a channel, from float32's moments to float64's sums."""
+    """Merges the splits of a channel in one program, from float32 moments to float64 sums."""
     channel = tl.program_id(0)
     split = tl.arange(0, BLOCK)
     mask = split < splits
@@ -405,7 +416,7 @@ def _gradient_sums(
     RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Σ dy' and Σ dy' x̂ of one split of a group, to partials (2, C, splits)."""
+    """Stores Σ dy' and Σ dy' x̂ of one split of a group in partials (2, C, splits)."""
     group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
     channel, inside = _channel(group, vectors, INNERMOST, VECTOR, BLOCK_K)
     mean = _of(mean, channel, inside, ACC)
@@ -435,7 +446,7 @@ def _normalize(
     RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile."""
+    """Stores y of one tile."""
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
     offsets, mask, _ = _tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
     channel, inside = _channel(group, vectors, INNERMOST, VECTOR, BLOCK_K)
@@ -447,7 +458,7 @@ def _normalize(
     if residual is not None:
         output += tl.load(residual + offsets, mask=mask, other=0.0).to(ACC)
     if RELU:
-        output = tl.where(output <= 0, 0.0, output)  # unlike maximum, keeps a NaN
+        output = tl.where(output <= 0, 0.0, output)  # keeps a NaN, unlike maximum
     tl.store(y + offsets, output, mask=mask)
 
 
@@ -458,7 +469,7 @@ def _input_gradient(
     RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, and dy' where asked for, of one tile."""
+    """Stores dx of one tile, and dy' where dresidual is given."""
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
     offsets, mask, _ = _tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
     channel, inside = _channel(group, vectors, INNERMOST, VECTOR, BLOCK_K)

@@ -1,8 +1,8 @@
-"""Statistics without the padded border: images of a batch are of several sizes, padded to one.
+"""CGBN statistics without the padded border of a batch.
 
-Stock batch norms count the border's values like any others, though they say nothing of the images,
-and the more of them the more the sizes differ. A ``ValidRegion`` tells CGBN layers where the images
-are; the border is normalised with their statistics and has no part in them, on any process.
+Images of a batch have several sizes and are padded to one. Stock batch norms include the border in
+their statistics, though it has nothing of the images. A ``ValidRegion`` holds where the images are.
+CGBN layers then take their statistics from the images alone, and normalise the border with them.
 """
 
 import functools
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# The parts of a Detectron2 model that see feature maps of whole images. Box and mask heads see
-# regions, which have no padding.
+# Parts of a Detectron2 model that see feature maps of whole images. Box and mask heads see regions,
+# which have no padding.
 _WHOLE_IMAGES = ("backbone.", "proposal_generator.", "head.", "roi_heads.segmentation_head.")
 
 
-@dataclass(eq=False)  # two are equal only where they are one: layers share it
+@dataclass(eq=False)  # compared by identity, because layers share one
 class ValidRegion:
-    """Where the images of the current batch are in the padded tensor; shared by a model's layers.
+    """The places of the current batch's images in the padded tensor, shared by a model's layers.
 
-    Written in place before each forward, and kept until the next: a recomputation needs it again.
+    It is written in place before each forward. It stays until the next forward, because a
+    recomputation in backward reads it again.
 
     Attributes:
         sizes: (height, width) of each image, pixels; empty until there is a batch.
@@ -35,10 +36,16 @@ class ValidRegion:
     hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Bool (N, 1, h, w), true on the images; x (N, C, h, w) is a feature map of the batch.
+        """Returns the mask of the images in x, a feature map of the batch.
 
-        Of a feature map with stride s the first ⌈H / s⌉ rows belong to an image of H rows. None
-        where nothing is padded, or x is not of this batch: then all of x counts.
+        In a feature map of stride s the first ⌈H / s⌉ rows belong to an image of H rows.
+
+        Args:
+            x: (N, C, h, w).
+
+        Returns:
+            bool, (N, 1, h, w), true on the images. None if nothing is padded or x is not of this
+            batch: then all of x counts.
         """
         if len(self.sizes) != len(x) or x.dim() != 4 or set(self.sizes) == {self.padded}:
             return None
@@ -71,9 +78,10 @@ def ignore_padding(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.valid_region = region
     if layers and not region.hooks:
+        backbone = model.get_submodule("backbone")
         region.hooks = [
             model.register_forward_pre_hook(functools.partial(_note_sizes, region)),
-            model.backbone.register_forward_pre_hook(functools.partial(_note_padding, region)),
+            backbone.register_forward_pre_hook(functools.partial(_note_padding, region)),
         ]
     return model
 

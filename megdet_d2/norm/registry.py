@@ -1,14 +1,15 @@
-"""The seam into Detectron2: ``NORM: "CGBN"``, and the groups of a machine.
+"""``NORM: "CGBN"`` in Detectron2, by a wrapper around ``get_norm``.
 
-``get_norm`` is a dict inside a function, and a dozen modules of Detectron2, and most projects,
-hold it under their own name from the moment they are imported. So it is wrapped once, and every
-attribute of every loaded module that *is* the stock function is bound to the wrapper; modules
-loaded later import the wrapper. This is one of the plugin's two patches of Detectron2.
+Detectron2's ``get_norm`` is a dict inside a function, so there is no registry to extend. A dozen
+modules of Detectron2, and most projects, import the function by its name. So ``install`` wraps it,
+and binds the wrapper in every loaded module that has the stock function. Modules that are loaded
+later import the wrapper. docs/architecture.md lists this and every other patch of Detectron2.
 """
 
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import detectron2.layers.batch_norm as d2_batch_norm
 from detectron2.config import CfgNode
@@ -22,7 +23,7 @@ from .groups import SELF, BNGroup
 
 NORM_REGISTRY = Registry("NORM")
 NORM_REGISTRY.__doc__ = """
-Norm layers by the names that Detectron2's ``*.NORM`` keys take, before Detectron2's own.
+Norm layers by name, for Detectron2's ``*.NORM`` keys. They come before Detectron2's norms.
 An entry is called with the number of channels and returns a module.
 """
 
@@ -31,10 +32,10 @@ _STOCK_NAMES = "BN, SyncBN, FrozenBN, GN, LN, nnSyncBN, naiveSyncBN, naiveSyncBN
 
 @NORM_REGISTRY.register()
 class CGBN(CrossGPUBatchNorm):
-    """The layer that ``NORM: "CGBN"`` stands for: over every image on the machine.
+    """The layer that ``NORM: "CGBN"`` builds; it normalises over all images on the machine.
 
-    Named with "BN" because Detectron2 finds batch norms shared by RetinaNet's levels by that
-    substring.
+    The class name has "BN" in it, because Detectron2 looks for this substring to find batch norms
+    that RetinaNet's levels share.
     """
 
     def __init__(self, num_features: int):
@@ -42,7 +43,7 @@ class CGBN(CrossGPUBatchNorm):
 
 
 def uses_cgbn(cfg: CfgNode) -> bool:
-    """Whether any ``NORM`` key of the config, in any section, is "CGBN"."""
+    """Returns True if any ``NORM`` key of the config, in any section, is "CGBN"."""
     return any(
         uses_cgbn(value) if isinstance(value, CfgNode) else (key == "NORM" and value == "CGBN")
         for key, value in cfg.items()
@@ -50,25 +51,24 @@ def uses_cgbn(cfg: CfgNode) -> bool:
 
 
 def machine_group() -> BNGroup:
-    """The processes of this machine: the group that Detectron2's ``launch`` makes.
+    """Returns the group of this machine's processes, which Detectron2's ``launch`` creates.
 
     Raises:
-        RuntimeError: several processes run, on several machines, and nobody has said which of them
-            share a machine.
+        RuntimeError: several processes run without that group.
     """
     if comm.get_world_size() == 1:
         return SELF
     if comm._LOCAL_PROCESS_GROUP is None:
         raise RuntimeError(
-            f'NORM: "CGBN" was built in one of {comm.get_world_size()} processes before they '
-            "were told which share a machine. Call detectron2.utils.comm."
+            f'NORM: "CGBN" was built in one of {comm.get_world_size()} processes, but the groups '
+            "of processes that share a machine do not exist yet. Call detectron2.utils.comm."
             "create_local_process_group(processes_per_machine) right after "
             "torch.distributed.init_process_group, as Detectron2's and megdet_d2's launch do."
         )
     return comm.get_local_process_group()
 
 
-def _wrap(stock: Callable) -> Callable:
+def _wrap(stock: Callable) -> Any:
     @functools.wraps(stock)
     def get_norm(norm, out_channels):
         if not isinstance(norm, str) or norm == "":
@@ -83,12 +83,13 @@ def _wrap(stock: Callable) -> Callable:
                 f"unknown norm {norm!r}: megdet_d2 has {ours}; Detectron2 has {_STOCK_NAMES}"
             ) from None
 
-    get_norm._megdet_stock = stock
-    return get_norm
+    wrapper: Any = get_norm
+    wrapper._megdet_stock = stock
+    return wrapper
 
 
 def install() -> None:
-    """Binds the wrapped ``get_norm`` wherever the stock one is bound; harmless if repeated."""
+    """Binds the wrapped ``get_norm`` wherever the stock one is bound; may be called again."""
     if hasattr(d2_batch_norm.get_norm, "_megdet_stock"):
         wrapped = d2_batch_norm.get_norm
     else:

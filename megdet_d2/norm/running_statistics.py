@@ -1,7 +1,8 @@
-"""Running statistics where BN groups are smaller than the world, and so differ between processes.
+"""Running statistics of several BN groups: averaging, saving and loading.
 
-Within a group they are equal. Evaluation and a checkpoint that others load take the mean over the
-groups; training itself, and an exact resume, keep each group's own.
+Running statistics are equal within a group and differ between groups. Evaluation uses the mean over
+the groups, and so does a checkpoint for other programs. Training and an exact resume use the
+statistics of each group.
 """
 
 import contextlib
@@ -19,9 +20,9 @@ from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
-    """Makes the running statistics of every CGBN layer the mean over all processes, in place.
+    """Replaces the running statistics of every CGBN layer by their mean over all processes.
 
-    One all-reduce, which every process has to join.
+    Every process has to call it, because it makes one all-reduce. In place.
     """
     statistics = _averaged(model)
     if comm.get_world_size() == 1 or not statistics:
@@ -36,7 +37,7 @@ def average_statistics(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def averaged_statistics(model: nn.Module) -> Iterator[None]:
-    """``average_statistics`` for the length of a ``with``; then each process has its own again."""
+    """Averages the statistics for the length of a ``with`` block, and then restores them."""
     own = {name: statistic.clone() for name, statistic in _averaged(model).items()}
     average_statistics(model)
     try:
@@ -46,7 +47,7 @@ def averaged_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def processes_per_group(model: nn.Module) -> int:
-    """Processes whose running statistics are equal: those of the model's smallest group."""
+    """Returns the number of processes with equal running statistics, the smallest group's size."""
     world = comm.get_world_size()
     sizes = [world]
     for layer in _batch_norms(model).values():
@@ -58,13 +59,13 @@ def processes_per_group(model: nn.Module) -> int:
 
 
 def own_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the CPU, of all buffers of this process's batch norms, by name."""
+    """Returns copies, on the CPU, of all buffers of this process's batch norms, by name."""
     return {name: buffer.detach().cpu().clone() for name, buffer in _buffers(model).items()}
 
 
 @torch.no_grad()
 def load_statistics(model: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Puts buffers back where ``own_statistics`` found them; those the model has not are left."""
+    """Loads buffers that ``own_statistics`` returned; ignores names that are not in the model."""
     buffers = _buffers(model)
     for name in statistics.keys() & buffers.keys():
         buffers[name].copy_(statistics[name])
@@ -72,7 +73,11 @@ def load_statistics(model: nn.Module, statistics: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def mean_statistics(model: nn.Module, groups: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over the groups of what ``average_statistics`` averages, by name."""
+    """Returns the mean over the groups of the statistics that ``average_statistics`` averages.
+
+    Args:
+        groups: for each group the buffers of ``own_statistics``.
+    """
     return {
         name: torch.stack([group[name].double() for group in groups]).mean(0).to(buffer.dtype)
         for name, buffer in _averaged(model).items()
@@ -80,9 +85,9 @@ def mean_statistics(model: nn.Module, groups: list[dict[str, Tensor]]) -> dict[s
 
 
 def own_normalizers(model: nn.Module) -> dict[str, float]:
-    """The moving averages by which RetinaNet and FCOS divide their losses, by module.
+    """Returns the moving averages by which RetinaNet and FCOS divide their losses, by module name.
 
-    Plain attributes that differ by process, and that no ``state_dict`` has.
+    They are plain attributes that differ between processes and are in no ``state_dict``.
     """
     return {
         name: module.loss_normalizer
@@ -92,7 +97,7 @@ def own_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def load_normalizers(model: nn.Module, normalizers: dict[str, float]) -> None:
-    """Puts back what ``own_normalizers`` found."""
+    """Loads the values that ``own_normalizers`` returned."""
     for name, module in model.named_modules():
         if name in normalizers:
             module.loss_normalizer = normalizers[name]
@@ -115,7 +120,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:
-    """The running means and variances of CGBN layers; of plain batch norms rank 0's stand."""
+    """Returns the running means and variances of CGBN layers; others are not averaged."""
     return {
         f"{name}.{key}": getattr(layer, key)
         for name, layer in _batch_norms(model).items()

@@ -451,7 +451,7 @@ def test_two_processes_of_two_images_are_one_of_four(pool2):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (("MODEL.CGBN.BN_SIZE", 3), "BN_SIZE is 3.*Nearest that work: 8"),
+        (("MODEL.CGBN.BN_SIZE", 3), "BN_SIZE is 3.*Nearest valid sizes: 8"),
         (("MODEL.CGBN.ALGORITHM", "fast"), "ALGORITHM is 'fast'; use one of one_reduce, two_pass"),
         (("SOLVER.AMP.ENABLED", True), "AMP.ENABLED is True, and there is no GPU"),
         (("MODEL.WEIGHTS", "nowhere.pkl"), "MODEL.WEIGHTS: there is no file 'nowhere.pkl'"),

@@ -55,7 +55,7 @@ def build_backbone_of(name, cfg):
         (["MODEL.RESNETS.RES5_DILATION", 1], "RES5_DILATION is 1.*set it to 2, or MODEL.BACKBONE"),
         (
             ["MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]],
-            r"IN_FEATURES is \['res2', 'res3', 'res4', 'res5'\].*set it",
+            r"IN_FEATURES is \['res2', 'res3', 'res4', 'res5'\].*set IN_FEATURES, and",
         ),
         (["MODEL.FPN.IN_FEATURES", ["res2", "res3"]], "MODEL.FPN.IN_FEATURES is"),
         (["MODEL.ATROUS.BOTTOM_UP", "resnet"], "MODEL.ATROUS.BOTTOM_UP is 'resnet'.*use build_"),

@@ -75,7 +75,7 @@ def test_no_context_pooler_is_an_error():
     model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ContextROIHeads"))
     assert isinstance(model.roi_heads, ContextROIHeads)
     model.roi_heads.box_pooler = model.roi_heads.box_pooler.pooler
-    with pytest.raises(TypeError, match="a ROIPooler as box_pooler.*give ContextPooler"):
+    with pytest.raises(TypeError, match="a ROIPooler as box_pooler.*use ContextPooler"):
         model.eval()(images(0))
 
 
@@ -84,5 +84,5 @@ def test_errors_name_the_key():
     keys = ["MODEL.ROI_HEADS.NAME", "ContextROIHeads", "MODEL.CONTEXT.SCALES"]
     with pytest.raises(ValueError, match=r"SCALES is .*-1.0.*; give"):
         build_roi_heads(tiny_config(*keys, (-1.0,)), shapes)
-    with pytest.raises(ValueError, match="SCALES is empty and WHOLE_IMAGE False.*give"):
+    with pytest.raises(ValueError, match="SCALES is empty and WHOLE_IMAGE False.*set scales"):
         build_roi_heads(tiny_config(*keys, (), "MODEL.CONTEXT.WHOLE_IMAGE", False), shapes)

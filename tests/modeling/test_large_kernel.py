@@ -77,7 +77,7 @@ def test_every_level_has_running_statistics_of_its_own():
     [
         ([*RPN, "MODEL.LARGE_KERNEL.SIZE", 14], "size is 14; give an odd number for MODEL.LARGE"),
         ([*BOX, "MODEL.LARGE_KERNEL.BOX_SIZE", 0], "size is 0; give an odd number"),
-        ([*RPN, "MODEL.LARGE_KERNEL.MID_CHANNELS", 0], "has 0 channels within.*give 1 or more"),
+        ([*RPN, "MODEL.LARGE_KERNEL.MID_CHANNELS", 0], "has 0 middle and .*give 1 or more"),
         ([*RPN, "MODEL.RPN.CONV_DIMS", [-1, -1]], "MODEL.RPN.CONV_DIMS has 2 entries"),
     ],
 )

@@ -159,8 +159,11 @@ def test_two_processes_evaluate_after_training(tmp_path, coco, pool2):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("MODEL.META_ARCHITECTURE", "RetinaNet"), "META_ARCHITECTURE 'RetinaNet'.*ENABLED False"),
-        (("MODEL.META_ARCHITECTURE", "PanopticFPN"), "META_ARCHITECTURE 'PanopticFPN'"),
+        (
+            ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+            "META_ARCHITECTURE is 'RetinaNet'.*ENABLED False",
+        ),
+        (("MODEL.META_ARCHITECTURE", "PanopticFPN"), "META_ARCHITECTURE is 'PanopticFPN'"),
         (("MODEL.KEYPOINT_ON", True), "MODEL.KEYPOINT_ON"),
         (("MODEL.LOAD_PROPOSALS", True), "MODEL.LOAD_PROPOSALS"),
         (("TEST.AUG.MIN_SIZES", ()), r"MIN_SIZES is \(\)"),

@@ -195,9 +195,9 @@ def test_by_name_a_layer_is_over_its_machine(two_machines):
 def test_impossible_bn_size_names_the_nearest():
     assert ranks_per_group(16, 2, 8) == 8
     assert ranks_per_group(-1, 2, 8) == 8
-    with pytest.raises(ValueError, match=r"BN_SIZE is 12.*Nearest that work: 8 and 16"):
+    with pytest.raises(ValueError, match=r"BN_SIZE is 12.*Nearest valid sizes: 8 and 16"):
         ranks_per_group(12, 2, 8)
-    with pytest.raises(ValueError, match=r"BN_SIZE is 2.*Nearest that work: 16 and 32"):
+    with pytest.raises(ValueError, match=r"BN_SIZE is 2.*Nearest valid sizes: 16 and 32"):
         ranks_per_group(2, 16, 2)
     with pytest.raises(ValueError, match="FrozenBN"):
         ranks_per_group(0, 2, 8)
@@ -269,7 +269,7 @@ def test_bad_arguments():
         CrossGPUBatchNorm(3)(torch.zeros(2, 4, 1, 1))
     with pytest.raises(ValueError, match="2-D to 5-D"):
         CrossGPUBatchNorm(3)(torch.zeros(3))
-    with pytest.raises(ValueError, match="not in the process group"):
+    with pytest.raises(ValueError, match="not in the given process group"):
         CrossGPUBatchNorm(3, process_group=dist.GroupMember.NON_GROUP_MEMBER)
 
 

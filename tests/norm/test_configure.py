@@ -170,7 +170,7 @@ def test_calling_it_again_gives_the_last_values(pool2, wrapped):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("MODEL.CGBN.BN_SIZE", 3, r"MODEL\.CGBN\.BN_SIZE is 3, .* Nearest that work: 2"),
+        ("MODEL.CGBN.BN_SIZE", 3, r"MODEL\.CGBN\.BN_SIZE is 3, .* Nearest valid sizes: 2"),
         ("MODEL.CGBN.ALGORITHM", "one", r"MODEL\.CGBN\.ALGORITHM is 'one'; use one of one_red"),
         ("MEGDET.ACCUMULATION_STEPS", 0, r"MEGDET\.ACCUMULATION_STEPS is 0; give a whole number"),
     ],

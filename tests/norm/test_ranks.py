@@ -66,7 +66,7 @@ def test_all_ranks_empty_in_half_precision(pool4, dtype, algorithm):
 def run_outsider(rank, members, xs, dys):
     group = dist.new_group(members)
     if rank not in members:
-        with pytest.raises(ValueError, match="not in the process group"):
+        with pytest.raises(ValueError, match="not in the given process group"):
             CrossGPUBatchNorm(5, process_group=group)
         # Its share of layers, since layers without a model are called by their number.
         assert_plain(CrossGPUBatchNorm(5, process_group=SELF))
