@@ -1,8 +1,9 @@
-"""Sublinear memory (§4, Table 3): segments that keep their input only and run again in backward.
+"""Runs parts of a model twice to save memory: sublinear memory (§4, Table 3).
 
-The statistics of CGBN, C floats per layer, are kept from the first forward. So the second forward
-repeats no collective. Every norm updates its running statistics once. The loss and the gradients
-are those of the plain model.
+A segment keeps only its input, and backward computes the rest again. The statistics of CGBN, C
+floats per layer, are kept from the first forward. So the second forward repeats no collective.
+Every norm updates its running statistics once. The loss and the gradients are those of the plain
+model.
 
     checkpoint_stages(model, ("res2", "res3", "res4", "res5", "fpn"))  # a Detectron2 model
     checkpoint_modules(backbone.layers)                                # modules of any model
@@ -114,7 +115,7 @@ def check_stages(stages: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def kept_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts, for the length of a ``with`` block, the bytes that are kept for backward.
+    """Counts the bytes that are kept for backward, for the length of a ``with`` block.
 
     Yields:
         a function that returns the bytes so far. It counts every storage once, and leaves out the

@@ -62,7 +62,7 @@ class ContextROIHeads(StandardROIHeads):
 
 
 class ContextPooler(nn.Module):
-    """F'(b) of the module's equation, in place of the ``ROIPooler`` that it wraps.
+    """A pooler that computes F'(b) of the module's equation from the ``ROIPooler`` that it wraps.
 
     It has the inputs and outputs of that pooler, which selects the level of each region by size.
 

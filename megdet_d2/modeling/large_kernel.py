@@ -25,7 +25,9 @@ from megdet_d2.norm.registry import machine_group
 
 
 class LargeKernel(nn.Module):
-    """ReLU(norm(y)) with y of the module's equation: (N, C, H, W) to (N, C', H, W); N may be 0.
+    """The layer ReLU(norm(y)), y as in the module's equation: (N, C, H, W) to (N, C', H, W).
+
+    N may be 0.
 
     Args:
         in_channels, out_channels: C and C'.

@@ -1,4 +1,4 @@
-"""Online hard example mining (OHEM; Shrivastava et al., CVPR 2016, Figure 2 and §4.2).
+"""The online hard example mining of Shrivastava et al. (OHEM; CVPR 2016, Figure 2 and §4.2).
 
 The detector trains on the proposals with the largest losses. For the R proposals of an image, each
 labelled by the matcher:

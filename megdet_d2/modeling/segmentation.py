@@ -114,7 +114,7 @@ class SegmentationROIHeads(StandardROIHeads):
 
 
 class SegmentationHead(nn.Sequential):
-    """3×3 convolutions with norm and ReLU, then a 1×1: (N, C, h, w) to (N, K + 1, h, w).
+    """A head of 3×3 convolutions with norm and ReLU, then a 1×1: (N, C, h, w) to (N, K + 1, h, w).
 
     Args:
         in_channels, num_classes: C and K.

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation (Hu et al., arXiv:1709.01507, Figures 1 to 3) in Detectron2's ResNets.
+"""Adds squeeze-and-excitation to ResNets (Hu et al., arXiv:1709.01507, Figures 1 to 3).
 
 A residual block y = ReLU(x + u) becomes y = ReLU(x + s ⊙ u). Here u is the normalised output of the
 block's last convolution, and s is a gate with one value per channel:

@@ -1,4 +1,4 @@
-"""Multi-scale testing (Appendix) by Detectron2's test-time augmentation and the TEST.AUG keys.
+"""The multi-scale testing of the appendix, by Detectron2's test-time augmentation.
 
 The detector runs on an image at every scale of ``TEST.AUG.MIN_SIZES``. If it was trained on
 mirrored images, it also runs on the mirrored image. One NMS merges all boxes.

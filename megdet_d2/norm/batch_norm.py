@@ -15,7 +15,7 @@ from .padding import ValidRegion
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
-    """Cross-GPU Batch Normalization (MegDet §3.3, Algorithm 1): batch norm over several processes.
+    """The Cross-GPU Batch Normalization of MegDet (§3.3, Algorithm 1).
 
     The equations are in ``functional``. The input is (N, C), (N, C, L), (N, C, H, W) or
     (N, C, D, H, W), of any floating dtype. N may be 0, and sizes may differ between processes. The

@@ -1,4 +1,4 @@
-"""Functions that apply the config's ``MODEL.CGBN`` keys, all or only the BN size, to a built model.
+"""Applies the config's ``MODEL.CGBN`` keys, all or only the BN size, to a built model.
 
 ``configure_cgbn`` is the one that a training loop calls. ``Trainer`` calls it too.
 """

@@ -1,4 +1,4 @@
-"""Conversion of whole models to and from ``CrossGPUBatchNorm``."""
+"""Replaces the batch norms of whole models by ``CrossGPUBatchNorm``, and back."""
 
 from collections.abc import Callable
 from typing import Any

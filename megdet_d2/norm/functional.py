@@ -1,4 +1,4 @@
-"""Algorithm 1 of MegDet (§3.3) as custom operators and an autograd function.
+"""The operators and the autograd function of Algorithm 1 (MegDet §3.3).
 
 The n processes of a group hold the mini-batch B = B_1 ∪ … ∪ B_n. The layer normalises over it.
 
@@ -169,7 +169,7 @@ def _(x, mean, scale, bias, residual, relu):
 
 
 class Normalization(torch.autograd.Function):
-    """Line 11 of Algorithm 1 with its gradient, which includes the paths through μ_B and σ²_B.
+    """The normalisation: line 11 of Algorithm 1, with its gradient through μ_B and σ²_B.
 
     Args of ``apply``:
         x: (N, C, *), contiguous or channels_last, see ``dense``.

@@ -1,4 +1,4 @@
-"""Process groups for a BN size, the number of images that share statistics (MegDet Table 3).
+"""The process groups for a BN size, the number of images that share statistics (MegDet Table 3).
 
 A group is a run of consecutive ranks. So it stays inside one machine (§3.3) if its size divides the
 number of processes there. All processes create the groups in the same order, before training. No

@@ -1,4 +1,4 @@
-"""CGBN statistics without the padded border of a batch.
+"""Takes the padded border of a batch out of the statistics of CGBN.
 
 Images of a batch have several sizes and are padded to one. Stock batch norms include the border in
 their statistics, though it has nothing of the images. A ``ValidRegion`` holds where the images are.

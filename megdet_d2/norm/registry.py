@@ -1,4 +1,4 @@
-"""``NORM: "CGBN"`` in Detectron2, by a wrapper around ``get_norm``.
+"""Adds ``NORM: "CGBN"`` to Detectron2, by a wrapper around ``get_norm``.
 
 Detectron2's ``get_norm`` is a dict inside a function, so there is no registry to extend. A dozen
 modules of Detectron2, and most projects, import the function by its name. So ``install`` wraps it,

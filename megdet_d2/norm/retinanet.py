@@ -1,4 +1,4 @@
-"""Separate CGBN statistics for the pyramid levels of RetinaNet's heads."""
+"""The separate CGBN statistics for the pyramid levels of RetinaNet's heads."""
 
 import logging
 
