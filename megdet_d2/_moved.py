@@ -33,6 +33,7 @@ MODULES = {
     "engine.preempt": "engine.signals",
     "engine.prepare": "engine.check_config",
     "engine.sampler": "data.stream",
+    "engine.resuming": "engine.trainer",
     "engine.samples": "engine.sample_ratio",
     "engine.statistics": "norm.running_statistics",
 }

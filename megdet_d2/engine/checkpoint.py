@@ -1,16 +1,18 @@
-"""Checkpoints that appear whole or not at all, hold every group's statistics, and are checked."""
+"""Atomic, checked checkpoints that hold the running statistics of every BN group."""
 
 import contextlib
 import logging
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
+from megdet_d2._moved import renamed
 from megdet_d2.norm.running_statistics import (
     load_normalizers,
     load_statistics,
@@ -27,25 +29,33 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(WeightsOnlyCheckpointer):
-    """``DetectionCheckpointer`` for a trainer, with the same files, that any Detectron2 loads.
+    """``DetectionCheckpointer`` for a trainer; stock Detectron2 loads its files.
 
-    * A file is written beside its place, synced and renamed: whoever kills the process or fills
-      the disk, the previous one stays whole.
-    * ``model`` has the mean of the groups' running statistics, ``processes`` each group's own.
-    * Resuming checks the last checkpoint, names what is wrong with it, and takes the newest good.
+    * A file is written beside its place, synced and renamed. A kill or a full disk leaves the
+      previous checkpoint whole.
+    * ``model`` has the mean of the groups' running statistics, ``processes`` those of each group.
+    * A resume checks the last checkpoint, names its damage, and takes the newest good one.
 
-    ``gather`` has to be called in every process before rank 0 saves; ``GatherStatistics`` does.
-    Where BN groups are smaller than the world and it was not, rank 0's statistics are saved, as by
-    Detectron2, and a warning says so.
+    Every process has to call ``gather`` before rank 0 saves; ``GatherStatistics`` does. Without it,
+    and with several BN groups, the statistics of rank 0 are saved, as by Detectron2, with a
+    warning.
+
+    Args:
+        model: as it is called in training, with its DDP.
+        save_dir: folder of the checkpoints.
+        kwargs: as for ``DetectionCheckpointer``; the key "trainer" is required for saving.
     """
 
-    def __init__(self, model, save_dir: str = "", **kwargs):
+    def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _WholeFiles(self.path_manager)
         self._gathered: tuple[int, dict[str, Any]] = (-1, {})
 
     def gather(self) -> None:
-        """Collects on rank 0 what processes do not share. Every process has to call it."""
+        """Collects on rank 0 the state that processes do not share. Every process has to call it.
+
+        That is the running statistics of each BN group and the loss normalizer of each process.
+        """
         size = processes_per_group(self.model)
         leads = comm.get_rank() % size == 0
         mine = own_statistics(self.model) if leads else None, own_normalizers(self.model)
@@ -57,10 +67,14 @@ class Checkpointer(WeightsOnlyCheckpointer):
             self._gathered = (self.checkpointables["trainer"].iter, state)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As Detectron2's, with ``processes`` beside ``model`` and ``trainer``.
+        """Saves as Detectron2 does, with ``processes`` beside ``model`` and ``trainer``.
+
+        Args:
+            name: name of the file, without ".pth".
+            kwargs: other values to save, by their keys.
 
         Raises:
-            OSError: the file could not be written; the previous checkpoint is as it was.
+            OSError: the file could not be written; the previous checkpoint is unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -69,7 +83,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
             processes = {}
             if processes_per_group(self.model) < comm.get_world_size():
                 logger.warning(
-                    f"{name}.pth has the running statistics of rank 0's BN group alone: call "
+                    f"{name}.pth has only the running statistics of rank 0's BN group: call "
                     "checkpointer.gather() in every process before saving"
                 )
         try:
@@ -78,12 +92,13 @@ class Checkpointer(WeightsOnlyCheckpointer):
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
             raise OSError(
                 f"could not write {os.path.join(self.save_dir, name)}.pth ({error}); the "
-                "checkpoints before it are whole. Make room in OUTPUT_DIR and go on with --resume."
+                "checkpoints before it are whole. Make room in OUTPUT_DIR and continue with "
+                "--resume."
             ) from error
 
     @contextlib.contextmanager
     def _mean_over(self, groups: list[dict]) -> Iterator[None]:
-        # In the model itself, for the length of the save: fvcore takes its state_dict in there.
+        # In the model itself, during the save, because fvcore reads its state_dict there.
         if len(groups) < 2:
             yield
             return
@@ -95,22 +110,32 @@ class Checkpointer(WeightsOnlyCheckpointer):
             load_statistics(self.model, own)
 
     def has_checkpoint(self) -> bool:
-        """Whether any process sees one. Every process has to call it.
+        """Returns True if any process sees a checkpoint. Every process has to call it.
 
-        Or one that does not, since it shares no folder with the others, would start anew alone.
+        Otherwise a process that shares no folder with the others would start again alone.
         """
         return any(comm.all_gather(super().has_checkpoint()))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As Detectron2's, from the newest good checkpoint. Every process has to call it.
+        """Resumes from the newest good checkpoint, or loads ``path``, as Detectron2 does.
+
+        Every process has to call it.
+
+        Args:
+            path: weights to load where nothing is resumed.
+            resume: resume if there is a checkpoint.
+
+        Returns:
+            the content of the file that nothing has loaded.
 
         Raises:
             RuntimeError: there are checkpoints, and none of them is good, or not every process sees
                 them.
         """
+        self._gathered = (-1, {})  # of the iterations that are about to come again
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=False)
-        # Rank 0 looks, and all raise or load alike.
+        # Rank 0 decides, so that all raise or load alike.
         chosen, error = comm.all_gather(self._newest_good() if comm.is_main_process() else None)[0]
         if error:
             raise RuntimeError(error)
@@ -119,7 +144,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
         if not all(seen):
             ranks = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
             raise RuntimeError(
-                f"--resume: there is a checkpoint {path!r}, and not on the machines of ranks "
+                f"--resume: there is a checkpoint {path!r}, but not on the machines of ranks "
                 f"{ranks}; put OUTPUT_DIR where all machines see it"
             )
         rest = self.load(path)
@@ -127,12 +152,17 @@ class Checkpointer(WeightsOnlyCheckpointer):
         return rest
 
     def step_back(self) -> None:
-        """Makes the newest good checkpoint before the last one the last; for rank 0 to call."""
+        """Makes the newest good checkpoint before the last one the last. Only rank 0 calls it."""
         last = self.get_checkpoint_file()
         others = self._newest_first()
         if last in others:
             older = (path for path in others[others.index(last) + 1 :] if not find_damage(path))
             self.tag_last_checkpoint(os.path.basename(next(older, last)))
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        checkpoint = super()._load_file(filename)
+        _move_progress(checkpoint)
+        return checkpoint
 
     def _load_processes(self, processes: dict[str, Any]) -> None:
         world, rank = comm.get_world_size(), comm.get_rank()
@@ -141,16 +171,16 @@ class Checkpointer(WeightsOnlyCheckpointer):
         if len(groups) * size == world:
             load_statistics(self.model, groups[rank // size])
         normalizers = processes.get("normalizers", [])
-        if normalizers:  # of another number of processes, any is as good
+        if normalizers:  # with another number of processes, any of them will do
             load_normalizers(self.model, normalizers[rank % len(normalizers)])
 
     def _newest_first(self) -> list[str]:
         return sorted(self.get_all_checkpoint_files(), key=os.path.getmtime, reverse=True)
 
     def _newest_good(self) -> tuple[str, str]:
-        """The checkpoint to resume from, or "" and what to say."""
+        """Returns the name of the checkpoint to resume from, or "", and an error message."""
         last = self.get_checkpoint_file()
-        if "://" in last:  # not ours to look into
+        if "://" in last:  # a remote file is not checked
             return os.path.basename(last), ""
         others = self._newest_first()
         wrong = []
@@ -163,48 +193,60 @@ class Checkpointer(WeightsOnlyCheckpointer):
             wrong.append(f"{path} {fault}")
         return "", (
             f"--resume: there is no good checkpoint in {self.save_dir!r}: {'; '.join(wrong)}. "
-            "Remove them to start anew, or put a good one there."
+            "Remove them to start again, or put a good one there."
         )
 
 
 class GatherStatistics(HookBase):
-    """``Checkpointer.gather`` before each checkpoint and evaluation, in every process.
+    """Calls ``Checkpointer.gather`` in every process before each checkpoint and evaluation.
 
-    Stands before the checkpointer and the evaluation hook, after which others may save too.
+    Register it before the checkpointer's and the evaluation's hook. Hooks that save the best model
+    come after an evaluation.
+
+    Args:
+        checkpointer: the trainer's.
+        checkpoint_period: iterations between two checkpoints; 0 for none.
+        eval_period: iterations between two evaluations; 0 for none.
     """
 
     def __init__(self, checkpointer: Checkpointer, checkpoint_period: int, eval_period: int):
         self._checkpointer = checkpointer
         self._periods = checkpoint_period, eval_period
 
-    def after_step(self):
+    def after_step(self) -> None:
+        """Gathers if a checkpoint or an evaluation follows."""
         if is_due(self.trainer, *self._periods):
             self._checkpointer.gather()
 
-    def after_train(self):
-        if self.trainer.iter >= self.trainer.max_iter:  # all processes are here
+    def after_train(self) -> None:
+        """Gathers once more after a training that all processes have completed."""
+        if self.trainer.iter >= self.trainer.max_iter:
             self._checkpointer.gather()
 
 
 def find_damage(path: str) -> str:
-    """What is wrong with a checkpoint file, or "".
+    """Returns the damage of a checkpoint file, as the end of a sentence; "" if there is none.
 
-    torch writes zip archives with a checksum for every tensor, and never looks at it on loading.
+    torch writes zip archives with a checksum for every tensor, but does not check them on loading.
     """
     if not os.path.isfile(path):
         return "is not there"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # damage in the directory makes it raise nearly anything
+    except Exception as error:  # a damaged directory raises many kinds
         return f"is truncated or corrupt ({error})"
     return f"is corrupt (checksum of {damaged})" if damaged else ""
 
 
 def claim_run(launchers: Sequence[str], save_dir: str) -> bool:
-    """Whether one of ``launchers`` began the run in ``save_dir``; else it is theirs from now on.
+    """Returns True if one of ``launchers`` began the run in ``save_dir``; else records them there.
 
-    Then an older run's last_checkpoint is renamed, so that a restart never resumes that one.
+    In that case an older run's last_checkpoint is renamed, so that a restart never resumes it.
+
+    Args:
+        launchers: names from ``find_launcher``, of all processes.
+        save_dir: OUTPUT_DIR.
     """
     path, last = (os.path.join(save_dir, name) for name in ("launchers", "last_checkpoint"))
     if PathManager.isfile(path) and set(_read(path).splitlines()) & set(launchers):
@@ -213,12 +255,21 @@ def claim_run(launchers: Sequence[str], save_dir: str) -> bool:
         _write(f"{last}.old", _read(last))
         PathManager.rm(last)
         logger.warning(
-            f"{save_dir!r} has the checkpoints of another run, and this one is to start anew: "
+            f"{save_dir!r} has the checkpoints of another run, and this one starts from the "
+            "beginning: "
             f"renamed {last} to {last}.old"
         )
     PathManager.mkdirs(save_dir)
     _write(path, "\n".join(sorted(set(launchers))))
     return False
+
+
+def _move_progress(checkpoint: dict[str, Any]) -> None:
+    """Moves the progress of a file to its key; development versions had it in the trainer's."""
+    trainer = checkpoint.get("trainer")
+    if isinstance(trainer, dict) and "megdet" in trainer:
+        progress = trainer.pop("megdet")
+        checkpoint["progress"] = progress | {"backoff": progress.pop("relief", {})}
 
 
 def _read(path: str) -> str:
@@ -232,16 +283,16 @@ def _write(path: str, text: str) -> None:
 
 
 class _WholeFiles:
-    """A path manager whose written files appear whole or not at all, on local file systems."""
+    """A path manager that writes local files whole or not at all."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: Any):
         self._paths = paths
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._paths, name)
 
     @contextlib.contextmanager
-    def open(self, path: str, mode: str = "r", **kwargs):
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> Iterator[IO]:
         if "w" not in mode or "://" in path:
             with self._paths.open(path, mode, **kwargs) as file:
                 yield file
@@ -262,3 +313,6 @@ class _WholeFiles:
             os.fsync(folder)  # the rename too
         finally:
             os.close(folder)
+
+
+__getattr__ = renamed(__name__, find_fault="find_damage")

@@ -1,10 +1,9 @@
-"""Divergence of a training: all processes notice it in the same step, so that all can roll back."""
+"""Divergence of a training: noticed by all processes in one step, so that all can roll back."""
 
-import logging
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,37 +13,39 @@ from torch import Tensor, nn
 
 from megdet_d2._moved import renamed
 
-logger = logging.getLogger(__name__)
+from .collectives import largest_over_processes
 
 ON_DIVERGENCE = ("stop", "half_lr", "longer_warmup")
-# Seconds in which all processes that fail in the same forward get to say so.
+# Seconds in which all processes that fail in the same forward have to report it.
 PATIENCE = 30
-# Of a ``GradScaler``, which starts at 2^16 and halves its scale in each step that it skips.
+# The least scale of a ``GradScaler``: it starts at 2^16 and halves in each step that it skips.
 LEAST_SCALE = 2.0**-16
 
 _FINE, _GRADIENT, _LOSS = range(3)
 
 _FIX = (
     "The weights are still those before this step. Look at these images, lower MEGDET.LR_FACTOR, "
-    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE to go on by itself"
+    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE to continue without you"
 )
 
 
 class DivergenceError(FloatingPointError):
-    """A loss or a gradient was not finite. Raised in every process, with one message."""
+    """An error in every process, with the same message: a loss or a gradient was not finite."""
 
 
 class DivergenceGuard(HookBase):
     """Raises ``DivergenceError`` in all processes when a loss or a gradient of any is not finite.
 
-    After each backward, before the optimizer steps and the metrics are written, so that neither the
-    weights nor a checkpoint ever hold its result. Registered with Detectron2's inner trainer,
-    whose ``after_backward`` is the only one that is called. One wait for the GPU, which the metrics
-    need anyway, and one small all-reduce on the CPU. Under a ``GradScaler`` gradients are not
-    looked at: it skips steps in which they overflow. If it skips all, that is a divergence too.
+    It acts after each backward, before the optimizer steps and metrics are written. So neither the
+    weights nor a checkpoint contain the bad values. The cost is one wait for the GPU, which the
+    metrics need anyway, and one small all-reduce on the CPU.
 
-    Every process has to make one, in the same order as its other process groups: it has a group of
-    its own, in which a process that failed in forward meets no message of the model's.
+    Under a ``GradScaler`` gradients are not checked, because it skips steps in which they overflow.
+    If it skips all steps, that is a divergence too.
+
+    Register it with Detectron2's inner trainer, since only that calls ``after_backward``. Every
+    process has to construct one, in the same order as its other process groups. It has a separate
+    group, so that a process that failed in forward receives no message of the model's collectives.
 
     Args:
         model: as it is called in training, with its DDP.
@@ -57,36 +58,38 @@ class DivergenceGuard(HookBase):
         model.register_forward_pre_hook(self._note_images)
         model.register_forward_hook(self._note_losses)
 
-    def _note_images(self, model, inputs):
+    def _note_images(self, model: nn.Module, inputs: tuple) -> None:
         if model.training:
             self._images += describe_images(inputs[0])
 
-    def _note_losses(self, model, inputs, losses):
+    def _note_losses(self, model: nn.Module, inputs: tuple, losses: Any) -> None:
         if model.training:
             losses = losses if isinstance(losses, dict) else {"total_loss": losses}
             self._losses += [(name, loss.detach().float()) for name, loss in losses.items()]
 
-    def after_backward(self):
+    def after_backward(self) -> None:
+        """Checks losses and gradients, and raises ``DivergenceError`` if any is not finite."""
         self._raise_together(*self._find_nonfinite())
 
-    def join(self, error: FloatingPointError) -> None:
-        """For a process whose forward raised ``error``, as Detectron2's RPN does.
+    def join(self, error: FloatingPointError) -> NoReturn:
+        """Raises the error of a process whose forward raised ``error``, as Detectron2's RPN does.
 
-        Where all processes are here within ``PATIENCE`` seconds, all raise ``DivergenceError``. One
-        that is alone raises what nobody rolls back from: the others do not hear of it.
+        If all processes call it within ``PATIENCE`` seconds, all raise ``DivergenceError``.
+        Otherwise the error is one that is never rolled back, since the other processes cannot be
+        reached.
 
         Raises:
-            DivergenceError, FloatingPointError: one of them, always.
+            DivergenceError: all processes have failed in the same forward.
+            FloatingPointError: this process alone has failed.
         """
         images = ", ".join(self._images)
-        try:
+        with contextlib.suppress(RuntimeError):  # the others wait in a collective of the model
             self._raise_together(_LOSS, str(error), PATIENCE)
-        except RuntimeError:  # the others are in a collective of the model's, and end when we do
-            iteration, rank = self.trainer.iter, comm.get_rank()
-            raise FloatingPointError(
-                f"Training has diverged in iteration {iteration}, on rank {rank} alone: {error}; "
-                f"images: {images}. {_FIX}"
-            ) from error
+        iteration, rank = self.trainer.iter, comm.get_rank()
+        raise FloatingPointError(
+            f"Training has diverged in iteration {iteration}, on rank {rank} alone: {error}; "
+            f"images: {images}. {_FIX}"
+        ) from error
 
     def _find_nonfinite(self) -> tuple[int, str]:
         names, values = [n for n, _ in self._losses], [loss for _, loss in self._losses]
@@ -96,8 +99,8 @@ class DivergenceGuard(HookBase):
         if not scaled:
             parameters = self.trainer.model.named_parameters()
             gradients = {name: p.grad for name, p in parameters if p.grad is not None}
-        # A norm that is finite has finite elements only, and takes a tenth of the time, on a
-        # processor, that looking at each does. One that is not may be of large ones: see below.
+        # A finite norm has finite elements only, and on a CPU takes a tenth of the time of a check
+        # of each. A norm that is not finite may come from large elements: see below.
         if gradients:
             values += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
         finite = torch.stack(values).isfinite().tolist() if values else []
@@ -121,39 +124,31 @@ class DivergenceGuard(HookBase):
 
     def _raise_together(self, kind: int, fault: str, patience: float | None = None) -> None:
         images, self._images, self._losses = self._images, [], []
-        worst = self._agree(kind, patience)
+        worst = largest_over_processes(kind, self._group, patience)
         if worst == _FINE:
             return
         reports = comm.all_gather((kind, f"{fault}; images: {', '.join(images)}"), self._group)
-        # One process's loss makes everyone's averaged gradient what it is.
+        # One process's loss spoils the averaged gradient of all, so losses are reported first.
         lines = [f"rank {rank}: {text}" for rank, (k, text) in enumerate(reports) if k == worst]
-        more = f" (and {len(lines) - 4} ranks more)" if len(lines) > 4 else ""
+        more = f" (and {len(lines) - 4} more ranks)" if len(lines) > 4 else ""
         raise DivergenceError(
             f"Training has diverged in iteration {self.trainer.iter}. "
             f"{'. '.join(lines[:4])}{more}. {_FIX}"
         )
 
-    def _agree(self, number: int, patience: float | None) -> int:
-        if self._group is None:
-            return number
-        largest = torch.tensor(number)
-        work = dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        work.wait() if patience is None else work.wait(timedelta(seconds=patience))
-        return int(largest)
-
 
 def describe_images(batch: Iterable[Any]) -> list[str]:
-    """For each image of a batch its file, or its id, or "?"."""
+    """Returns the file of each image in a batch, or its id, or "?"."""
     entries = [image if isinstance(image, dict) else {} for image in batch]
     return [str(e.get("file_name") or e.get("image_id", "?")) for e in entries]
 
 
 @dataclass(frozen=True)
 class ScheduleBackoff:
-    """How far roll-backs have eased the schedule; kept in checkpoints.
+    """The changes that roll-backs have made to the schedule; saved in checkpoints.
 
     Attributes:
-        rollbacks: how many there were.
+        rollbacks: number of roll-backs.
         lr_factor: multiplies the learning rate.
         warmup_images: the least length of the warm-up, in images.
     """
@@ -163,13 +158,13 @@ class ScheduleBackoff:
     warmup_images: int = 0
 
     def next(self, action: str, warmup_images: int, images_seen: int) -> "ScheduleBackoff":
-        """After one more roll-back.
+        """Returns the changes after one more roll-back.
 
         Args:
-            action: "half_lr", or "longer_warmup" for one twice as long, and at least twice as long
-                as training had come.
-            warmup_images: length of the config's warm-up.
-            images_seen: when training diverged.
+            action: "half_lr", or "longer_warmup" for one twice as long, and of at least twice
+                ``images_seen``.
+            warmup_images: length of the config's warm-up, in images.
+            images_seen: images when training diverged.
         """
         rollbacks = self.rollbacks + 1
         if action == "half_lr":

@@ -1,10 +1,13 @@
-"""What happens around the training step, on every process."""
+"""Hooks around the training step: layers out of step, scalars, skipped images, their order."""
 
+import difflib
 import logging
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from detectron2.engine import HookBase, TrainerBase
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
@@ -14,30 +17,38 @@ from megdet_d2.norm.configure import images_per_group
 
 logger = logging.getLogger(__name__)
 
-# Steps between two looks at counters: as seldom as Detectron2's writers write.
+# Steps between two reads of counters: the period of Detectron2's writers.
 PERIOD = 20
+
+_SAVERS = (hooks.PeriodicCheckpointer, hooks.BestCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
 
 
 class StopOutOfStep(HookBase):
-    """Raises what CGBN layers noticed on CUDA in this step: processes in different layers.
+    """Raises the ``OutOfStepError`` that CGBN layers on CUDA have noticed in this step.
 
-    On CPU the layers raise by themselves. Detectron2's trainer waits for the losses in every step,
-    so that reading one flag more stalls nothing. Registered with Detectron2's inner trainer, before
-    the divergence guard: what was mixed may be not finite, or no collective behind it may come to
-    its end, and it is not to reach the optimizer.
+    On CPU the layers raise it themselves. Detectron2's trainer waits for the losses in every step,
+    so one more flag costs no time.
+
+    Register it with Detectron2's inner trainer, before the divergence guard: mixed values may be
+    not finite, later collectives may never end, and the optimizer must not see the gradients.
     """
 
-    def after_backward(self):
+    def after_backward(self) -> None:
+        """Raises ``OutOfStepError`` if processes were in different layers."""
         raise_if_out_of_step()
 
 
 class BatchScalars(HookBase):
     """Writes images seen, the mini-batch and the BN size, in images, beside the other metrics.
 
-    And ``training_time``, the seconds of all iterations, hooks left out and resumes included: the
-    ``time`` that Detectron2 writes is a median, which knows nothing of slow ones. Without a CGBN
-    layer the BN size is 0, as the paper's Table 3 has it. Mini-batches whose statistics a CGBN
-    layer did not take, since they were not finite, are counted and logged.
+    ``training_time`` is the time of all iterations in seconds, without hooks and with those before
+    a resume; Detectron2's ``time`` is a median, which hides slow iterations. Without a CGBN layer
+    the BN size is 0, as in the paper's Table 3. CGBN layers do not use the statistics of a
+    mini-batch that is not finite; the hook counts and logs these.
+
+    Args:
+        effective_batch_size: images of one update, over all processes.
+        images_per_gpu: images of one micro-batch in one process.
     """
 
     def __init__(self, effective_batch_size: int, images_per_gpu: int):
@@ -45,21 +56,24 @@ class BatchScalars(HookBase):
         self._images_per_gpu = images_per_gpu
         self._seconds = 0.0
 
-    def before_train(self):
+    def before_train(self) -> None:
+        """Finds the model's CGBN layers."""
         self._bn_size = images_per_group(self.trainer.model, self._images_per_gpu)
         layers = cgbn_layers(self.trainer.model)
         self._layers = [layer for layer in layers if layer.num_batches_skipped is not None]
         self._skipped = self._count()
 
-    def before_step(self):
+    def before_step(self) -> None:
+        """Starts the clock."""
         self._began = time.perf_counter()
 
     def _count(self) -> list[int]:
-        # Waits for the GPU, once.
+        # Waits for the GPU only once.
         counters = [layer.num_batches_skipped for layer in self._layers]
         return torch.stack(counters).tolist() if counters else []
 
-    def after_step(self):
+    def after_step(self) -> None:
+        """Writes the scalars."""
         self._seconds += time.perf_counter() - self._began
         if is_due(self.trainer, PERIOD):
             before, self._skipped = self._skipped, self._count()
@@ -75,10 +89,12 @@ class BatchScalars(HookBase):
             smoothing_hint=False,
         )
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds so far."""
         return {"seconds": self._seconds}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the result of ``state_dict``."""
         self._seconds = state_dict["seconds"]
 
     def _warn(self, before: list[int]) -> None:
@@ -88,42 +104,64 @@ class BatchScalars(HookBase):
             if now > then
         ]
         if grown:
-            more = f" and {len(grown) - 5} layers more" if len(grown) > 5 else ""
+            more = f" and {len(grown) - 5} more layers" if len(grown) > 5 else ""
             logger.warning(
                 f"CGBN: until iteration {self.trainer.iter} statistics of mini-batches were not "
-                f"finite, and not taken: {', '.join(grown[:5])}{more}"
+                f"finite, and were not used: {', '.join(grown[:5])}{more}"
             )
 
 
 class CountSkippedImages(HookBase):
     """Logs the images that ``MEGDET.SKIP_BAD_IMAGES`` skipped, and counts them over all processes.
 
-    The metric ``skipped_images`` is the number since training began or was resumed.
+    The metric ``skipped_images`` is their number since training began or was resumed.
 
     Args:
-        model: as it is called in training; its inputs say what was skipped for them.
+        model: as it is called in training; its inputs list the images that they replace.
     """
 
     def __init__(self, model: nn.Module):
         self._count = 0
         self._handle = model.register_forward_pre_hook(self._note)
 
-    def _note(self, model, inputs):
+    def _note(self, model: nn.Module, inputs: tuple) -> None:
         for image in inputs[0] if model.training else ():
             for reason in image.get("skipped", ()):
                 self._count += 1
                 logger.warning(f"MEGDET.SKIP_BAD_IMAGES: skipped {reason}")
 
-    def after_step(self):
+    def after_step(self) -> None:
+        """Writes the count of all processes."""
         if is_due(self.trainer, PERIOD):
             count = sum(comm.all_gather(self._count))
             self.trainer.storage.put_scalar("skipped_images", count, smoothing_hint=False)
 
-    def after_train(self):
+    def after_train(self) -> None:
+        """Removes the hook from the model."""
         self._handle.remove()
 
 
+def insert_before_savers(built: Sequence[HookBase], ours: Sequence[HookBase]) -> list[HookBase]:
+    """Returns ``built`` with ``ours`` before the first hook that saves, evaluates or writes.
+
+    Every process has to call it. Rank 0 alone may have some of the hooks, usually those that save
+    and write. The others insert ``ours`` after the hooks that precede it on rank 0, so that hooks
+    with collectives have one order in all processes.
+
+    Args:
+        built: the hooks of this process, in their order.
+        ours: hooks that all processes have.
+    """
+    names = [type(hook).__qualname__ for hook in built]
+    savers = (i for i, hook in enumerate(built) if isinstance(hook, _SAVERS))
+    before = comm.all_gather(names[: next(savers, len(built))])[0]  # rank 0's
+    matcher = difflib.SequenceMatcher(None, before, names, autojunk=False)
+    ends = [block.b + block.size for block in matcher.get_matching_blocks() if block.size]
+    place = max(ends, default=0)
+    return [*built[:place], *ours, *built[place:]]
+
+
 def is_due(trainer: TrainerBase, *periods: int) -> bool:
-    """Whether the step that was made is the last, or ends a period; one of 0 never ends."""
+    """Returns True if the completed step is the last, or ends a period; one of 0 never ends."""
     done = trainer.iter + 1
     return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)

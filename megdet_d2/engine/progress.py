@@ -1,12 +1,23 @@
-"""How far a training has come, in images, and what a resume with another mini-batch changes."""
+"""The progress of a training, counted in images, and the place where a resumed run continues."""
 
-import json
 import logging
-import os
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
+
+from megdet_d2._moved import renamed
+from megdet_d2.data.stream import find_stream, step_seed
+from megdet_d2.schedule.build import images_per_micro_batch
+from megdet_d2.schedule.scaling import NEAR_ZERO
+
+from .divergence import ScheduleBackoff
+from .metrics import recent_scalars, restore_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -19,31 +30,186 @@ class Layout:
     accumulation_steps: int
     images_per_gpu: int
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "Layout":
+        """Returns the layout of ``cfg`` on the processes that are running.
+
+        Raises:
+            ValueError: the processes cannot share SOLVER.IMS_PER_BATCH evenly.
+        """
+        processes = comm.get_world_size()
+        images_per_gpu = images_per_micro_batch(cfg, processes)
+        return cls(processes, cfg.MEGDET.ACCUMULATION_STEPS, images_per_gpu)
+
     @property
     def batch_size(self) -> int:
         """Images of one update."""
         return self.processes * self.accumulation_steps * self.images_per_gpu
 
 
+class TrainingProgress:
+    """Counts the images of a training, and restores the place of a resumed one.
+
+    ``Trainer`` adds it to its checkpointer under the key "progress", after itself. So everything
+    that an exact resume needs beside Detectron2's own state is in one place (docs/resume.md).
+
+    Args:
+        trainer: a trainer with its loader, optimizer and scheduler. Only a weak reference is kept.
+
+    Attributes:
+        layout: processes, micro-batches and images that make up a mini-batch.
+        images_seen: images that all updates so far have taken.
+        backoff: changes of the schedule that roll-backs after a divergence have made.
+        loaded_iteration: the last iteration in the loaded checkpoint, in the mini-batches of that
+            run: -1 before the first update, None where no checkpoint was loaded.
+    """
+
+    def __init__(self, trainer: DefaultTrainer):
+        self._trainer = weakref.proxy(trainer)
+        self._configured_lrs = list(trainer.scheduler.base_lrs)
+        self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
+        self.layout = Layout.from_config(trainer.cfg)
+        self.images_seen = 0
+        self.backoff = ScheduleBackoff()
+        self.loaded_iteration: int | None = None
+
+    def seed_step(self) -> None:
+        """Seeds the random numbers of one update by the seed, the images and the process."""
+        stream = find_stream(self._trainer.data_loader)
+        if stream:
+            seed_all_rng(step_seed(stream.seed, self.images_seen, comm.get_rank()))
+
+    def count_step(self) -> None:
+        """Counts the images of one update."""
+        self.images_seen += self.layout.batch_size
+
+    def restore_scalars(self) -> None:
+        """Puts the scalars of the loaded checkpoint into the trainer's storage, once."""
+        restore_scalars(self._trainer.storage, self._scalars)
+        self._scalars = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain values: images, layout, place in the data, recent scalars, backoff."""
+        stream = find_stream(self._trainer.data_loader)
+        storage = getattr(self._trainer, "storage", None)  # there is none before training
+        return {
+            "images_seen": self.images_seen,
+            "layout": vars(self.layout),
+            "stream": stream.place(self.images_seen) if stream else None,
+            "scalars": recent_scalars(storage, self._trainer.iter) if storage else {},
+            "backoff": vars(self.backoff),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the place in the data, and the schedule of the config's mini-batch.
+
+        The trainer's own state has to be loaded before. With another mini-batch the iteration
+        follows from the images, and the learning rate from the config. The log lists the changes.
+
+        Args:
+            state: returned by ``state_dict``; {} for a checkpoint of another trainer, whose
+                iterations are then multiplied by the config's mini-batch.
+        """
+        trainer = self._trainer
+        self.loaded_iteration, done = trainer.iter, trainer.iter + 1
+        if not state:
+            self.images_seen = done * self.layout.batch_size
+            logger.warning(
+                f"The checkpoint is not from megdet_d2.Trainer: taking its {done} iterations for "
+                f"{self.images_seen} images, at this config's mini-batch; the images are shuffled "
+                "again"
+            )
+            state = {"layout": vars(self.layout), "stream": None, "scalars": {}, "backoff": {}}
+        else:
+            self.images_seen = state["images_seen"]
+        before = Layout(**state["layout"])
+        same_batch = before.batch_size == self.layout.batch_size
+        self._seek(state["stream"])
+        if same_batch:
+            self._scalars = state["scalars"]
+
+        lr_before = trainer.scheduler.base_lrs[0]
+        loaded = ScheduleBackoff(**state["backoff"])
+        self.backoff = max(self.backoff, loaded, key=lambda backoff: backoff.rollbacks)
+        base_lrs = self._apply_backoff()
+        if trainer.cfg.MEGDET.POLICY or self.backoff.rollbacks:
+            if not same_batch:
+                done = updates_done(self.images_seen, self.layout.batch_size)
+            self._set_schedule(base_lrs, done)
+        elif not same_batch or trainer.scheduler.base_lrs != base_lrs:
+            logger.warning(
+                'MEGDET.POLICY is "", so the learning rate and the iteration continue from the '
+                "checkpoint, and changes of SOLVER have no effect; the data continue at the right "
+                "image"
+            )
+        trainer.iter = done - 1
+        changes = describe_resume(
+            before,
+            self.layout,
+            self.images_seen,
+            (self.loaded_iteration + 1, done),
+            (lr_before, trainer.scheduler.base_lrs[0]),
+        )
+        if changes:
+            logger.info("What --resume changes:\n%s", changes)
+
+    def _seek(self, place: dict[str, Any] | None) -> None:
+        stream = find_stream(self._trainer.data_loader)
+        if stream is None:
+            logger.warning(
+                "The training loader is not from Trainer.build_train_loader: its images start over"
+            )
+        elif place is None:
+            stream.seek(stream.place(0) | {"images_seen": self.images_seen})
+        else:
+            stream.seek(place)
+
+    def _apply_backoff(self) -> list[float]:
+        """Lengthens the warm-up by ``backoff``; returns the base learning rates, lowered by it."""
+        trainer = self._trainer
+        cfg = trainer.cfg.clone()
+        cfg.defrost()
+        most = (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)[0] - 1
+        warmup = min(updates_done(self.backoff.warmup_images, self.layout.batch_size), most)
+        if warmup > cfg.SOLVER.WARMUP_ITERS:
+            for node in (cfg.SOLVER, cfg.MEGDET.RESOLVED):
+                node.WARMUP_ITERS, node.WARMUP_FACTOR = warmup, NEAR_ZERO
+            trainer.scheduler = trainer.build_lr_scheduler(cfg, trainer.optimizer)
+        return [lr * self.backoff.lr_factor for lr in self._configured_lrs]
+
+    def _set_schedule(self, base_lrs: list[float], done: int) -> None:
+        """Sets the learning rate after ``done`` updates; equal to the bit to an unbroken run's."""
+        trainer = self._trainer
+        trainer.scheduler.base_lrs = base_lrs
+        trainer.scheduler.last_epoch = done
+        lrs = trainer.scheduler.get_lr()
+        for group, base_lr, lr in zip(trainer.optimizer.param_groups, base_lrs, lrs, strict=True):
+            group.update(initial_lr=base_lr, lr=lr)
+
+
 def updates_done(images_seen: int, batch_size: int) -> int:
-    """The updates of ``batch_size`` that ``images_seen`` images amount to, rounded up."""
+    """Returns the number of updates of ``batch_size`` in ``images_seen`` images, rounded up."""
     return -(-images_seen // batch_size)
 
 
 def describe_resume(
-    before: Layout, after: Layout, images_seen: int, iterations: tuple[int, int], lrs: tuple
+    before: Layout,
+    after: Layout,
+    images_seen: int,
+    iterations: tuple[int, int],
+    lrs: tuple[float, float],
 ) -> str:
-    """What a resume changes, as a table for the log: what, before, after. "" if nothing.
+    """Returns a table of the changes of a resume for the log; "" if nothing changes.
 
     Args:
-        before, after: of the checkpoint and of the config.
-        images_seen: images the checkpoint has seen.
-        iterations: done, in mini-batches of each.
-        lrs: base learning rates.
+        before, after: the layouts of the checkpoint and of the config.
+        images_seen: images in the checkpoint.
+        iterations: completed iterations, in mini-batches of each layout.
+        lrs: base learning rates of each.
     """
     keys = {
         "processes": (before.processes, after.processes),
-        "images a GPU and micro-batch": (before.images_per_gpu, after.images_per_gpu),
+        "images per GPU and micro-batch": (before.images_per_gpu, after.images_per_gpu),
         "MEGDET.ACCUMULATION_STEPS": (before.accumulation_steps, after.accumulation_steps),
         "SOLVER.IMS_PER_BATCH": (before.batch_size, after.batch_size),
         "SOLVER.BASE_LR": lrs,
@@ -56,57 +222,10 @@ def describe_resume(
     ahead = iterations[1] * after.batch_size - images_seen
     if before.batch_size != after.batch_size and ahead > 0:
         table += (
-            f"\n{images_seen} images are no whole number of mini-batches of {after.batch_size}: the"
-            f" schedule goes on {ahead} images ahead of the data, which go on exactly."
+            f"\n{images_seen} images are not a whole number of mini-batches of {after.batch_size}: "
+            f"the schedule continues {ahead} images ahead of the data, which continue exactly."
         )
     return table
 
 
-def recent_scalars(storage: Any, iteration: int, window: int = 20) -> dict[str, Any]:
-    """The last values of every scalar written in ``iteration``: what smoothed metrics follow from.
-
-    Returns:
-        by name, whether it is smoothed, and (value, iteration) pairs. Not those of the clock, which
-        Detectron2 starts anew.
-    """
-    hints = storage.smoothing_hints()
-    return {
-        name: {"smoothed": hints[name], "values": history.values()[-window:]}
-        for name, history in storage.histories().items()
-        if history.values()[-1][1] == iteration and name not in ("time", "eta_seconds")
-    }
-
-
-def restore_scalars(storage: Any, scalars: dict[str, Any]) -> None:
-    """Puts ``recent_scalars`` into a new ``EventStorage``."""
-    for name, scalar in scalars.items():
-        for value, iteration in scalar["values"]:
-            storage.put_scalar(name, value, scalar["smoothed"], iteration)
-
-
-def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
-    """Cuts the rows behind ``iteration``, which will be trained again, off a metrics.json.
-
-    A row that says its ``images_seen`` is measured by it: in a run whose mini-batch has changed
-    iterations do not compare. A last line that is torn, by a kill, goes too.
-    """
-    if not os.path.isfile(path):
-        return
-    with open(path, "rb") as file:
-        lines = file.readlines()
-    kept = len(lines)
-    while kept and _is_behind(lines[kept - 1], iteration, images_seen):
-        kept -= 1
-    if kept < len(lines):
-        # In place: the writer has opened the file already, to append.
-        os.truncate(path, sum(map(len, lines[:kept])))
-        logger.info(f"Cut {len(lines) - kept} rows behind iteration {iteration} off {path}")
-
-
-def _is_behind(line: bytes, iteration: int, images_seen: int) -> bool:
-    if not line.endswith(b"\n"):
-        return True
-    row = json.loads(line)
-    if "images_seen" in row:
-        return row["images_seen"] > images_seen
-    return row["iteration"] > iteration
+__getattr__ = renamed(__name__, cut_metrics="megdet_d2.engine.metrics.cut_metrics")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: every process stops after the same step, with a checkpoint of it."""
+"""Stops all processes after the same step on SIGTERM or SIGINT, with a checkpoint of that step."""
 
 import contextlib
 import logging
@@ -7,94 +7,95 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
 
-from .checkpoint import Checkpointer
+from megdet_d2._moved import renamed
+
+from .collectives import largest_over_processes
 
 logger = logging.getLogger(__name__)
 
 REQUEUE = 75
-"""The exit status of a training that was told to stop and has saved: EX_TEMPFAIL, "try again"."""
+"""The exit status of a training that a signal has stopped and that has saved: EX_TEMPFAIL."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(HookBase):
-    """Ends the training in all processes when one of them is sent SIGTERM or SIGINT.
+    """Ends the training in all processes when one of them receives SIGTERM or SIGINT.
 
-    After each step the processes agree, by one small all-reduce, whether any of them was told to
-    stop. If so they save a checkpoint of this step together and exit with the status ``REQUEUE``.
-    In the last step training just ends as it would have.
+    After each step one small all-reduce tells all processes whether any of them has received a
+    signal. If so they save a checkpoint of this step together and exit with status ``REQUEUE``.
+    A signal in the last step changes nothing, since training ends there anyway.
 
-    Stands before the checkpointer and the evaluation hook: a scheduler grants seconds.
+    Register it before the checkpointer's and the evaluation's hook, because a scheduler waits only
+    seconds before it kills.
 
     Args:
-        checkpointer: gathers and saves.
-        before_saving: called in every process, for what a checkpoint holds besides.
+        checkpointer: saves the checkpoint.
+        before_saving: functions that every process calls before rank 0 saves, in this order.
     """
 
-    def __init__(self, checkpointer: Checkpointer, before_saving: Callable[[], None]):
+    def __init__(self, checkpointer: Checkpointer, *before_saving: Callable[[], None]):
         self._checkpointer = checkpointer
         self._before_saving = before_saving
         self._received = 0  # the signal's number
-        self._handlers = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
-    def before_train(self):
-        with contextlib.suppress(ValueError):  # only a main thread may set handlers
+    def before_train(self) -> None:
+        """Sets the handlers; only a main thread can, so elsewhere nothing is done."""
+        with contextlib.suppress(ValueError):
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
-    def after_step(self):
-        number = agree(self._received)
-        done = self.trainer.iter + 1
-        if not number or done >= self.trainer.max_iter:
+    def after_step(self) -> None:
+        """Saves and exits if any process has received a signal.
+
+        Raises:
+            SystemExit: with status ``REQUEUE``, in every process.
+        """
+        number = largest_over_processes(self._received)
+        iteration = self.trainer.iter
+        if not number or iteration + 1 >= self.trainer.max_iter:
             return
-        self._before_saving()
-        self._checkpointer.gather()
-        self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        comm.synchronize()  # or a launcher might end the process that still writes
+        for prepare in self._before_saving:
+            prepare()
+        self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        comm.synchronize()  # or a launcher might kill the process that is still writing
         logger.info(
-            f"{signal.Signals(number).name}: saved after iteration {self.trainer.iter} and stopped "
-            f"with status {REQUEUE}; go on with --resume"
+            f"{signal.Signals(number).name}: saved after iteration {iteration} and stopped with "
+            f"status {REQUEUE}; continue with --resume"
         )
         sys.exit(REQUEUE)
 
-    def after_train(self):
+    def after_train(self) -> None:
+        """Puts the former handlers back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def agree(number: int) -> int:
-    """The largest ``number`` of all processes. Every process has to call it."""
-    if comm.get_world_size() == 1:
-        return number
-    # On CPU also where training is on GPUs: nothing then waits for the GPU.
-    flag = torch.tensor(number)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
-    return int(flag)
-
-
 @contextlib.contextmanager
 def forwarded_signals() -> Iterator[list[int]]:
-    """Passes SIGTERM and SIGINT on to the processes that this one has started.
+    """Passes SIGTERM and SIGINT on to the processes that this process has started.
 
     Yields:
-        the list of the signals' numbers, as they come.
+        a list that receives the number of each signal.
     """
     received: list[int] = []
 
-    def forward(number, frame):
+    def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for child in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, number)
+                if child.pid is not None:
+                    os.kill(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
@@ -102,3 +103,6 @@ def forwarded_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+__getattr__ = renamed(__name__, agree="megdet_d2.engine.collectives.largest_over_processes")

@@ -1,92 +1,116 @@
-"""Detectron2's trainer with MegDet's norm groups and schedule."""
+"""Detectron2's trainer with MegDet's norm groups and schedule, exact resumes and roll-backs."""
 
 import faulthandler
 import logging
 import os
 import sys
+import warnings
 import weakref
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
-from detectron2.engine import HookBase, hooks
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
+from torch.utils.data import DataLoader
 
-from megdet_d2.data.mapping import CheckedMapper
-from megdet_d2.data.stream import shield_loader_worker
+from megdet_d2._moved import renamed
+from megdet_d2.data.stream import build_train_loader
 from megdet_d2.memory import checkpoint_stages
-from megdet_d2.modeling.fused_resnet import fuse_activations
 from megdet_d2.modeling.tta import build_tta
-from megdet_d2.norm.batch_norm import cgbn_layers, set_accumulation_steps
-from megdet_d2.norm.configure import describe_norms, set_bn_size
-from megdet_d2.norm.padding import ignore_padding
-from megdet_d2.norm.retinanet import separate_retinanet_levels
+from megdet_d2.norm.batch_norm import cgbn_layers
+from megdet_d2.norm.configure import configure_cgbn, describe_norms, group_ranks
 from megdet_d2.norm.running_statistics import averaged_statistics
-from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
+from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch, images_per_micro_batch
 
 from .accumulation import accumulate
-from .checkpoint import Checkpointer, GatherStatistics
+from .checkpoint import Checkpointer, GatherStatistics, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
-from .divergence import DivergenceError, DivergenceGuard
-from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep
-from .launch import limit_waiting
-from .resuming import ResumingTrainer
+from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
+from .evaluation import build_evaluator, build_test_loader
+from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep, insert_before_savers
+from .launch import find_launcher, limit_waiting, may_restart
+from .metrics import cut_metrics
+from .progress import Layout, TrainingProgress
 from .sample_ratio import SampleRecorder
 from .signals import StopOnSignal
+from .weights_only import WeightsOnlyCheckpointer
 
 logger = logging.getLogger(__name__)
 
-_STDERR = sys.__stderr__  # whatever stands in for it, in a notebook say, has no file descriptor
+_STDERR = sys.__stderr__  # a notebook's sys.stderr has no file descriptor
 
 
-class Trainer(ResumingTrainer):
-    """``DefaultTrainer`` that knows the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` with the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
 
-    Takes a config that ``prepare_config`` has resolved; without ``MEGDET`` keys set it trains as
-    Detectron2's own. Evaluates COCO, LVIS and Pascal VOC data sets.
+    A resumed run continues as if it had not stopped (docs/resume.md). Without ``MEGDET`` keys the
+    schedule is Detectron2's. COCO, LVIS and Pascal VOC data sets are evaluated.
+
+    Args:
+        cfg: a config that ``prepare_config`` has resolved.
+
+    Attributes:
+        progress: a ``TrainingProgress``: images seen, place in the data, changes by roll-backs.
 
     Raises:
-        ValueError: a BN size that no whole number of processes gives.
+        ValueError: a BN size that no whole number of processes gives, and other invalid keys.
     """
 
     def __init__(self, cfg: CfgNode):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self._rolled_back_to = ""
+        # Detectron2's constructor builds the hooks, before there is all that ours need.
+        self.build_hooks = list  # type: ignore[method-assign]
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
-        self._built = list(self._hooks)  # whoever uses the trainer may add more
+        del self.build_hooks
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
+        self.progress = TrainingProgress(self)
         if cfg.MODEL.DEVICE == "cpu":
             finalize_ddp_buckets(self.model)
-        # A forward is of one micro-batch, so that is what the layers normalise over.
-        images_per_gpu = self.layout.images_per_gpu
-        layers = cgbn_layers(self.model)
-        if layers:
-            set_bn_size(
-                self.model, cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE
-            )
-        for layer in layers:
-            layer.algorithm = cfg.MODEL.CGBN.ALGORITHM
+        # Again, since an overridden build_model may not have. One forward is one micro-batch.
+        configure_cgbn(self.model, cfg, self.layout.images_per_gpu)
         self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
-        set_accumulation_steps(self.model, self.layout.accumulation_steps)
         self._guard = DivergenceGuard(self.model)
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
+        self.checkpointer = self.build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
+        self._register_built_hooks()
         limit_waiting(cfg.MEGDET.TIMEOUT)
-        logger.info(describe_norms(self.model, images_per_gpu))
+        logger.info(describe_norms(self.model, self.layout.images_per_gpu))
 
-    def train(self):
-        """Detectron2's; where it diverges, what ``MEGDET.ON_DIVERGENCE`` says.
+    @property
+    def layout(self) -> Layout:
+        """Processes, micro-batches and images that make up a mini-batch."""
+        return self.progress.layout
+
+    @property
+    def images_seen(self) -> int:
+        """Images that all updates so far have taken."""
+        return self.progress.images_seen
+
+    @property
+    def relief(self) -> ScheduleBackoff:
+        """The former name of ``progress.backoff``."""
+        warnings.warn(
+            "Trainer.relief is now Trainer.progress.backoff", DeprecationWarning, stacklevel=2
+        )
+        return self.progress.backoff
+
+    # --- training --------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any] | None:
+        """Trains to the end; after a divergence does what ``MEGDET.ON_DIVERGENCE`` says.
+
+        Returns:
+            the results of the last evaluation, where TEST.EXPECTED_RESULTS is set.
 
         Raises:
-            DivergenceError: in every process, and no roll-back is allowed, or left.
+            DivergenceError: in every process, if no roll-back is allowed or left.
         """
         while True:
             try:
@@ -94,48 +118,20 @@ class Trainer(ResumingTrainer):
             except DivergenceError as error:
                 self._roll_back(error)
 
-    def _roll_back(self, error: DivergenceError) -> None:
-        keys, done = self.cfg.MEGDET, self.relief.rollbacks
-        if keys.ON_DIVERGENCE == "stop":
-            raise error
-        if done >= keys.MAX_ROLLBACKS:
-            raise DivergenceError(
-                f"{error}. MEGDET.MAX_ROLLBACKS, {keys.MAX_ROLLBACKS}, are used up"
-            ) from error
-        warmup_images = self.cfg.SOLVER.WARMUP_ITERS * self.layout.batch_size
-        self.relief = self.relief.next(keys.ON_DIVERGENCE, warmup_images, self.images_seen)
-        loader, diverged = self.data_loader, self.iter
-        added = [hook for hook in self._hooks if hook not in self._built]
-        self._hooks = []  # the built ones' writers are closed
-        self.register_hooks(self.build_hooks())
-        self._built = list(self._hooks)
-        self.register_hooks(list(filter(_goes_on, added)))
-        last = self.checkpointer.get_checkpoint_file()
-        if comm.is_main_process() and last == self._rolled_back_to:
-            # Twice from here: perhaps it was saved when training had begun to diverge.
-            if os.path.basename(last) != "model_start.pth":  # older ones are of another run
-                self.checkpointer.step_back()
-        comm.synchronize()
-        self.resume_or_load(resume=True)
-        self._rolled_back_to = self.checkpointer.get_checkpoint_file()
-        self._trainer.reset_data_loader(lambda: loader)
-        logger.warning(
-            f"MEGDET.ON_DIVERGENCE {keys.ON_DIVERGENCE}: roll-back {done + 1} of "
-            f"{keys.MAX_ROLLBACKS}, from iteration {diverged} to {self.start_iter}. The learning "
-            f"rate is now {self.relief.lr_factor:g} x the config's; the warm-up takes at least "
-            f"{self.relief.warmup_images} images. Reason: {error}"
-        )
-
     def run_step(self) -> None:
-        """One update. After twice ``MEGDET.TIMEOUT`` it ends the process, with all its stacks.
+        """Makes one update, with random numbers from the seed, the images and the process.
+
+        If it takes longer than twice ``MEGDET.TIMEOUT``, prints all stacks and ends the process.
 
         Raises:
             DivergenceError: a loss or a gradient is not finite, in any process.
         """
-        # The last resort, for what no other limit covers: a loader's worker that was stopped, say.
+        # A last resort for waits that no other limit ends, such as a stopped loader worker.
         faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
         try:
+            self.progress.seed_step()
             super().run_step()
+            self.progress.count_step()
         except DivergenceError:
             raise
         except FloatingPointError as error:  # of a forward, such as the RPN's
@@ -144,131 +140,279 @@ class Trainer(ResumingTrainer):
             faulthandler.cancel_dump_traceback_later()
 
     def before_train(self) -> None:
-        """Hooks, and a checkpoint to roll back to before there is another."""
+        """Calls the hooks, and saves a checkpoint for roll-backs that come before any other."""
         super().before_train()
+        self.progress.restore_scalars()
         if self.start_iter == 0 and self.cfg.MEGDET.ON_DIVERGENCE != "stop":
-            self.iter = -1  # what a checkpoint has done: nothing
+            self.iter = -1  # the last completed iteration: none
             self.checkpointer.gather()
             self.checkpointer.save("model_start", iteration=self.iter)
             self.iter = 0
 
     def after_train(self) -> None:
-        """Hooks; without an evaluation where the last step failed, in perhaps one process alone."""
+        """Calls the hooks, but evaluates nothing where a step failed, perhaps in one process."""
         if self.iter < self.max_iter:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         super().after_train()
 
+    def _roll_back(self, error: DivergenceError) -> None:
+        keys, done = self.cfg.MEGDET, self.progress.backoff.rollbacks
+        if keys.ON_DIVERGENCE == "stop":
+            raise error
+        if done >= keys.MAX_ROLLBACKS:
+            raise DivergenceError(
+                f"{error}. MEGDET.MAX_ROLLBACKS, {keys.MAX_ROLLBACKS}, are used up"
+            ) from error
+        warmup_images = self.cfg.SOLVER.WARMUP_ITERS * self.layout.batch_size
+        backoff = self.progress.backoff.next(keys.ON_DIVERGENCE, warmup_images, self.images_seen)
+        self.progress.backoff = backoff
+        loader, diverged = self.data_loader, self.iter
+        added = [hook for hook in self._hooks if hook not in self._built]
+        self._hooks = []  # the writers of the built ones are closed
+        self._register_built_hooks()
+        self.register_hooks(list(filter(_works_again, added)))
+        last = self.checkpointer.get_checkpoint_file()
+        if comm.is_main_process() and last == self._rolled_back_to:
+            # The second time from here: training may have begun to diverge before it was saved.
+            if os.path.basename(last) != "model_start.pth":  # older ones are from another run
+                self.checkpointer.step_back()
+        comm.synchronize()
+        self.resume_or_load(resume=True)
+        self._rolled_back_to = self.checkpointer.get_checkpoint_file()
+        self._trainer.reset_data_loader(lambda: loader)
+        logger.warning(
+            f"MEGDET.ON_DIVERGENCE {keys.ON_DIVERGENCE}: roll-back {done + 1} of "
+            f"{keys.MAX_ROLLBACKS}, from iteration {diverged} to {self.start_iter}. The learning "
+            f"rate is now {backoff.lr_factor:g} x the config's; the warm-up takes at least "
+            f"{backoff.warmup_images} images. Reason: {error}"
+        )
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    @classmethod
+    def build_checkpointer(
+        cls, cfg: CfgNode, model: nn.Module, **checkpointables: Any
+    ) -> FvcoreCheckpointer:
+        """Builds the checkpointer. Override it to use a subclass of ours.
+
+        Args:
+            cfg: a config.
+            model: as it is called in training, with its DDP.
+            checkpointables: objects with ``state_dict`` and ``load_state_dict``, by their keys in
+                the file: trainer, which also saves the optimizer and the scheduler.
+
+        Returns:
+            a ``megdet_d2.engine.checkpoint.Checkpointer`` for OUTPUT_DIR.
+        """
+        return Checkpointer(model, cfg.OUTPUT_DIR, **checkpointables)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Loads the newest good checkpoint, and continues at the image where it stopped.
+
+        With another mini-batch the iteration follows from the images, and the learning rate from
+        the config; the log says what changed. Processes that torchrun has restarted resume even
+        without ``resume``.
+
+        Args:
+            resume: False, or a folder without a checkpoint: loads MODEL.WEIGHTS only.
+
+        Raises:
+            RuntimeError: there are checkpoints, and none of them is good.
+            ValueError: ``resume`` differs between processes, as it may between machines.
+        """
+        asked = comm.all_gather(resume)
+        if len(set(asked)) > 1:
+            ranks = ", ".join(str(rank) for rank, said in enumerate(asked) if not said)
+            raise ValueError(f"--resume is not given on ranks {ranks}; give it on all, or on none")
+        if not resume and may_restart() and self._has_begun():
+            logger.info("Restarted by torchrun: resuming")
+            resume = True
+        progress = self.progress
+        progress.loaded_iteration = None
+        super().resume_or_load(resume)
+        if progress.loaded_iteration is None and self.start_iter > 0:
+            progress.load_state_dict({})  # a file of another trainer has none
+            self.start_iter = self.iter + 1
+        if progress.loaded_iteration is not None and comm.is_main_process():
+            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+            cut_metrics(metrics, progress.loaded_iteration, self.images_seen)
+
+    def _has_begun(self) -> bool:
+        # torchrun's count of restarts is not enough. Each machine's agent has another count, and a
+        # start that failed before this line has left an older run's checkpoint where it was.
+        launchers = comm.all_gather(find_launcher())
+        begun = comm.is_main_process() and claim_run(launchers, self.cfg.OUTPUT_DIR)
+        return comm.all_gather(begun)[0]
+
+    def _check_checkpointer(self) -> None:
+        """Warns if there is another checkpointer than ours; then all processes use another."""
+        ours = isinstance(self.checkpointer, Checkpointer)
+        names = comm.all_gather("" if ours else type(self.checkpointer).__name__)
+        other = next(filter(None, names), "")  # perhaps on rank 0 alone, as its hook is
+        if other:
+            fix = (
+                "override Trainer.build_checkpointer to return a subclass of "
+                "megdet_d2.engine.checkpoint.Checkpointer"
+            )
+            if self.cfg.MEGDET.ON_DIVERGENCE != "stop":
+                raise ValueError(
+                    f"MEGDET.ON_DIVERGENCE is {self.cfg.MEGDET.ON_DIVERGENCE!r}, and "
+                    f"{type(self).__name__} uses {other} as its checkpointer, which cannot roll "
+                    f'back; {fix}, or set MEGDET.ON_DIVERGENCE "stop"'
+                )
+            logger.warning(
+                f"{type(self).__name__} uses {other} as its checkpointer. Its checkpoints have the "
+                "running statistics of rank 0's BN group alone, may be cut off by a kill, and are "
+                f"not checked before a resume; {fix}"
+            )
+            if ours:  # its collectives would wait for a process that makes none
+                self.checkpointer = WeightsOnlyCheckpointer(
+                    self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+                )
+        saved = self.checkpointer.checkpointables
+        if "trainer" in saved and "progress" not in saved:
+            self.checkpointer.add_checkpointable("progress", self.progress)
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Builds Detectron2's hooks, and one that evaluates with ``TEST.AUG`` after training.
+
+        The trainer adds those of ``build_megdet_hooks`` by itself.
+        """
+        built = [hook for hook in super().build_hooks() if hook is not None]
+        if self.cfg.TEST.AUG.ENABLED:
+            # Only once, since it takes many times as long. It comes before the writers close.
+            after = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook)) + 1
+            built.insert(after, hooks.EvalHook(0, self._test_with_tta))
+        return built
+
+    def build_megdet_hooks(self) -> list[HookBase]:
+        """Builds the hooks that count, prepare checkpoints and stop on signals.
+
+        The trainer inserts them before the first hook of ``build_hooks`` that saves, evaluates or
+        writes. So they stay where ``build_hooks`` is overridden without a call of its parent.
+        """
+        cfg, layout = self.cfg, self.layout
+        checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
+        recorder = SampleRecorder(
+            cfg.OUTPUT_DIR, layout.batch_size, images_per_epoch(cfg), checkpoint_period
+        )
+        built: list[HookBase] = [BatchScalars(layout.batch_size, layout.images_per_gpu), recorder]
+        if cfg.MEGDET.SKIP_BAD_IMAGES:
+            built.insert(0, CountSkippedImages(self.model))
+        before_saving = [recorder.reduce]
+        if isinstance(self.checkpointer, Checkpointer):
+            before_saving.append(self.checkpointer.gather)
+            period = cfg.TEST.EVAL_PERIOD
+            built.append(GatherStatistics(self.checkpointer, checkpoint_period, period))
+        return [*built, StopOnSignal(self.checkpointer, *before_saving)]
+
+    def _register_built_hooks(self) -> None:
+        theirs = [hook for hook in self.build_hooks() if hook is not None]
+        self._check_checkpointer()  # build_hooks may have replaced it
+        self.register_hooks(insert_before_savers(theirs, self.build_megdet_hooks()))
+        self._built = list(self._hooks)  # a user of the trainer may add more
+
+    # --- builders --------------------------------------------------------------------------------
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, with RetinaNet's CGBN statistics kept apart by level.
+        """Builds the model with every ``MODEL.CGBN`` and ``MODEL.SUBLINEAR`` key applied.
 
-        And what ``MODEL`` asks for: activations fused, padding ignored, sublinear memory.
+        Every process has to call it. Where the processes cannot form groups of BN_SIZE images, as
+        in an evaluation on fewer GPUs, it warns and leaves one group per machine. The constructor
+        of a ``Trainer`` raises there.
         """
-        model = separate_retinanet_levels(super().build_model(cfg))
-        if cfg.MODEL.CGBN.FUSE_ACTIVATION:
-            logger.info(f"CGBN: fused with the activations of {fuse_activations(model)} blocks")
-        if cfg.MODEL.CGBN.IGNORE_PADDING:
-            ignore_padding(model)
+        model = super().build_model(cfg)
+        if cgbn_layers(model):
+            configured, images_per_gpu = _fit_bn_size(cfg)
+            configure_cgbn(model, configured, images_per_gpu)
         if cfg.MODEL.SUBLINEAR.ENABLED:
             checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
         return model
 
     @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        """See ``megdet_d2.build_lr_scheduler``."""
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Builds the scheduler; see ``megdet_d2.build_lr_scheduler``."""
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Detectron2's; an image that cannot be read is a ``BadImageError``, and never skipped."""
-        mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        if loader.num_workers:
-            loader.timeout = cfg.MEGDET.TIMEOUT
-            loader.worker_init_fn = shield_loader_worker
-        return loader
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        """Builds Detectron2's loader over a stream of images whose place a checkpoint has."""
+        return build_train_loader(cfg, images_per_micro_batch(cfg, comm.get_world_size()))
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        """Detectron2's, with the mean of the BN groups' running statistics."""
-        with averaged_statistics(model):
-            return super().test(cfg, model, evaluators)
-
-    @classmethod
-    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """``test`` with the augmentation of ``TEST.AUG``: "bbox_TTA" in place of "bbox".
-
-        Its files are in OUTPUT_DIR/inference_TTA.
-        """
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.MIN_SIZE_TEST = 0  # every scale is made from the file's pixels, at once
-        results = cls.test(cfg, build_tta(cfg, model), evaluators)
-        return {f"{name}_TTA": result for name, result in results.items()}
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Builds Detectron2's loader; an image that cannot be read raises ``BadImageError``."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluator of the data set's type, writing to ``output_dir`` or OUTPUT_DIR/inference.
+        """Builds the evaluator of the data set's type; see ``engine.evaluation``."""
+        return build_evaluator(cfg, dataset_name, output_dir)
 
-        With several test sets each has a folder of its name there: they would overwrite each other.
+    # --- evaluation ------------------------------------------------------------------------------
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Evaluates the model with the mean of the BN groups' running statistics.
+
+        Every process has to call it.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-        output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(cfg.DATASETS.TEST) > 1:
-            output_dir = os.path.join(output_dir, dataset_name)
-        if kind in ("coco", "coco_panoptic_seg"):
-            return COCOEvaluator(dataset_name, output_dir=output_dir)
-        if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=output_dir)
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise NotImplementedError(  # upon which Detectron2 warns, and trains on
-            f"DATASETS.TEST has {dataset_name!r} of evaluator_type {kind!r}; override "
-            "Trainer.build_evaluator to evaluate it"
-        )
+        with averaged_statistics(model):
+            return super().test(cfg, model, evaluators)
 
-    def _test_with_tta(self) -> dict:
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluates the model with the augmentation of ``TEST.AUG``.
+
+        Returns:
+            results by name: "bbox_TTA" in place of "bbox". Files are in OUTPUT_DIR/inference_TTA.
+        """
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # each scale is made from the file's pixels, in one step
+        results = cls.test(cfg, build_tta(cfg, model), evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
+
+    def _test_with_tta(self) -> dict[str, Any]:
         results = self.test_with_tta(self.cfg, self.model)
         self._last_eval_results = {**self._last_eval_results, **results}
         return results
 
-    def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, and ours before the first that saves, evaluates or writes."""
-        cfg = self.cfg
-        # Detectron2's constructor has just made a checkpointer, and its hooks are about to take it.
-        self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        ret = [hook for hook in super().build_hooks() if hook is not None]
-        if cfg.TEST.AUG.ENABLED:
-            # Once, after training: it takes many times as long. Before the writers close, too.
-            after = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook)) + 1
-            ret.insert(after, hooks.EvalHook(0, self._test_with_tta))
-        periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
-        recorder = SampleRecorder(
-            cfg.OUTPUT_DIR,
-            self.layout.batch_size,
-            images_per_epoch(cfg),
-            cfg.SOLVER.CHECKPOINT_PERIOD,
+
+def _fit_bn_size(cfg: CfgNode) -> tuple[CfgNode, int]:
+    """Returns a config whose BN_SIZE the processes can form, and the images per GPU."""
+    keys = cfg.MODEL.CGBN
+    try:
+        images_per_gpu = images_per_micro_batch(cfg, comm.get_world_size())
+        group_ranks(keys.BN_SIZE, images_per_gpu, keys.CROSS_MACHINE)
+        return cfg, images_per_gpu
+    except ValueError as error:
+        logger.warning(
+            f"Evaluation only, with each machine as one group, since training could not do: {error}"
         )
-        ours = [
-            BatchScalars(self.layout.batch_size, self.layout.images_per_gpu),
-            recorder,  # before what saves: a checkpoint holds its counts
-            GatherStatistics(self.checkpointer, *periods),
-            StopOnSignal(self.checkpointer, before_saving=recorder.reduce),
-        ]
-        if cfg.MEGDET.SKIP_BAD_IMAGES:
-            ours.insert(0, CountSkippedImages(self.model))
-        savers = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
-        first = next(i for i, hook in enumerate(ret) if isinstance(hook, savers))
-        return ret[:first] + ours + ret[first:]
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.CGBN.BN_SIZE, cfg.MODEL.CGBN.CROSS_MACHINE = -1, False
+    return cfg, 1
 
 
-def _goes_on(hook: HookBase) -> bool:
-    """Whether a hook can be used again after its ``after_train``; if not, the log says so."""
+def _works_again(hook: HookBase) -> bool:
+    """Returns True if a hook can be used after its ``after_train``; otherwise logs that it ends."""
     if not isinstance(hook, (hooks.EvalHook, hooks.CallbackHook)):
         return True
     logger.warning(f"A {type(hook).__name__} that was added to the trainer ends with the roll-back")
     return False
+
+
+__getattr__ = renamed(__name__, ResumingTrainer="Trainer")

@@ -243,11 +243,11 @@ def test_a_restart_takes_up_its_own_run_and_no_older_one(tmp_path, caplog):
     save(make(folder), 5)
     # Restarted, on one of its machines and a new one.
     assert claim_run(["host1 1 100", "host2 7 300"], folder)
-    assert make(folder).has_checkpoint() and "start anew" not in caplog.text
+    assert make(folder).has_checkpoint() and "starts from the beginning" not in caplog.text
     # Another run, which may have failed before it came here, and is restarted now.
     assert not claim_run(["host0 9 900"], folder)
     assert Path(folder, "last_checkpoint.old").read_text() == "model_0000005.pth"
-    assert not make(folder).has_checkpoint() and "is to start anew" in caplog.text
+    assert not make(folder).has_checkpoint() and "starts from the beginning" in caplog.text
     assert claim_run(["host0 9 900"], folder)
 
 
@@ -315,7 +315,7 @@ def stale_task(rank, folder):
         state = torch.load(os.path.join(folder, "model_best.pth"))
         assert state["model"]["0.running_mean"].eq(10).all() and state["processes"] == {}
         warning = said.buffer[0].getMessage()
-        assert "model_best.pth has the running statistics of rank 0's BN group" in warning
+        assert "model_best.pth has only the running statistics of rank 0's BN group" in warning
 
 
 def test_saving_on_one_rank_alone_does_not_hang(pool4, tmp_path):

@@ -222,7 +222,7 @@ def test_half_lr_goes_on_from_the_last_good_checkpoint(pool2, coco, tmp_path):
     assert results[0][1]["lr"] == pytest.approx(lr)
     iterations = [row["images_seen"] for row in results[0][1]["rows"] if "images_seen" in row]
     assert iterations == sorted(set(iterations))
-    saved = torch.load(tmp_path / "model_final.pth")["trainer"]["megdet"]["relief"]
+    saved = torch.load(tmp_path / "model_final.pth")["progress"]["backoff"]
     assert saved == {"rollbacks": 1, "lr_factor": 0.5, "warmup_images": 0}
 
 
@@ -267,7 +267,7 @@ def test_longer_warmup_before_any_checkpoint(coco, tmp_path, caplog):
 
     # the weights it began with: training from model_start alone, with the relief, is the same
     start = torch.load(tmp_path / "model_start.pth")
-    assert start["trainer"]["iteration"] == -1 and start["trainer"]["megdet"]["images_seen"] == 0
+    assert start["trainer"]["iteration"] == -1 and start["progress"]["images_seen"] == 0
     other = train(0, str(tmp_path / "other"), coco, (*overrides[:1], "stop", *overrides[2:]))
     assert result["loss"][0] == other["loss"][0]
     assert differing(result["state"], other["state"])

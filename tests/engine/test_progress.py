@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megdet_d2.engine.progress import Layout, cut_metrics, describe_resume, updates_done
+from megdet_d2.engine.metrics import cut_metrics
+from megdet_d2.engine.progress import Layout, describe_resume, updates_done
 from megdet_d2.engine.signals import REQUEUE
 from tests.helpers.paths import TINY, TRAIN_NET
 from tests.helpers.training import copy_checkpoint, differing, read_rows, train, write_images
@@ -136,7 +137,7 @@ def test_another_world_batch_and_accumulation(coco, four, tmp_path, caplog):
     rest = [image for batch in resumed["images"] for image, _ in batch]
     # The order between epochs' ends depends on the grouping: nothing twice before all came once.
     assert len(first) == 8 and len(set(first)) == 8
-    held = torch.load(f"{output}/model_final.pth")["trainer"]["megdet"]["stream"]["pending"]
+    held = torch.load(f"{output}/model_final.pth")["progress"]["stream"]["pending"]
     counts = {i: (first + rest).count(i) + [j + 1 for _, j in held].count(i) for i in range(1, 25)}
     assert sum(counts.values()) == 44 + len(held) and set(counts.values()) <= {1, 2}
 
@@ -146,10 +147,10 @@ def test_another_world_batch_and_accumulation(coco, four, tmp_path, caplog):
     )
     table = re.sub(r" +", " ", caplog.text)
     for row in (
-        "| processes | 4 | 1 |", "| images a GPU and micro-batch | 2 | 3 |",
+        "| processes | 4 | 1 |", "| images per GPU and micro-batch | 2 | 3 |",
         "| MEGDET.ACCUMULATION_STEPS | 1 | 2 |", "| SOLVER.IMS_PER_BATCH | 8 | 6 |",
         "| SOLVER.BASE_LR | 0.01 | 0.0075 |", "| iterations done | 1 | 2 |",
-        "the schedule goes on 4 images ahead of the data",
+        "the schedule continues 4 images ahead of the data",
     ):  # fmt: skip
         assert row in table, row
     # and back again, from the middle of that
@@ -182,14 +183,14 @@ def test_without_a_policy_the_schedule_is_left_alone(coco, four, tmp_path, caplo
     resumed = train(0, output, coco, overrides, True)
     assert resumed["start"] == 4 and resumed["images_seen"] == 32 + 4
     assert max(resumed["lr"].values()) < 0.02
-    assert 'MEGDET.POLICY is "", so the learning rate and the iteration go on' in caplog.text
+    assert 'MEGDET.POLICY is "", so the learning rate and the iteration continue' in caplog.text
 
 
 def test_a_checkpoint_of_detectron2s_own_trainer(coco, four, tmp_path, caplog):
     output = str(tmp_path / "resumed")
     os.makedirs(output)
     state = torch.load(f"{four[0]}/model_0000003.pth")
-    del state["trainer"]["megdet"], state["processes"]
+    del state["progress"], state["processes"]
     torch.save(state, f"{output}/model_0000003.pth")
     Path(output, "last_checkpoint").write_text("model_0000003.pth")
     resumed = train(0, output, coco, (), True)

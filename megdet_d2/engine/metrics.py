@@ -1,0 +1,73 @@
+"""The metrics of a resumed training: smoothed values continue, and rows are not written twice."""
+
+import json
+import logging
+import os
+from typing import Any
+
+from detectron2.utils.events import EventStorage
+
+logger = logging.getLogger(__name__)
+
+
+def recent_scalars(storage: EventStorage, iteration: int, window: int = 20) -> dict[str, Any]:
+    """Returns the last values of every scalar that was written in ``iteration``.
+
+    A resumed run continues smoothed metrics from them. Detectron2 restarts its clock, so the
+    scalars "time" and "eta_seconds" are left out.
+
+    Args:
+        storage: the trainer's.
+        iteration: the last one that was completed.
+        window: number of values per scalar; Detectron2 smooths over 20.
+
+    Returns:
+        by name, a dict of "smoothed" (bool) and "values", a list of (value, iteration) pairs.
+    """
+    hints = storage.smoothing_hints()
+    return {
+        name: {"smoothed": hints[name], "values": history.values()[-window:]}
+        for name, history in storage.histories().items()
+        if history.values()[-1][1] == iteration and name not in ("time", "eta_seconds")
+    }
+
+
+def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
+    """Puts the result of ``recent_scalars`` into a new ``EventStorage``."""
+    for name, scalar in scalars.items():
+        for value, iteration in scalar["values"]:
+            storage.put_scalar(name, value, scalar["smoothed"], iteration)
+
+
+def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
+    """Cuts the rows after ``iteration`` off a metrics.json, since they will be written again.
+
+    A row that has ``images_seen`` is compared by it, because the iterations of a run whose
+    mini-batch has changed cannot be compared. An incomplete last line, left by a kill, is cut off
+    too.
+
+    Args:
+        path: the file; nothing is done if there is none.
+        iteration: the last one in the checkpoint.
+        images_seen: images in the checkpoint.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = len(lines)
+    while kept and _is_after(lines[kept - 1], iteration, images_seen):
+        kept -= 1
+    if kept < len(lines):
+        # In place: the writer has already opened the file, to append.
+        os.truncate(path, sum(map(len, lines[:kept])))
+        logger.info(f"Cut {len(lines) - kept} rows after iteration {iteration} off {path}")
+
+
+def _is_after(line: bytes, iteration: int, images_seen: int) -> bool:
+    if not line.endswith(b"\n"):
+        return True
+    row = json.loads(line)
+    if "images_seen" in row:
+        return row["images_seen"] > images_seen
+    return row["iteration"] > iteration
