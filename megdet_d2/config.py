@@ -14,150 +14,174 @@ def add_megdet_config(cfg: CN) -> None:
     if "MEGDET" in cfg:
         return
 
-    # --- Cross-GPU Batch Normalization (§3.3): set *.NORM to "CGBN" to use it --------------------
+    # --- Cross-GPU Batch Normalization (§3.3). Set *.NORM to "CGBN" to use it --------------------
     cfg.MODEL.CGBN = CN()
-    # Images that a normalisation group sees, the paper's "BN size" (it uses 16, finds 32 best); -1
-    # is every image on the machine. A whole number of processes: BN_SIZE = images per GPU x
-    # processes.
+    # Number of images that a normalisation group sees, the paper's "BN size" (it uses 16 and finds
+    # 32 best). It has to be images per GPU x a number of processes. -1 is every image on the
+    # machine.
     cfg.MODEL.CGBN.BN_SIZE = -1
-    # Let a group span machines. The paper does not. With BN_SIZE -1: every image of the mini-batch.
+    # Lets a group span machines. The paper does not. With BN_SIZE -1 a group is then the whole
+    # mini-batch.
     cfg.MODEL.CGBN.CROSS_MACHINE = False
-    # "one_reduce": one collective a layer. "two_pass": the paper's Algorithm 1, two.
+    # "one_reduce" needs one collective per layer. "two_pass" is the paper's Algorithm 1 with two:
+    # first the mean, then the variance.
     cfg.MODEL.CGBN.ALGORITHM = "one_reduce"
-    # CGBN, the shortcut's addition and ReLU of a ResNet block in one kernel (where Triton runs).
+    # Computes CGBN, the shortcut's addition and ReLU of a ResNet block in one kernel, where Triton
+    # runs.
     cfg.MODEL.CGBN.FUSE_ACTIVATION = False
-    # Leave the border that pads a batch's images to one size out of the statistics.
+    # Leaves the border that pads a batch's images to one size out of the statistics.
     cfg.MODEL.CGBN.IGNORE_PADDING = False
 
-    # --- Sublinear memory (§4): less memory for a second forward during backward -----------------
+    # --- Sublinear memory (§4). Less memory for a second forward during backward -----------------
     cfg.MODEL.SUBLINEAR = CN()
+    # Computes the parts in STAGES a second time instead of keeping their activations.
     cfg.MODEL.SUBLINEAR.ENABLED = False
-    # Parts of the model that are computed twice: "stem", "res2" to "res5", "fpn", "rpn" (and
-    # RetinaNet's head), "roi_heads". docs/memory.md has what they save and cost.
+    # Any of "stem", "res2" to "res5", "fpn", "rpn" (also RetinaNet's head) and "roi_heads".
+    # docs/memory.md shows what each saves and costs.
     cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
 
-    # --- Appendix: atrous convolution. MODEL.BACKBONE.NAME "build_atrous_resnet_fpn_backbone" -----
+    # --- Appendix: atrous convolution. Set MODEL.BACKBONE.NAME to
+    # "build_atrous_resnet_fpn_backbone" ----------------------------------------------------------
     cfg.MODEL.ATROUS = CN()
-    # The ResNet under the FPN, by its name as a backbone: also "build_se_resnet_backbone".
+    # Name of the ResNet under the FPN. Another one is "build_se_resnet_backbone".
     cfg.MODEL.ATROUS.BOTTOM_UP = "build_resnet_backbone"
 
-    # --- Appendix: SE-ResNe(X)t. MODEL.BACKBONE.NAME "build_se_resnet_fpn_backbone", or without an
-    # FPN "build_se_resnet_backbone" --------------------------------------------------------------
+    # --- Appendix: SE-ResNe(X)t. Set MODEL.BACKBONE.NAME to "build_se_resnet_fpn_backbone", or
+    # without an FPN to "build_se_resnet_backbone" ------------------------------------------------
     cfg.MODEL.SE = CN()
-    # r: a gate over C channels has C / r hidden ones.
+    # r: a gate over C channels has C / r hidden channels.
     cfg.MODEL.SE.REDUCTION = 16
 
-    # --- Appendix: large kernel. MODEL.RPN.HEAD_NAME "LargeKernelRPNHead",
-    # MODEL.ROI_BOX_HEAD.NAME "LargeKernelBoxHead" ------------------------------------------------
+    # --- Appendix: large kernel. Set MODEL.RPN.HEAD_NAME to "LargeKernelRPNHead" or
+    # MODEL.ROI_BOX_HEAD.NAME to "LargeKernelBoxHead" ---------------------------------------------
     cfg.MODEL.LARGE_KERNEL = CN()
-    # k in the RPN's head, in pixels of each level; 15 is the paper's. Odd.
+    # k in the RPN's head, in pixels of each level. It has to be odd; 15 is the cited paper's.
     cfg.MODEL.LARGE_KERNEL.SIZE = 15
     # Channels between k x 1 and 1 x k, in both heads.
     cfg.MODEL.LARGE_KERNEL.MID_CHANNELS = 64
-    # The norm in the RPN's head. The box head's is MODEL.ROI_BOX_HEAD.NORM.
+    # Norm in the RPN's head. The box head uses MODEL.ROI_BOX_HEAD.NORM.
     cfg.MODEL.LARGE_KERNEL.NORM = ""
-    # In the box head: k, in bins of the pooled region, odd, and the channels of its thin map.
+    # k in the box head, in bins of the pooled region. It has to be odd.
     cfg.MODEL.LARGE_KERNEL.BOX_SIZE = 7
+    # Channels of the box head's thin map.
     cfg.MODEL.LARGE_KERNEL.BOX_CHANNELS = 10
 
-    # --- Appendix: Maxout. MODEL.ROI_BOX_HEAD.NAME "MaxoutBoxHead" --------------------------------
+    # --- Appendix: Maxout. Set MODEL.ROI_BOX_HEAD.NAME to "MaxoutBoxHead" -------------------------
     cfg.MODEL.MAXOUT = CN()
-    # Linear maps whose maximum a fully connected layer returns; from 2.
+    # Number of linear maps, 2 or more. A fully connected layer returns their maximum.
     cfg.MODEL.MAXOUT.PIECES = 2
 
-    # --- Appendix: online hard example mining. MODEL.ROI_HEADS.NAME "OHEMROIHeads", or for this and
-    # the next two together "ChallengeROIHeads" ---------------------------------------------------
-    # B, the proposals kept, is MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE; POSITIVE_FRACTION is not used.
+    # --- Appendix: online hard example mining. Set MODEL.ROI_HEADS.NAME to "OHEMROIHeads", or to
+    # "ChallengeROIHeads" for this and the next two together --------------------------------------
+    # MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is B, the number of proposals that are kept.
+    # MODEL.ROI_HEADS.POSITIVE_FRACTION is not used.
     cfg.MODEL.OHEM = CN()
-    # "image": the B hardest of each image, as in the paper. "batch": of a process's N images the
-    # B x N hardest, as in its authors' code.
+    # "image" keeps the B hardest of each image, as in the cited paper. "batch" keeps the B x N
+    # hardest of a process's N images, as in its authors' code.
     cfg.MODEL.OHEM.SCOPE = "image"
-    # A proposal is dropped that overlaps a harder one by more than this IoU; 1.0 drops none.
+    # Drops a proposal that overlaps a harder one by more than this IoU. 1.0 drops none.
     cfg.MODEL.OHEM.NMS_THRESH = 0.7
-    # Let a proposal only drop those of its own label, as the authors' code does and the paper does
+    # Lets a proposal drop only those of the same label, as the authors' code does. The paper does
     # not say.
     cfg.MODEL.OHEM.NMS_PER_CLASS = False
 
-    # --- Appendix: context. MODEL.ROI_HEADS.NAME "ContextROIHeads" --------------------------------
+    # --- Appendix: context. Set MODEL.ROI_HEADS.NAME to "ContextROIHeads" -------------------------
     cfg.MODEL.CONTEXT = CN()
-    # The box head sees the box, the box with width and height times each of these, and the image.
+    # The box head also sees the box with width and height times each of these.
     cfg.MODEL.CONTEXT.SCALES = (1.8,)
+    # The box head also sees the whole image.
     cfg.MODEL.CONTEXT.WHOLE_IMAGE = True
 
-    # --- Appendix: segmentation supervision. MODEL.ROI_HEADS.NAME "SegmentationROIHeads" ----------
+    # --- Appendix: segmentation supervision. Set MODEL.ROI_HEADS.NAME to "SegmentationROIHeads" ---
     cfg.MODEL.SEGMENTATION = CN()
-    # Feature map that the auxiliary head takes. A cell's label is that of its centre, so an object
-    # smaller than the stride may be on none.
+    # Feature map that the auxiliary head takes. The label of a cell is the label at its centre, so
+    # an object smaller than the stride may be in no cell.
     cfg.MODEL.SEGMENTATION.IN_FEATURE = "p3"
-    # "boxes": an object is all of its box. "masks": real masks; needs MODEL.MASK_ON.
+    # "boxes" counts all of a box as the object. "masks" takes real masks and needs MODEL.MASK_ON.
     cfg.MODEL.SEGMENTATION.TARGETS = "boxes"
-    # 3x3 convolutions in front of the 1x1 classifier, their channels and their norm.
+    # Number of 3x3 convolutions before the 1x1 classifier.
     cfg.MODEL.SEGMENTATION.NUM_CONV = 2
+    # Channels of these convolutions.
     cfg.MODEL.SEGMENTATION.CONV_DIM = 128
+    # Norm after these convolutions.
     cfg.MODEL.SEGMENTATION.NORM = ""
-    # Multiplies loss_segmentation, the mean of the cross entropy over cells.
+    # Multiplies loss_segmentation, the mean cross entropy over cells.
     cfg.MODEL.SEGMENTATION.LOSS_WEIGHT = 0.2
 
-    # --- Schedule (§3.2, §4): written into SOLVER before training --------------------------------
+    # --- Schedule (§3.2, §4). Written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
-    # "": SOLVER is used as it is. "normal" or "long": the paper's. "custom": the three keys below.
+    # "" uses SOLVER as it is. "normal" and "long" are the paper's. "custom" uses the next three
+    # keys.
     cfg.MEGDET.POLICY = ""
-    # Only with "custom". Epochs may be fractions; at DECAY_EPOCHS the learning rate is multiplied
-    # by DECAY_FACTORS, one each.
+    # Only with "custom": the length of training. It may be a fraction.
     cfg.MEGDET.EPOCHS = None
+    # Only with "custom": the epochs at which the learning rate decays, and a factor for each decay.
     cfg.MEGDET.DECAY_EPOCHS = ()
     cfg.MEGDET.DECAY_FACTORS = ()
-    # The rule's anchor: this learning rate is right for this mini-batch.
+    # Anchor of the scaling rule: a mini-batch, and the learning rate that is right for it.
     cfg.MEGDET.REFERENCE_BATCH_SIZE = 16
     cfg.MEGDET.REFERENCE_LR = 0.02
     # How the learning rate follows the mini-batch: "linear", "sqrt" or "none".
     cfg.MEGDET.SCALING_RULE = "linear"
-    # Multiplies the scaled learning rate; 0.5 is Table 2's half learning rate.
+    # Multiplies the scaled learning rate. 0.5 is Table 2's half learning rate.
     cfg.MEGDET.LR_FACTOR = 1.0
-    # Length of the linear warm-up, and its start: "reference" is min(r, scaled r), as in the paper,
-    # "zero" is a thousandth of the scaled learning rate.
+    # Length of the linear warm-up.
     cfg.MEGDET.WARMUP_EPOCHS = 1.0
+    # Start of the warm-up. "reference" is min(r, scaled r), as in the paper. "zero" is a thousandth
+    # of the scaled learning rate.
     cfg.MEGDET.WARMUP_START = "reference"
-    # Images an epoch counts; 0 is the training set after Detectron2's filtering.
+    # Number of images that count as an epoch. 0 is the training set after Detectron2's filtering.
     cfg.MEGDET.EPOCH_IMAGES = 0
-    # Micro-batches an update. SOLVER.IMS_PER_BATCH stays the images of an update; a process takes
-    # IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts those.
+    # Micro-batches per update. SOLVER.IMS_PER_BATCH stays the number of images of an update. A
+    # process takes IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts
+    # those.
     cfg.MEGDET.ACCUMULATION_STEPS = 1
-    # When a loss or a gradient is not finite: "stop" all processes, with an error that names it; or
-    # go back to the last good checkpoint and on with "half_lr", or with a "longer_warmup", twice as
-    # long and at least twice as long as training had come; at most MAX_ROLLBACKS times in a run.
+
+    # --- Reliability. See docs/reliability.md -----------------------------------------------------
+    # What happens when a loss or a gradient is not finite. "stop" ends all processes with an error
+    # that names it. "half_lr" and "longer_warmup" go back to the last good checkpoint. They then go
+    # on with half the learning rate, or with a warm-up that is twice as long, and at least twice as
+    # long as training had come.
     cfg.MEGDET.ON_DIVERGENCE = "stop"
+    # Most times that a run goes back.
     cfg.MEGDET.MAX_ROLLBACKS = 2
-    # Seconds that a process waits for others, or for its loader, before it ends with an error. Has
-    # to be more than an evaluation takes on rank 0 after the others have finished theirs.
+    # Seconds that a process waits for others, or for its loader, before it ends with an error. It
+    # has to be longer than rank 0 still evaluates after the others have finished.
     cfg.MEGDET.TIMEOUT = 600
-    # Train on another image in place of one that cannot be read or whose annotations are invalid;
-    # logged, and counted as skipped_images. False: an error that names it.
+    # Trains on another image instead of one that cannot be read or has invalid annotations. This is
+    # logged and counted as skipped_images. Without it an error names the image.
     cfg.MEGDET.SKIP_BAD_IMAGES = False
-    # Read by `megdet ablate` alone, without effect on a training: what a row is to be run on and
-    # compared with. GPUs over all machines; the paper's mmAP, or "failed", and its hours.
+
+    # --- Ablations. Only megdet ablate reads these; they change nothing in a training -------------
     cfg.MEGDET.ABLATION = CN()
+    # Number of GPUs, over all machines, on which to run a row.
     cfg.MEGDET.ABLATION.GPUS = 1
+    # The paper's mmAP, or "failed", and its hours. The table shows them beside the row.
     cfg.MEGDET.ABLATION.PAPER_AP = None
     cfg.MEGDET.ABLATION.PAPER_HOURS = None
-    # Written by scale_config, so that a dumped config can be loaded again: what it put into SOLVER.
-    # Not for setting by hand.
+
+    # --- Resolved schedule. Do not set these keys -------------------------------------------------
     cfg.MEGDET.RESOLVED = CN()
+    # The values that scale_config wrote into SOLVER, so that a dumped config can be loaded again.
     cfg.MEGDET.RESOLVED.BASE_LR = 0.0
     cfg.MEGDET.RESOLVED.MAX_ITER = 0
     cfg.MEGDET.RESOLVED.STEPS = ()
     cfg.MEGDET.RESOLVED.WARMUP_ITERS = 0
     cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
 
-    # --- Data ------------------------------------------------------------------------------------
-    # Your own COCO-format data sets, [name, annotation json, image root] each.
+    # --- Your own data ---------------------------------------------------------------------------
+    # Data sets in COCO's format: [name, annotation json, image root] for each.
     cfg.DATASETS.COCO = []
-    # The embedded data set, megdet_digits_train and megdet_digits_val: square images of this size
-    # in pixels, how many, and "easy" (smooth backgrounds) or "hard" (sharp photographs).
+
+    # --- The embedded data set. It is megdet_digits_train and megdet_digits_val -------------------
     cfg.DATASETS.DIGITS = CN()
+    # Width and height of its images in pixels.
     cfg.DATASETS.DIGITS.IMAGE_SIZE = 64
+    # Number of training images.
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
+    # Number of validation images.
     cfg.DATASETS.DIGITS.NUM_VAL = 200
+    # "easy" has smooth backgrounds, "hard" has sharp photographs.
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
 
 

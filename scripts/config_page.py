@@ -55,7 +55,8 @@ def tables(source: str) -> str:
             heading, _, comment = comment.strip("- ").partition(". ")
             parts.append(f"\n## {_markdown(heading.removesuffix('.'))}\n")
         if comment and not keys:
-            parts.append(f"{_markdown(comment.removesuffix('.'))}.\n")
+            after_table = "\n" if parts[-1].startswith("|") else ""
+            parts.append(f"{after_table}{_markdown(comment.removesuffix('.'))}.\n")
         if keys:
             if not parts[-1].startswith("|"):
                 parts += ["| key | default | meaning |", "|---|---|---|"]
@@ -66,8 +67,9 @@ def tables(source: str) -> str:
 
 
 def _markdown(comment: str) -> str:
-    """Returns a comment as Markdown: special characters escaped, names of keys as code."""
+    """Returns a comment as Markdown: special characters escaped, pages as links, keys as code."""
     text = re.sub(r"[|*<]", r"\\\g<0>", comment)
+    text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
     return re.sub(r"(?<![`\w])[A-Z][A-Z\d]*(?:[._][A-Z][A-Z\d]*)+(?![`\w])", r"`\g<0>`", text)
 
 

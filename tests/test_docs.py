@@ -86,12 +86,17 @@ def add_megdet_config(cfg):
     cfg.A.PLAIN = CN()
     # A sentence.
     cfg.A.LAST = "x"
+    # More in docs/memory.md
+    cfg.A.B = CN()
+    # Two.
+    cfg.A.B.LAST = 2
 '''
     assert config_page.tables(source) == (
         "\n## One thing: read by X\\|Y\n\nSee `MODEL.MASK_ON` for more.\n\n"
         "| key | default | meaning |\n|---|---|---|\n"
         "| `A.LOW`<br>`A.HIGH` | `0`<br>`(1, 2)` | Both are \\*counted\\*. |\n"
-        "| `A.LAST` | `'x'` | A sentence. |"
+        "| `A.LAST` | `'x'` | A sentence. |\n\nMore in [memory](memory.md).\n\n"
+        "| key | default | meaning |\n|---|---|---|\n| `A.B.LAST` | `2` | Two. |"
     )
 
 
