@@ -9,4 +9,5 @@ from . import (  # noqa: F401
     ohem,
     segmentation,
     senet,
+    thin_resnet,
 )
