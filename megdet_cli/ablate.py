@@ -54,6 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='train only the rows whose names match, for example "0[6-9]*,1*"',
     )
     add("--baseline", metavar="ROW", help="add each row's gain in AP over this row, seed by seed")
+    add(
+        "--margin",
+        metavar="AP",
+        type=float,
+        default=0.5,
+        help="with --baseline, test whether a row is equal to it within this AP (default 0.5)",
+    )
+    add(
+        "--ledger",
+        metavar="FILE",
+        type=Path,
+        help="CSV file of finished trainings; those in it are not repeated, new ones are added",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--print", action="store_true", help="print one launch line per training; train nothing"

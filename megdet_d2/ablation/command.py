@@ -9,9 +9,10 @@ from megdet_d2.report.run import read_config
 
 from .cluster import launch_line, submit
 from .job import Job, find_seeds, make_jobs
+from .ledger import Ledger
 from .local import train_all
 from .reduced import reduce_rows
-from .results import FAILURE, collate, read_result
+from .results import FAILURE, Result, collate, read_result
 from .rows import Row, differences, read_rows
 
 TRAIN_NET = "train_net.py"
@@ -52,15 +53,20 @@ def run(args: argparse.Namespace) -> None:
             print(launch_line(job, program, args.gpus_per_machine))
         return
     check_same(table, output)
+    ledger = Ledger(args.ledger) if args.ledger else None
     if args.submit:
-        pending = unfinished(jobs, args.retry)
+        pending = unfinished(jobs, args.retry, ledger)
         return submit(args.submit, pending, program, args.gpus_per_machine)
 
     def tabulate() -> str:
-        seeds = sorted({*args.seeds, *find_seeds(table, output)})
-        results = [read_result(job) for job in make_jobs(table, seeds, output)]
+        seeds = {*args.seeds, *find_seeds(table, output), *(ledger.seeds(table) if ledger else ())}
+        every = make_jobs(table, sorted(seeds), output)
+        results = [_result(job, ledger) for job in every]
+        if ledger:
+            for job, result in zip(every, results, strict=True):
+                ledger.add(job, result)
         title = f"`{args.line}`, {len(table)} rows"
-        return collate(table, results, output, title, args.baseline)
+        return collate(table, results, output, title, args.baseline, args.margin)
 
     if not args.collate:
         if args.script and not Path(args.script).is_file():
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             _check_gpus(rows)
         if args.jobs > 1:
             _check_cores(rows, args.jobs, args.cores)
-        pending = unfinished(jobs, args.retry)
+        pending = unfinished(jobs, args.retry, ledger)
         for job in pending:
             (job.folder / FAILURE).unlink(missing_ok=True)
         train_all(pending, program, on_cpu, args.jobs, tabulate)
@@ -84,10 +90,18 @@ def _program(script: str | None) -> list[str]:
     return [script or TRAIN_NET]
 
 
-def unfinished(jobs: list[Job], retry: bool) -> list[Job]:
+def unfinished(jobs: list[Job], retry: bool, ledger: Ledger | None = None) -> list[Job]:
     """Returns the jobs that are still to be trained, with ``retry`` also those that have failed."""
     statuses = {"unfinished", "failed"} if retry else {"unfinished"}
-    return [job for job in jobs if read_result(job).status in statuses]
+    return [job for job in jobs if _result(job, ledger).status in statuses]
+
+
+def _result(job: Job, ledger: Ledger | None) -> Result:
+    """Returns what the job's folder says or, where it is not at its end, the ledger's line."""
+    result = read_result(job)
+    if ledger is None or result.status == "done":
+        return result
+    return ledger.find(job) or result
 
 
 def check_same(rows: list[Row], output: Path) -> None:

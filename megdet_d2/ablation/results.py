@@ -18,6 +18,7 @@ from tabulate import tabulate
 from megdet_d2.report.run import Run
 from megdet_d2.report.style import make_figure, tidy
 
+from .equivalence import ALPHA, assess_equivalence, wilson_interval
 from .job import Job
 from .rows import Row
 
@@ -49,6 +50,8 @@ class Result:
 
 # A file in OUTPUT_DIR, written if a local training has failed: its exit code and the reason.
 FAILURE = "failure.json"
+# AP within which two rows count as equally accurate.
+MARGIN = 0.5
 MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
 
 
@@ -104,7 +107,10 @@ def find_error(text: str) -> str | None:
 
 
 def summarize(
-    rows: Sequence[Row], results: Sequence[Result], baseline: str | None = None
+    rows: Sequence[Row],
+    results: Sequence[Result],
+    baseline: str | None = None,
+    margin: float = MARGIN,
 ) -> list[dict[str, Any]]:
     """Returns one dict per row: mean and sample deviation over the finished seeds, and failures.
 
@@ -128,6 +134,9 @@ def summarize(
             "failed": failed,
             "failure_rate": failed / (len(done) + failed) if done or failed else None,
         }
+        line["failure_low"], line["failure_high"] = (
+            wilson_interval(failed, len(done) + failed) if done or failed else (None, None)
+        )
         measured: dict[str, list[float | None]] = {
             measure: [getattr(result, measure) for result in done] for measure in MEASURES
         }
@@ -138,6 +147,11 @@ def summarize(
             values = [value for value in found if value is not None]
             line[measure] = statistics.fmean(values) if values else None
             line[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            if measure == "gain":
+                test = assess_equivalence(values, margin)
+                line["gain_low"] = test.low if test else None
+                line["gain_high"] = test.high if test else None
+                line["gain_p_equal"] = test.p if test else None
         line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
         summary.append(line)
     return summary
@@ -149,6 +163,7 @@ def collate(
     output: Path,
     title: str,
     baseline: str | None = None,
+    margin: float = MARGIN,
 ) -> str:
     """Writes results.md, results.csv, results.png and runs.csv; returns the Markdown table.
 
@@ -156,10 +171,11 @@ def collate(
         output: the folder; it is made if necessary.
         title: heading of results.md.
         baseline: name of the row with which each is compared, if any.
+        margin: AP within which a row counts as equal to the baseline.
     """
     output.mkdir(parents=True, exist_ok=True)
-    summary = summarize(rows, results, baseline)
-    table = to_markdown(summary, results, baseline)
+    summary = summarize(rows, results, baseline, margin)
+    table = to_markdown(summary, results, baseline, margin)
     head = (
         f"# {title}\n\n{_hardware()}. AP in percent, mean and sample deviation over seeds. Hours "
         "are those of training, without evaluations. The paper's numbers are for COCO on its "
@@ -173,7 +189,10 @@ def collate(
 
 
 def to_markdown(
-    summary: Sequence[dict[str, Any]], results: Sequence[Result], baseline: str | None = None
+    summary: Sequence[dict[str, Any]],
+    results: Sequence[Result],
+    baseline: str | None = None,
+    margin: float = MARGIN,
 ) -> str:
     """Returns the table of ``summarize`` and, below it, the reasons of failures."""
     lines = [
@@ -185,6 +204,7 @@ def to_markdown(
             "LR": f"{line['lr']:.6g}",
             "AP": _cell(line, "ap", 1),
             **({f"gain on {baseline}": _cell(line, "gain", 1, "+")} if baseline else {}),
+            **({f"equal within {margin:g}": _equality(line)} if baseline else {}),
             "AP50": _cell(line, "ap50", 1),
             "AP75": _cell(line, "ap75", 1),
             "hours": _cell(line, "hours", 2),
@@ -234,6 +254,13 @@ def _cell(line: dict[str, Any], measure: str, digits: int, sign: str = "-") -> s
         return "failed" if line["failed"] and measure == "ap" else ""
     spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
     return f"{mean:{sign}.{digits}f}{spread}"
+
+
+def _equality(line: dict[str, Any]) -> str:
+    if line["gain_p_equal"] is None:
+        return ""
+    verdict = "yes" if line["gain_p_equal"] < ALPHA else "not shown"
+    return f"{verdict} ({line['gain_low']:+.1f} to {line['gain_high']:+.1f})"
 
 
 def _write_csv(path: Path, columns: list[str], lines: Iterable[dict[str, Any]]) -> None:

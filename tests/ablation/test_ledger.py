@@ -1,0 +1,118 @@
+"""--ledger: a study goes on where the folders of its trainings are not."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
+
+from megdet_d2.ablation.job import make_jobs
+from megdet_d2.ablation.ledger import COLUMNS, Ledger, config_digest
+from megdet_d2.ablation.rows import read_rows
+from megdet_d2.cli import main
+from tests.helpers.paths import ROOT, TINY
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "pair.yaml"
+    path.write_text(
+        f"CONFIG: {TINY}\nROWS:\n  small: {{}}\n  large: {{SOLVER.IMS_PER_BATCH: 16}}\n"
+    )
+    return path
+
+
+def finish(job, aps):
+    """Writes what a training that came to its end leaves, with these APs at even steps."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(job.row.cfg.dump())
+    last = job.row.cfg.SOLVER.MAX_ITER
+    lines = [{"iteration": last - 1, "total_loss": 1.0, "lr": 0.01, "training_time": 3.0,
+              "images_seen": last * job.row.batch_size,
+              "effective_batch_size": job.row.batch_size}]  # fmt: skip
+    for i, ap in enumerate(aps, start=1):
+        at = last * i // len(aps)
+        lines.append({"iteration": at, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap})
+    lines.sort(key=lambda line: line["iteration"])
+    (job.folder / "metrics.json").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def table(source, output, ledger, *flags):
+    argv = ["ablate", str(source), "--output", str(output), "--ledger", str(ledger), "--collate"]
+    main([*argv, "--seeds", "1,2,3", *flags])
+    with open(output / "results.csv", newline="") as file:
+        return {line["row"]: line for line in csv.DictReader(file)}
+
+
+def test_lines_stand_for_the_folders(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    output, ledger = tmp_path / "out", tmp_path / "ledger.csv"
+    small, large = read_rows(source)
+    for job in make_jobs([small, large], [1, 2, 3], output):
+        finish(job, [10.0, 50.0 + job.seed + 0.1 * (job.row is large)])
+    before = table(source, output, ledger, "--baseline", "small")
+    assert float(before["large"]["gain"]) == pytest.approx(0.1)
+    with open(ledger, newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == ["large"] * 3 + ["small"] * 3
+    assert tuple(lines[0]) == COLUMNS and lines[0]["batch"] == "16" and lines[0]["failed"] == "0"
+    assert lines[3]["ap_by_epoch"].endswith("51.00") and lines[3]["norm"] == "CGBN"
+
+    shutil.rmtree(output)
+    after = table(source, output, ledger, "--baseline", "small")
+    assert after == before
+    assert float(after["large"]["gain_p_equal"]) < 1e-3
+
+
+def test_what_has_a_line_is_not_trained(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ledger, output = tmp_path / "ledger.csv", tmp_path / "out"
+    for job in make_jobs(read_rows(source), [1], output):
+        finish(job, [20.0, 30.0])
+    table(source, output, ledger)
+    shutil.rmtree(output)
+    refusing = tmp_path / "train.py"
+    refusing.write_text("raise SystemExit('trained again')")
+    main(["ablate", str(source), "--output", str(output), "--ledger", str(ledger),
+          "--script", str(refusing)])  # fmt: skip
+    assert not list(output.glob("*/seed*"))
+
+
+def test_a_line_of_another_config_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ledger, output = tmp_path / "ledger.csv", tmp_path / "out"
+    for job in make_jobs(read_rows(source), [1], output):
+        finish(job, [20.0, 30.0])
+    table(source, output, ledger)
+    shutil.rmtree(output)
+    with pytest.raises(SystemExit, match="small, seed 1, was trained with the config"):
+        table(source, output, ledger, "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.5")
+
+
+def test_another_file_is_refused(tmp_path):
+    path = Path(tmp_path / "other.csv")
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has the columns"):
+        Ledger(path)
+
+
+def test_a_failure_is_replaced_by_a_training_that_is_done(source, tmp_path):
+    job = make_jobs(read_rows(source), [1], tmp_path / "out")[0]
+    from megdet_d2.ablation.results import Result
+
+    ledger = Ledger(tmp_path / "ledger.csv")
+    ledger.add(job, Result(job.row.name, 1, "failed", "diverged"))
+    ledger.add(job, Result(job.row.name, 1, "unfinished"))
+    assert Ledger(ledger.path).find(job).reason == "diverged"
+    ledger.add(job, Result(job.row.name, 1, "done", ap=40.0))
+    assert Ledger(ledger.path).find(job).ap == 40.0
+
+
+def test_a_digest_is_of_what_changes_the_result(source):
+    small, large = read_rows(source)
+    same = read_rows(source, ["OUTPUT_DIR", "elsewhere", "SEED", "7"])[0]
+    assert config_digest(small) == config_digest(same) != config_digest(large)
