@@ -107,8 +107,9 @@ def fake_world():
 
 def test_every_row_is_here_and_no_other():
     found = (CONFIGS / "ablations").glob("*/*.yaml")
-    # test_challenge_rows has the rows of the appendix, which are for the reduced detector only.
-    rows = {f"{p.parent.name}/{p.stem}" for p in found if p.parent.name != "challenge"}
+    # Rows for the small detectors only have tests below.
+    small = ("challenge", "headline")
+    rows = {f"{p.parent.name}/{p.stem}" for p in found if p.parent.name not in small}
     assert rows == set(ROWS) | set(OTHERS)
     assert (len(TABLE2), len(TABLE3)) == (5, 20)
 
@@ -211,3 +212,48 @@ def check_groups(cfg, gpus: int, bn_size: int, num_layers: int) -> None:
     assert gpus // ranks * bn_size == cfg.SOLVER.IMS_PER_BATCH and gpus % ranks == 0
     made = [group for group in groups._cache.values() if group is not groups.SELF]
     assert all(dist.get_world_size(group) == ranks for group in made)
+
+
+HEADLINE = {
+    "b8_bn8": 48_048,
+    "b16_bn8": 24_024,
+    "b32_bn8": 12_012,
+    "b64_bn8": 6_006,
+    "b128_bn8": 3_003,
+    "b16_bn16": 24_024,
+    "b32_bn16": 12_012,
+    "b64_bn16": 6_006,
+    "b128_bn16": 3_003,
+    "b8_bn8_long": 78_624,
+    "b128_bn8_long": 4_914,
+    "b128_bn16_long": 4_914,
+}
+
+
+@pytest.mark.parametrize("row", read_rows(CONFIGS / "ablations" / "headline"), ids=lambda row: row.name)
+def test_headline_row_is_its_name_at_half_the_papers_images(row):
+    name = row.name.partition("_")[2]
+    batch, bn_size = (int(part.strip("bn")) for part in name.split("_")[:2])
+    solver = row.cfg.SOLVER
+    assert (row.batch_size, row.bn_size, row.processes) == (batch, bn_size, 1)
+    assert solver.MAX_ITER == HEADLINE[name]
+    assert solver.BASE_LR == pytest.approx(0.02 * batch / 8)
+    assert solver.WARMUP_ITERS == 34_944 // batch >= 150
+    assert row.cfg.MEGDET.WARMUP_START == "zero"
+    assert row.cfg.TEST.EVAL_PERIOD == solver.CHECKPOINT_PERIOD == 34_944 // batch
+    long = name.endswith("_long")
+    paper = {
+        values[:2]: values[3] for key, values in TABLE3.items() if key.endswith("_long") == long
+    }
+    assert row.paper_ap == paper.get((2 * batch, 2 * bn_size))
+    assert row.cfg.OUTPUT_DIR == f"output/headline/{row.name}"
+
+
+def test_the_study_detector_has_a_norm_after_every_convolution_of_backbone_and_fpn():
+    cfg = load_config("ablations/headline/05_b128_bn8")
+    cfg.MODEL.DEVICE = "cpu"
+    megdet_d2.scale_config(cfg)
+    model = megdet_d2.Trainer.build_model(cfg)
+    # A stem, two stages of two blocks with two convolutions and a shortcut each, FPN's 2 x 2.
+    assert len(cgbn_layers(model)) == 1 + 2 * (2 * 2 + 1) + 2 * 2
+    assert sum(p.numel() for p in model.parameters()) < 300_000
