@@ -230,7 +230,9 @@ HEADLINE = {
 }
 
 
-@pytest.mark.parametrize("row", read_rows(CONFIGS / "ablations" / "headline"), ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", read_rows(CONFIGS / "ablations" / "headline"), ids=lambda row: row.name
+)
 def test_headline_row_is_its_name_at_half_the_papers_images(row):
     name = row.name.partition("_")[2]
     batch, bn_size = (int(part.strip("bn")) for part in name.split("_")[:2])
