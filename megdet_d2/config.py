@@ -23,8 +23,8 @@ def add_megdet_config(cfg: CN) -> None:
     # Lets a group span machines. The paper does not. With BN_SIZE -1 a group is then the whole
     # mini-batch.
     cfg.MODEL.CGBN.CROSS_MACHINE = False
-    # "one_reduce" needs one collective per layer. "two_pass" is the paper's Algorithm 1 with two:
-    # first the mean, then the variance.
+    # "one_reduce" needs one collective per layer in the forward pass. "two_pass" is the paper's
+    # Algorithm 1 with two: first the mean, then the variance.
     cfg.MODEL.CGBN.ALGORITHM = "one_reduce"
     # Computes CGBN, the shortcut's addition and ReLU of a ResNet block in one kernel, where Triton
     # runs.
@@ -43,25 +43,27 @@ def add_megdet_config(cfg: CN) -> None:
     # --- Appendix: atrous convolution. Set MODEL.BACKBONE.NAME to
     # "build_atrous_resnet_fpn_backbone" ----------------------------------------------------------
     cfg.MODEL.ATROUS = CN()
-    # Name of the ResNet under the FPN. Another one is "build_se_resnet_backbone".
+    # Name of the ResNet under the FPN: "build_resnet_backbone" or "build_se_resnet_backbone".
     cfg.MODEL.ATROUS.BOTTOM_UP = "build_resnet_backbone"
 
     # --- Appendix: SE-ResNe(X)t. Set MODEL.BACKBONE.NAME to "build_se_resnet_fpn_backbone", or
     # without an FPN to "build_se_resnet_backbone" ------------------------------------------------
     cfg.MODEL.SE = CN()
-    # r: a gate over C channels has C / r hidden channels.
+    # The reduction r: a gate over C channels has C / r hidden channels.
     cfg.MODEL.SE.REDUCTION = 16
 
     # --- Appendix: large kernel. Set MODEL.RPN.HEAD_NAME to "LargeKernelRPNHead" or
     # MODEL.ROI_BOX_HEAD.NAME to "LargeKernelBoxHead" ---------------------------------------------
     cfg.MODEL.LARGE_KERNEL = CN()
-    # k in the RPN's head, in pixels of each level. It has to be odd; 15 is the cited paper's.
+    # Kernel size k in the RPN's head, an odd number of pixels of each level. 15 is the cited
+    # paper's.
     cfg.MODEL.LARGE_KERNEL.SIZE = 15
     # Channels between k x 1 and 1 x k, in both heads.
     cfg.MODEL.LARGE_KERNEL.MID_CHANNELS = 64
-    # Norm in the RPN's head. The box head uses MODEL.ROI_BOX_HEAD.NORM.
+    # Norm in the RPN's head, such as "CGBN"; "" for none. The box head uses
+    # MODEL.ROI_BOX_HEAD.NORM.
     cfg.MODEL.LARGE_KERNEL.NORM = ""
-    # k in the box head, in bins of the pooled region. It has to be odd.
+    # Kernel size k in the box head, an odd number of bins of the pooled region.
     cfg.MODEL.LARGE_KERNEL.BOX_SIZE = 7
     # Channels of the box head's thin map.
     cfg.MODEL.LARGE_KERNEL.BOX_CHANNELS = 10
@@ -103,29 +105,32 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MODEL.SEGMENTATION.NUM_CONV = 2
     # Channels of these convolutions.
     cfg.MODEL.SEGMENTATION.CONV_DIM = 128
-    # Norm after these convolutions.
+    # Norm after these convolutions, such as "CGBN"; "" for none.
     cfg.MODEL.SEGMENTATION.NORM = ""
     # Multiplies loss_segmentation, the mean cross entropy over cells.
     cfg.MODEL.SEGMENTATION.LOSS_WEIGHT = 0.2
 
     # --- Schedule (§3.2, §4). Written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
-    # "" uses SOLVER as it is. "normal" and "long" are the paper's. "custom" uses the next three
-    # keys.
+    # "" uses SOLVER as it is. "normal" (11 epochs) and "long" (18 epochs) are the paper's. "custom"
+    # uses the next three keys.
     cfg.MEGDET.POLICY = ""
-    # Only with "custom": the length of training. It may be a fraction.
+    # Only with "custom": the length of training in epochs. It may be a fraction.
     cfg.MEGDET.EPOCHS = None
-    # Only with "custom": the epochs at which the learning rate decays, and a factor for each decay.
+    # Only with "custom": the epochs at which the learning rate decays. They may be fractions.
     cfg.MEGDET.DECAY_EPOCHS = ()
+    # Only with "custom": one factor per decay, above 0, that multiplies the learning rate.
     cfg.MEGDET.DECAY_FACTORS = ()
-    # Anchor of the scaling rule: a mini-batch, and the learning rate that is right for it.
+    # The mini-batch N of the scaling rule, in images.
     cfg.MEGDET.REFERENCE_BATCH_SIZE = 16
+    # The learning rate r of the scaling rule, which is right for a mini-batch of N images.
     cfg.MEGDET.REFERENCE_LR = 0.02
-    # How the learning rate follows the mini-batch: "linear", "sqrt" or "none".
+    # Growth of the learning rate with the mini-batch: "linear" as in the paper, "sqrt", or "none",
+    # which keeps r.
     cfg.MEGDET.SCALING_RULE = "linear"
     # Multiplies the scaled learning rate. 0.5 is Table 2's half learning rate.
     cfg.MEGDET.LR_FACTOR = 1.0
-    # Length of the linear warm-up.
+    # Length of the linear warm-up in epochs. It may be a fraction; 0.0 is no warm-up.
     cfg.MEGDET.WARMUP_EPOCHS = 1.0
     # Start of the warm-up. "reference" is min(r, scaled r), as in the paper. "zero" is a thousandth
     # of the scaled learning rate.
@@ -138,12 +143,12 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.ACCUMULATION_STEPS = 1
 
     # --- Reliability. See docs/reliability.md -----------------------------------------------------
-    # What happens when a loss or a gradient is not finite. "stop" ends all processes with an error
-    # that names it. "half_lr" and "longer_warmup" go back to the last good checkpoint. They then go
-    # on with half the learning rate, or with a warm-up that is twice as long, and at least twice as
-    # long as training had come.
+    # Action after a loss or a gradient that is not finite. "stop" ends all processes with an error
+    # that names it. "half_lr" and "longer_warmup" go back to the last good checkpoint. They then
+    # continue with half the learning rate, or with a warm-up that is twice as long and takes at
+    # least twice the images seen so far.
     cfg.MEGDET.ON_DIVERGENCE = "stop"
-    # Most times that a run goes back.
+    # The largest number of such roll-backs in a run, with those before a resume; 0 or more.
     cfg.MEGDET.MAX_ROLLBACKS = 2
     # Seconds that a process waits for others, or for its loader, before it ends with an error. It
     # has to be longer than rank 0 still evaluates after the others have finished.
@@ -156,8 +161,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.ABLATION = CN()
     # Number of GPUs, over all machines, on which to run a row.
     cfg.MEGDET.ABLATION.GPUS = 1
-    # The paper's mmAP, or "failed", and its hours. The table shows them beside the row.
+    # The paper's mmAP in percent, or "failed" if its training diverged. The table shows it.
     cfg.MEGDET.ABLATION.PAPER_AP = None
+    # The paper's training time in hours. The table shows it.
     cfg.MEGDET.ABLATION.PAPER_HOURS = None
 
     # --- Resolved schedule. Do not set these keys -------------------------------------------------
@@ -175,25 +181,27 @@ def add_megdet_config(cfg: CN) -> None:
 
     # --- The embedded data set. It is megdet_digits_train and megdet_digits_val -------------------
     cfg.DATASETS.DIGITS = CN()
-    # Width and height of its images in pixels.
+    # Width and height of its images in pixels; 48 or more.
     cfg.DATASETS.DIGITS.IMAGE_SIZE = 64
     # Number of training images.
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000
     # Number of validation images.
     cfg.DATASETS.DIGITS.NUM_VAL = 200
-    # "easy" has smooth backgrounds, "hard" has sharp photographs.
+    # "easy" has light digits on smooth, dark backgrounds. "hard" has digits of any colour on sharp
+    # photographs.
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
 
 
 def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ()) -> CN:
-    """Detectron2's and the plugin's defaults, ``config_file`` over them, and ``opts`` over that.
+    """Returns the defaults of Detectron2 and the plugin with ``config_file`` and ``opts`` merged.
 
     Args:
-        opts: overrides, KEY VALUE ..., as on train_net.py's command line.
+        config_file: path of a YAML file; None for the defaults alone.
+        opts: overrides, KEY VALUE ..., as on train_net.py's command line. They win over the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no YAML; an unknown key, or a value of another type.
+        ValueError: the file is not YAML; an unknown key, or a value of another type.
     """
     cfg = get_cfg()
     add_megdet_config(cfg)
@@ -213,7 +221,7 @@ def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ())
 
 
 def merge_overrides(cfg: CN, opts: Sequence[str]) -> None:
-    """Merges KEY VALUE ... into ``cfg``.
+    """Merges KEY VALUE ... into ``cfg``, in place.
 
     Raises:
         ValueError: an unknown key, or a value of another type.
