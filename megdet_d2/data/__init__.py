@@ -1,4 +1,4 @@
-"""Data sets from config: the user's own COCO json files, and the embedded digits."""
+"""Data sets from config: the user's COCO json files, and the embedded digits."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ __all__ = ["check_datasets", "register_coco", "register_datasets", "register_dig
 
 
 def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Registers what ``DATASETS.COCO`` and ``DATASETS.DIGITS`` name, and checks those in use.
+    """Registers the data sets of ``DATASETS.COCO`` and ``DATASETS.DIGITS``; checks those in use.
 
     Args:
         splits: the keys of ``DATASETS`` that are in use.

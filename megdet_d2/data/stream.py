@@ -1,9 +1,9 @@
-"""The training images as one endless stream with a position: what makes a resume exact.
+"""The training images as one endless stream with a position, so that a resume is exact.
 
-Every process walks the same stream in index space and takes its own part; nothing in it depends on
-the number of loader workers, and only the cutting depends on the batch. A place in the stream is
-the seed, the images that training has seen, and the few that grouping by aspect ratio has drawn
-and still holds back.
+Every process walks the same stream of indices and takes its part. The stream does not depend on
+the number of loader workers; only its cutting into micro-batches depends on the batch. A place in
+the stream has three parts: the seed, the images that training has seen, and the few images that
+grouping by aspect ratio has drawn and not yet used.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.multiprocessing
+from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data import build as d2_build
 from detectron2.utils import comm
@@ -30,30 +31,30 @@ from .mapping import BadImageError, CheckedMapper
 
 logger = logging.getLogger(__name__)
 
-_AUGMENTATION, _STEP = 1, 2  # two families of seeds that never meet
+_AUGMENTATION, _STEP = 1, 2  # so that seeds of the two uses differ
 
 
 class Sample(NamedTuple):
-    """An image to load: its place in the data set, and the seed of its augmentation."""
+    """An image to load: its index in the data set, and the seed of its augmentation."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     seed: int
 
 
 class StreamSampler(Sampler):
-    """This process's part of the stream, as ``Sample``s, from the current place on.
+    """A sampler that yields this process's part of the stream as ``Sample``s.
 
     The stream is cut into micro-batches of ``images_per_gpu``; process r of W takes the r-th of
-    every W. With ``buckets`` a micro-batch is of one bucket, as Detectron2's aspect-ratio grouping
-    has it, but over all processes at once.
+    every W. With ``buckets``, all images of a micro-batch are from one bucket. Detectron2's
+    aspect-ratio grouping does the same in each process; here it is done over all processes at once.
 
     Args:
-        stock: a training sampler of Detectron2; its indices before they are dealt to processes are
-            the stream, in its own shuffling or weighting, by ``seed``.
+        stock: a training sampler of Detectron2. The stream is its sequence of indices before they
+            are distributed to processes, shuffled or weighted by ``seed``.
         images_per_gpu: images of a micro-batch.
         seed: equal in all processes.
         size: images of the data set.
-        buckets: for each image of the data set the bucket it belongs to; None for one bucket.
+        buckets: the bucket of each image of the data set; None for one bucket.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class StreamSampler(Sampler):
         size: int,
         buckets: Sequence[int] | None = None,
     ):
-        self._stock = stock
+        self._stock: Any = stock  # Detectron2's samplers have no types
         self._images_per_gpu = images_per_gpu
         self._size = size
         self._buckets = buckets
-        # Here and not in __iter__: in a loader's worker there is no process group to ask.
+        # Not in __iter__: a loader's worker has no process group.
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
         self.seek({"seed": seed, "size": size, "images_seen": 0, "pending": []})
 
     def seek(self, place: dict[str, Any]) -> None:
-        """Goes to a ``place``. Call it before a loader is iterated: its workers hold copies."""
+        """Goes to a ``place``. Call it before iterating a loader, since its workers have copies."""
         if place["size"] != self._size:
             logger.warning(
                 f"The training set had {place['size']} images and has {self._size}: the stream "
@@ -82,12 +83,12 @@ class StreamSampler(Sampler):
             place = place | {"size": self._size, "pending": []}
         self.seed = self._stock._seed = place["seed"]
         self._place = place
-        self._walk = None
+        self._walk: Iterator[tuple[list, list]] | None = None
 
     def place(self, images_seen: int) -> dict[str, Any]:
-        """The place after ``images_seen`` images, as plain numbers for a checkpoint.
+        """Returns the place after ``images_seen`` images, as plain numbers for a checkpoint.
 
-        ``images_seen`` is that of the last place asked for, or whole micro-batches more.
+        ``images_seen`` is that of the last call, or larger by whole micro-batches.
         """
         if self._walk is None:
             self._walk = self._micro_batches()
@@ -106,7 +107,7 @@ class StreamSampler(Sampler):
                 yield Sample(index, fold_seed(_AUGMENTATION, self.seed, position))
 
     def _micro_batches(self) -> Iterator[tuple[list, list]]:
-        """Micro-batches of (position, index) in order, each with those still pending after it."""
+        """Yields micro-batches of (position, index) in order, each with the images then pending."""
         pending = [tuple(image) for image in self._place["pending"]]
         drawn = self._place["images_seen"] + len(pending)
         fresh = itertools.islice(self._stock._infinite_indices(), drawn, None)
@@ -125,22 +126,22 @@ class StreamSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """``MapDataset`` by ``Sample``: each image is mapped with random numbers of its own seed.
+    """A ``MapDataset`` that takes ``Sample``s and maps each image with its seed.
 
-    So its augmentation is the same in whatever process and order it is loaded. Where the mapper
-    returns None, another image is drawn, as ``MapDataset`` does, but by that seed too. With
-    ``skip_bad`` another is drawn where it raises ``BadImageError`` as well, and the image taken
-    instead carries the reasons under the key "skipped", for the training process to count.
+    So the augmentation is the same in every process and order of loading. Where the mapper returns
+    None, another image is drawn by the same seed; ``MapDataset`` draws one without a seed. With
+    ``skip_bad``, another image is also drawn after a ``BadImageError``. That image has the reasons
+    under the key "skipped", which the training process counts.
 
     Raises:
-        BadImageError: without ``skip_bad``, naming the image and what to do.
+        BadImageError: without ``skip_bad``; it names the image and the fix.
         RuntimeError: 100 images in a row were refused.
     """
 
     def __init__(
         self, dataset: Dataset, mapper: Callable[[dict], dict | None], skip_bad: bool = False
     ):
-        self._dataset = dataset
+        self._dataset: Any = dataset  # a Dataset with a length
         self._mapper = PicklableWrapper(mapper)  # so that a lambda reaches the workers too
         self._skip_bad = skip_bad
 
@@ -172,14 +173,14 @@ def build_stream_loader(
     seed: int, *, dataset, sampler, mapper, total_batch_size: int, aspect_ratio_grouping: bool,
     num_workers: int, skip_bad: bool = False, timeout: float = 0,
 ) -> DataLoader:  # fmt: skip
-    """Detectron2's training loader over a ``StreamSampler``.
+    """Builds Detectron2's training loader over a ``StreamSampler``.
 
     Args:
-        seed: of the stream; equal in all processes.
-        dataset, ...: as Detectron2's ``build_detection_train_loader`` takes them;
-            ``total_batch_size`` is that of a micro-batch over all processes.
+        seed: seed of the stream; equal in all processes.
+        dataset, ...: see Detectron2's ``build_detection_train_loader``; ``total_batch_size`` counts
+            the images of a micro-batch over all processes.
         skip_bad: see ``SeededDataset``.
-        timeout: seconds to wait for a worker; 0 for ever.
+        timeout: seconds to wait for a worker; 0 for no limit.
     """
     images_per_gpu = total_batch_size // comm.get_world_size()
     buckets = None
@@ -205,15 +206,15 @@ def build_stream_loader(
     )
 
 
-def build_train_loader(cfg, images_per_gpu: int) -> DataLoader:
-    """The training loader of a config: data set, mapper and sampler are Detectron2's choice.
+def build_train_loader(cfg: CfgNode, images_per_gpu: int) -> DataLoader:
+    """Builds the training loader of a config, with Detectron2's data set, mapper and sampler.
 
-    ``SEED`` seeds the stream; negative, it is a random one that all processes share. A bad image is
-    a ``BadImageError``, or with ``MEGDET.SKIP_BAD_IMAGES`` another one is taken. Every process has
-    to call it.
+    ``SEED`` seeds the stream; if it is negative, all processes share a random seed. A bad image
+    raises ``BadImageError``; with ``MEGDET.SKIP_BAD_IMAGES`` another image takes its place. Every
+    process has to call this function.
 
     Args:
-        images_per_gpu: images of a micro-batch, and so of each list the loader gives.
+        images_per_gpu: images of a micro-batch, and so of each list that the loader yields.
     """
     chosen = d2_build._train_loader_from_config(cfg)
     chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
@@ -231,24 +232,24 @@ def build_train_loader(cfg, images_per_gpu: int) -> DataLoader:
 
 
 def find_stream(loader: Any) -> StreamSampler | None:
-    """The stream of a loader that ``build_train_loader`` made; None for any other loader."""
+    """Returns the stream of a loader that ``build_train_loader`` made; None for other loaders."""
     sampler = getattr(getattr(loader, "dataset", None), "sampler", None)
     return sampler if isinstance(sampler, StreamSampler) else None
 
 
 def step_seed(seed: int, images_seen: int, rank: int) -> int:
-    """The seed of a process's random numbers in the update that follows ``images_seen`` images."""
+    """Returns a process's seed for the update that follows ``images_seen`` images."""
     return fold_seed(_STEP, seed, images_seen, rank)
 
 
 def fold_seed(*numbers: int) -> int:
-    """One 32-bit seed of several numbers from 0; unlike their sum, no two agree but by chance."""
+    """Returns a 32-bit seed made of numbers >= 0; unlike a sum, two seeds agree only by chance."""
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
-    """Python's, NumPy's and torch's CPU random numbers from ``seed``; left as they were found."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and torch's CPU random numbers; restores their state at the end."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -262,26 +263,27 @@ def seeded(seed: int):
 
 
 def shield_loader_worker(worker: int = 0) -> None:
-    """Called in a worker of a data loader, makes it leave both signals to the training process.
+    """Makes a loader's worker ignore SIGINT, and SIGTERM unless its parent sends it.
 
-    Schedulers send them to every process, and a worker that dies is an error of the training. Only
-    its parent may end it, as it does when it exits itself.
+    Schedulers send both signals to every process, and a worker that dies makes the training fail.
+    Only the training process may end its workers, as it does when it exits. Call this function in
+    the worker.
 
     Args:
-        worker: its number, which a ``DataLoader`` gives to its ``worker_init_fn``.
+        worker: number of the worker, which ``DataLoader`` passes to ``worker_init_fn``; unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # On Linux it goes with its parent, even stopped; elsewhere torch's own watchdog looks.
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    # On Linux it ends with its parent, even if it is stopped; elsewhere torch's watchdog checks.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # private
     if not hasattr(signal, "sigwaitinfo"):
-        return  # on macOS nobody can tell who sent a signal
+        return  # macOS does not tell which process sent a signal
     parent = os.getppid()
 
-    def wait():
+    def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 
-    # Blocked here, and in threads to come: the one that waits is who gets it.
+    # Blocked in this thread and in later ones, so that only the waiting thread receives it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=wait, daemon=True).start()
