@@ -11,7 +11,7 @@ from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 
 import megdet_d2
 from megdet_d2.engine import prepare_config
-from megdet_d2.schedule.build import refuse_solver_overrides
+from megdet_d2.schedule.build import images_per_epoch, refuse_solver_overrides
 from megdet_d2.schedule.scaling import (
     POLICIES,
     EpochPolicy,
@@ -333,3 +333,11 @@ def test_add_config_twice_and_defaults():
     megdet_d2.add_megdet_config(cfg)
     assert cfg.MEGDET.POLICY == "long"
     assert isinstance(make_config().MODEL.CGBN, CfgNode)
+
+
+def test_epochs_of_a_policy_without_a_count_of_images():
+    cfg = make_config()
+    assert images_per_epoch(cfg) is None
+    cfg.MEGDET.POLICY = "normal"
+    megdet_d2.scale_config(cfg, num_images=1600, world_size=1)
+    assert images_per_epoch(cfg) == 1600
