@@ -97,7 +97,7 @@ def unfinished(jobs: list[Job], retry: bool, ledger: Ledger | None = None) -> li
 
 
 def _result(job: Job, ledger: Ledger | None) -> Result:
-    """Returns what the job's folder says or, where it is not at its end, the ledger's line."""
+    """Returns the result in the job's folder, or that in the ledger if the folder has no end."""
     result = read_result(job)
     if ledger is None or result.status == "done":
         return result

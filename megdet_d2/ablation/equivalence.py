@@ -1,8 +1,8 @@
-"""Statistics of the table: are two rows equal, and how often does a row fail?
+"""Tests whether two rows are equally accurate, and estimates how often a row fails.
 
-"256 is as accurate as 16" is a claim of equality. A test that finds no difference does not show it,
-since few seeds find none either. So the hypothesis to refute is that the rows differ by the margin
-or more: two one-sided t-tests (TOST, Schuirmann 1987), on differences seed by seed.
+"256 is as accurate as 16" claims equality. A test that finds no difference does not show equality:
+with few seeds it finds no difference either. So the hypothesis to reject is that the rows differ by
+a margin or more. The test is two one-sided t-tests (TOST, Schuirmann 1987) on paired differences.
 """
 
 import math
@@ -22,8 +22,8 @@ class Equivalence:
     Attributes:
         pairs: number of differences.
         mean: their mean, in AP.
-        low, high: the interval of 1 - 2 ``ALPHA``, in AP. The rows are equal within the margin at
-            level ``ALPHA`` where it lies between -margin and +margin.
+        low, high: the interval of level 1 - 2 ``ALPHA``, in AP. The rows are equal within the
+            margin, at level ``ALPHA``, if it lies between -margin and +margin.
         p: the larger of the two one-sided p-values.
     """
 
@@ -35,7 +35,7 @@ class Equivalence:
 
     @property
     def equal(self) -> bool:
-        """Returns whether the differences refute a gap of the margin or more."""
+        """Returns True if the differences reject a gap of the margin or more."""
         return self.p < ALPHA
 
 
@@ -43,14 +43,14 @@ def assess_equivalence(differences: Sequence[float], margin: float) -> Equivalen
     """Tests whether the mean of paired differences lies within ±``margin``.
 
     Args:
-        differences: AP of one row less AP of the other, one per seed.
+        differences: AP of one row minus AP of the other, one per seed.
         margin: AP, above 0.
 
     Returns:
-        None for fewer than two differences, from which no deviation follows.
+        The result, or None for fewer than two differences, which have no deviation.
 
     Raises:
-        ValueError: a margin of 0 or less.
+        ValueError: the margin is 0 or less.
     """
     if margin <= 0:
         raise ValueError(f"--margin is {margin}; give AP above 0")
@@ -68,13 +68,13 @@ def assess_equivalence(differences: Sequence[float], margin: float) -> Equivalen
 
 
 def seeds_needed(deviation: float, margin: float, power: float = 0.8, most: int = 1000) -> int:
-    """Returns the seeds with which truly equal rows pass ``assess_equivalence``.
+    """Returns the number of seeds with which rows of equal accuracy pass ``assess_equivalence``.
 
     Args:
-        deviation: standard deviation of the paired differences, AP.
+        deviation: standard deviation of the paired differences, in AP.
         margin: AP.
-        power: probability of passing; the usual approximation by a shifted t distribution.
-        most: the largest number that is tried.
+        power: probability of passing, approximated by a shifted t distribution.
+        most: the largest number to try.
 
     Raises:
         ValueError: more than ``most`` seeds are needed.
@@ -89,6 +89,6 @@ def seeds_needed(deviation: float, margin: float, power: float = 0.8, most: int 
 
 
 def wilson_interval(failures: int, trainings: int) -> tuple[float, float]:
-    """Returns the 95 % interval (Wilson 1927) of a failure rate, as parts of 1."""
+    """Returns the 95 % interval (Wilson 1927) of a failure rate, from 0 to 1."""
     interval = stats.binomtest(failures, trainings).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)

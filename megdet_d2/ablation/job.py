@@ -1,4 +1,4 @@
-"""One training of an ablation: a row, a seed, and the folder of the results."""
+"""Defines a job, one training of an ablation: a row, a seed, and the folder of the results."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Job:
-    """One training of a row.
+    """A training of a row with one seed.
 
     Attributes:
         row: the config, its schedule resolved.

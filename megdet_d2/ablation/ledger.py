@@ -1,7 +1,7 @@
-"""A CSV file of finished trainings, by which a study goes on where their folders are not.
+"""Keeps a CSV file of finished trainings, so that a study can go on without their folders.
 
-A study of many hours outlives the machine that began it. Each training that ends becomes a line;
-trainings that have a line are not repeated, and enter the table from there.
+A study of many hours may move to another machine. Each training that ends adds a line. A training
+with a line is not repeated; the table takes its result from the line.
 """
 
 import csv
@@ -9,15 +9,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from megdet_d2.config import load_config
 from megdet_d2.report.run import Run
+from megdet_d2.schedule.build import images_per_epoch
 
 from .job import Job
 from .results import Result
 from .rows import Row, differences
 
-# Keys that do not change the result, or that every job has of its own.
+# Keys that do not change the result, or are different for each job.
 LEFT_OUT = (
     "DATALOADER.NUM_WORKERS",
     "MEGDET.ABLATION.",
@@ -37,31 +39,31 @@ COLUMNS = (
 
 
 def config_digest(row: Row) -> str:
-    """Returns 12 hexadecimal digits of all keys in which a row differs from the defaults.
+    """Returns 12 hexadecimal digits that identify the values in which a row differs from defaults.
 
-    A key that a later version adds does not change it.
+    A new key in a later version does not change them.
     """
     keys = differences(load_config(), row.cfg)
-    told = {key: value for key, (_, value) in keys.items() if not key.startswith(LEFT_OUT)}
-    text = repr([(key, _plain(value)) for key, value in sorted(told.items())])
+    kept = {key: value for key, (_, value) in keys.items() if not key.startswith(LEFT_OUT)}
+    text = repr([(key, _plain(value)) for key, value in sorted(kept.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class Ledger:
-    """The lines of a file, one per training that is done or has failed.
+    """A CSV file with one line per training that is done or has failed.
 
     Args:
-        path: the CSV file; it need not exist.
+        path: the file; it may not exist yet.
 
     Raises:
         ValueError: the file has other columns.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lines: dict[tuple[str, int], dict[str, str]] = {}
         if not path.is_file():
@@ -77,10 +79,10 @@ class Ledger:
                 self._lines[line["row"], int(line["seed"])] = line
 
     def find(self, job: Job) -> Result | None:
-        """Returns the result of a job that has a line; None otherwise.
+        """Returns the result in the line of a job, or None without a line.
 
         Raises:
-            ValueError: the line is of another config than the row now has.
+            ValueError: the job was trained with another config than the row now has.
         """
         line = self._lines.get((job.row.name, job.seed))
         if line is None:
@@ -132,16 +134,19 @@ class Ledger:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(line for _, line in sorted(self._lines.items()))
-        unfinished.replace(self.path)  # a stop in between leaves the earlier lines
+        unfinished.replace(self.path)  # if the process is killed before, the old file is there
 
 
 def _curve(folder: Path) -> str:
-    """Returns "epoch:AP epoch:AP ..." of all evaluations; iterations where no epoch is known."""
+    """Returns the evaluations as "epoch:AP epoch:AP ...", or with iterations instead of epochs.
+
+    These are for a config that does not define epochs.
+    """
     try:
         run = Run.read(folder)
     except (FileNotFoundError, ValueError):
         return ""
     iterations, values = run.evaluations()
-    epochs = run.epochs(iterations)
-    at = iterations if epochs is None else epochs
+    in_epochs = images_per_epoch(run.cfg) is not None
+    at = run.epochs(iterations) if in_epochs else iterations
     return " ".join(f"{x:.4g}:{ap:.2f}" for x, ap in zip(at, values, strict=True))

@@ -50,7 +50,7 @@ class Result:
 
 # A file in OUTPUT_DIR, written if a local training has failed: its exit code and the reason.
 FAILURE = "failure.json"
-# AP within which two rows count as equally accurate.
+# By default, rows whose AP differs by less than this are equally accurate.
 MARGIN = 0.5
 MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
 
@@ -115,7 +115,8 @@ def summarize(
     """Returns one dict per row: mean and sample deviation over the finished seeds, and failures.
 
     "gain" is the AP minus that of the row ``baseline`` with the same seed. Trainings of one seed
-    draw the same images, so the gain deviates less than the difference of two means.
+    draw the same images, so the gain deviates less than the difference of two means. The interval
+    and the p-value of equality within ``margin`` come from ``assess_equivalence``.
     """
     reference = {r.seed: r.ap for r in results if r.row == baseline and r.status == "done"}
     summary = []
@@ -257,6 +258,7 @@ def _cell(line: dict[str, Any], measure: str, digits: int, sign: str = "-") -> s
 
 
 def _equality(line: dict[str, Any]) -> str:
+    """Returns the answer of the equivalence test with the interval of the gain."""
     if line["gain_p_equal"] is None:
         return ""
     verdict = "yes" if line["gain_p_equal"] < ALPHA else "not shown"

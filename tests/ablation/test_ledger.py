@@ -1,4 +1,4 @@
-"""--ledger: a study goes on where the folders of its trainings are not."""
+"""Tests --ledger, by which a study goes on without the folders of its trainings."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def finish(job, aps):
-    """Writes what a training that came to its end leaves, with these APs at even steps."""
+    """Writes the files of a finished training, with these APs at even steps."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.yaml").write_text(job.row.cfg.dump())
     last = job.row.cfg.SOLVER.MAX_ITER
@@ -65,6 +65,17 @@ def test_lines_stand_for_the_folders(source, tmp_path, monkeypatch):
     after = table(source, output, ledger, "--baseline", "small")
     assert after == before
     assert float(after["large"]["gain_p_equal"]) < 1e-3
+
+
+def test_without_epochs_the_curve_is_over_iterations(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    output, ledger = tmp_path / "out", tmp_path / "ledger.csv"
+    source.write_text(f'CONFIG: {TINY}\nROWS:\n  a: {{MEGDET.POLICY: "", SOLVER.MAX_ITER: 100}}\n')
+    (job,) = make_jobs(read_rows(source), [1], output)
+    finish(job, [10.0, 20.0])
+    table(source, output, ledger)
+    with open(ledger, newline="") as file:
+        assert [line["ap_by_epoch"] for line in csv.DictReader(file)] == ["51:10.00 100:20.00"]
 
 
 def test_what_has_a_line_is_not_trained(source, tmp_path, monkeypatch):
