@@ -1,4 +1,4 @@
-"""Every config key of the plugin."""
+"""The config keys of the plugin, with their defaults, and the loader of a config file."""
 
 from collections.abc import Sequence
 from pathlib import Path

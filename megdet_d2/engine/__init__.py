@@ -1,4 +1,4 @@
-"""From a config to a finished training."""
+"""The parts of a training: from a config to a finished run."""
 
 from megdet_d2 import _moved
 

@@ -1,30 +1,31 @@
-"""Several micro-batches an update: mini-batches larger than the GPUs can hold at once."""
+"""Several micro-batches per update, for mini-batches larger than the GPUs can hold at once."""
 
 import contextlib
 import time
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import Tensor
 
 
 class AccumulationTrainer(SimpleTrainer):
-    """``SimpleTrainer`` whose step is one update of ``steps`` micro-batches.
+    """A ``SimpleTrainer`` whose step is one update of ``steps`` micro-batches.
 
     The loss of the mini-batch is the mean over its images, so each micro-batch counts by its share
-    of them. Processes exchange gradients once, in the last micro-batch's backward. Whatever happens
-    once a step in Detectron2 (hooks, metrics, clipping, the optimizer) happens once an update.
+    of them. Processes exchange gradients once, in the last micro-batch's backward. Hooks, metrics,
+    clipping and the optimizer run once per update, as they do once per step in Detectron2.
 
     Args:
-        trainer: the stock one to take model, loader and optimizer from.
-        steps: micro-batches an update, from 1.
+        trainer: a stock trainer, whose model, loader and optimizer are used.
+        steps: micro-batches per update; 1 or more.
     """
 
     def __init__(self, trainer: SimpleTrainer, steps: int):
         super().__init__(trainer.model, trainer.data_loader, trainer.optimizer)
         self.steps = steps
 
-    def run_step(self):
-        """One update."""
+    def run_step(self) -> None:
+        """Makes one update."""
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
         batches = [next(self._data_loader_iter) for _ in range(self.steps)]
@@ -52,7 +53,7 @@ class AccumulationTrainer(SimpleTrainer):
     def _precision(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def _scaled(self, loss):
+    def _scaled(self, loss: Tensor) -> Tensor:
         return loss
 
     def _update(self) -> None:
@@ -60,7 +61,7 @@ class AccumulationTrainer(SimpleTrainer):
 
 
 class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
-    """The same in mixed precision: one scale and one unscaling an update."""
+    """An ``AccumulationTrainer`` in mixed precision, with one loss scale per update."""
 
     def __init__(self, trainer: AMPTrainer, steps: int):
         AMPTrainer.__init__(
@@ -77,7 +78,7 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, dtype=self.precision)
 
-    def _scaled(self, loss):
+    def _scaled(self, loss: Tensor) -> Tensor:
         return self.grad_scaler.scale(loss)
 
     def _update(self):
@@ -86,10 +87,11 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
 
 
 def accumulate(trainer: SimpleTrainer, steps: int) -> SimpleTrainer:
-    """A trainer of ``steps`` micro-batches an update; ``trainer`` itself if ``steps`` is 1.
+    """Returns a trainer of ``steps`` micro-batches per update; ``trainer`` if ``steps`` is 1.
 
     Args:
         trainer: Detectron2's, plain or in mixed precision.
+        steps: micro-batches per update; 1 or more.
     """
     if steps == 1:
         return trainer

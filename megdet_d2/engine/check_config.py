@@ -1,4 +1,4 @@
-"""Everything between merging a config and freezing it: bad input ends here, not in training."""
+"""The checks between merging and freezing a config: bad input ends here, not in training."""
 
 import logging
 from collections.abc import Sequence
@@ -33,17 +33,20 @@ logger = logging.getLogger(__name__)
 def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = ()) -> str:
     """Chooses the device, registers and checks the data sets, checks values, resolves the schedule.
 
+    Every process has to call it, after the last change of ``cfg``.
+
     Args:
-        cfg: with ``add_megdet_config``'s keys, not frozen; changed in place.
-        eval_only: leave alone what only training uses.
-        opts: the command line's overrides, KEY VALUE ..., as merged into ``cfg``.
+        cfg: a config with the keys of ``add_megdet_config``, not frozen; changed in place.
+        eval_only: skip the keys that only a training uses.
+        opts: the command line's overrides, KEY VALUE ..., which ``cfg`` already contains.
 
     Returns:
-        ``scale_config``'s table, for the log once there is one.
+        the table of ``scale_config``, for the log.
 
     Raises:
-        ValueError, FileNotFoundError: naming the key, its value and the fix; processes that differ
-            in config or code.
+        FileNotFoundError: a file of the weights or of a data set is missing.
+        ValueError: a value is not valid, or processes differ in config or code. The message names
+            the key, the value and the fix.
     """
     _check_faults(cfg)
     limit_waiting(cfg.MEGDET.TIMEOUT)
@@ -54,7 +57,8 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
 
 def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     _check_device(cfg, eval_only)
-    if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():  # to be resumed, perhaps
+    # A resume does not need the weights.
+    if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
         _check_weights(cfg.MODEL.WEIGHTS)
     if cfg.MODEL.CGBN.ALGORITHM not in ALGORITHMS:
         raise ValueError(
@@ -73,7 +77,7 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
         world_size = comm.get_world_size()
         scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
         images_per_gpu = images_per_micro_batch(scaled, world_size)
-        # For its error alone: the groups are made when there is a model.
+        # Only for its error: the groups are made when there is a model.
         group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
     return schedule
 
@@ -99,18 +103,19 @@ def _check_device(cfg: CfgNode, eval_only: bool) -> None:
         return
     if dist.is_initialized() and dist.get_backend() == "nccl":
         raise ValueError(
-            "MODEL.DEVICE is 'cpu', and this machine's GPUs have made the launcher choose NCCL, "
-            "which moves no CPU tensor; hide them: CUDA_VISIBLE_DEVICES= python train_net.py ..."
+            "MODEL.DEVICE is 'cpu', but the launcher has chosen NCCL because this machine has "
+            "GPUs, and NCCL cannot send CPU tensors; hide the GPUs: "
+            "CUDA_VISIBLE_DEVICES= python train_net.py ..."
         )
     if cfg.SOLVER.AMP.ENABLED and not eval_only:
         raise ValueError(
-            "SOLVER.AMP.ENABLED is True, and there is no GPU, which Detectron2's mixed precision "
-            "needs; set it False"
+            "SOLVER.AMP.ENABLED is True, and there is no GPU, but Detectron2's mixed precision "
+            "needs one; set it to False"
         )
 
 
 def _check_weights(weights: str) -> None:
-    path = weights.split("?")[0]  # Detectron2 takes options behind the path
+    path = weights.split("?")[0]  # Detectron2 takes options after the path
     if path and "://" not in path and not PathManager.isfile(path):
         raise FileNotFoundError(
             f"MODEL.WEIGHTS: there is no file {path!r}; give the path of a checkpoint, or "

@@ -46,6 +46,8 @@ class Checkpointer(WeightsOnlyCheckpointer):
         kwargs: as for ``DetectionCheckpointer``; the key "trainer" is required for saving.
     """
 
+    path_manager: Any
+
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _WholeFiles(self.path_manager)
@@ -183,7 +185,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
         if "://" in last:  # a remote file is not checked
             return os.path.basename(last), ""
         others = self._newest_first()
-        wrong = []
+        wrong: list[str] = []
         for path in [last, *(other for other in others if other != last)]:
             fault = find_damage(path)
             if not fault:

@@ -87,7 +87,7 @@ def evaluate(
     return results
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """Trains, or with ``--eval-only`` evaluates, in one process. Returns the last results."""
     cfg = setup(args)
     if args.eval_only:

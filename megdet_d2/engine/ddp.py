@@ -1,7 +1,8 @@
-"""DistributedDataParallel on CPUs, and to the last bit."""
+"""DistributedDataParallel on CPUs, deterministic to the last bit."""
 
 import contextlib
 import functools
+from collections.abc import Iterator
 
 import detectron2.engine.defaults as d2_defaults
 from detectron2.config import CfgNode
@@ -12,11 +13,14 @@ from megdet_d2._moved import renamed
 
 
 def finalize_ddp_buckets(model: nn.Module) -> None:
-    """Makes DDP put gradients into buckets now as it will in every step.
+    """Fixes the order of DDP's gradient buckets before the first step.
 
-    It would do so after its first step, and what three or more processes sum depends, in the last
-    bit, on the place in the bucket: a resumed run's first step would differ. Not on GPUs, where the
-    order of this layout would cost the overlap of communication with backward.
+    DDP fixes it after its first step. The sum over three or more processes depends, in the last
+    bit, on the place in the bucket, so the first step of a resumed run would differ. On GPUs the
+    order set here would prevent the overlap of communication with backward; do not call it there.
+
+    Args:
+        model: as it is called in training; changed only if it is a ``DistributedDataParallel``.
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._push_all_rebuilt_params()
@@ -24,10 +28,14 @@ def finalize_ddp_buckets(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def ddp_without_device_ids(cfg: CfgNode):
-    """On CPU, DDP refuses the ``device_ids`` that ``DefaultTrainer``'s constructor insists on.
+def ddp_without_device_ids(cfg: CfgNode) -> Iterator[None]:
+    """Lets ``DefaultTrainer``'s constructor make a DDP on CPU, during a ``with``.
 
-    The plugin's second patch of Detectron2, for the length of that constructor only.
+    The constructor gives DDP ``device_ids``, which DDP refuses on CPU. So Detectron2's
+    ``create_ddp_model`` is replaced until the end of the ``with``.
+
+    Args:
+        cfg: nothing is done unless its MODEL.DEVICE is "cpu".
     """
     if cfg.MODEL.DEVICE != "cpu":
         yield

@@ -54,7 +54,7 @@ class DivergenceGuard(HookBase):
     def __init__(self, model: nn.Module):
         self._images: list[str] = []
         self._losses: list[tuple[str, Tensor]] = []
-        self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         model.register_forward_pre_hook(self._note_images)
         model.register_forward_hook(self._note_losses)
 
@@ -94,7 +94,7 @@ class DivergenceGuard(HookBase):
     def _find_nonfinite(self) -> tuple[int, str]:
         names, values = [n for n, _ in self._losses], [loss for _, loss in self._losses]
         gradients = {}
-        scaler = getattr(self.trainer, "grad_scaler", None)
+        scaler: Any = getattr(self.trainer, "grad_scaler", None)
         scaled = scaler is not None and scaler.is_enabled()
         if not scaled:
             parameters = self.trainer.model.named_parameters()

@@ -69,7 +69,7 @@ class BatchScalars(HookBase):
 
     def _count(self) -> list[int]:
         # Waits for the GPU only once.
-        counters = [layer.num_batches_skipped for layer in self._layers]
+        counters: list[Any] = [layer.num_batches_skipped for layer in self._layers]
         return torch.stack(counters).tolist() if counters else []
 
     def after_step(self) -> None:

@@ -1,4 +1,4 @@
-"""From one command line to all processes: Detectron2's launcher, or torchrun's environment."""
+"""The start of all processes from one command line, by Detectron2's launcher or by torchrun."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,26 +31,32 @@ from .signals import REQUEUE, forwarded_signals
 logger = logging.getLogger(__name__)
 
 
-def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
+def launch(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: float = 600
+) -> Any:
     """Runs ``main(args)`` in every process of the training.
 
     Under torchrun (``LOCAL_RANK`` is set) this process is one of them and joins the others by the
-    environment. Otherwise ``args`` are Detectron2's flags and its launcher starts them:
-    ``--num-gpus`` processes on each of ``--num-machines``. Without a GPU they are gloo processes
-    that share the cores.
+    environment. Otherwise Detectron2's launcher starts ``--num-gpus`` processes on each of
+    ``--num-machines`` machines. Without a GPU they are gloo processes that share the cores.
 
-    SIGTERM and SIGINT are passed on to all of them; a training that they stop exits with the status
-    ``preempt.REQUEUE``. When one of them dies the others are ended, and when this process does they
-    save, stop, and in any case end.
+    SIGTERM and SIGINT are passed on to all processes. A training that they stop exits with status
+    ``signals.REQUEUE``. If one of the processes dies, the others are ended. If this process dies,
+    they save and stop, and end after ``timeout`` in any case.
 
     Args:
+        main: function to run; it has to be importable, since other processes import it.
+        args: Detectron2's flags, from ``default_argument_parser``.
         timeout: seconds to wait for other machines and processes: ``MEGDET.TIMEOUT``.
 
+    Returns:
+        the result of ``main``, where this process runs it; otherwise None.
+
     Raises:
-        ValueError: more processes than GPUs; flags that contradict torchrun's; machines of
-            different numbers of processes under torchrun.
-        RendezvousError: see ``rendezvous``.
-        SystemExit: stopped by a signal.
+        ValueError: more processes than GPUs; flags that contradict torchrun's; different numbers
+            of processes per machine under torchrun.
+        RendezvousError: machines did not meet, see ``rendezvous``.
+        SystemExit: a signal has stopped the training.
     """
     if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         return _join(main, args, timeout)
@@ -83,22 +90,23 @@ def launch(main: Callable, args: argparse.Namespace, timeout: float = 600):
                 sys.exit(REQUEUE)
             if received:  # before training began: they ended as any process does
                 sys.exit(128 + received[0])
-            if getattr(error, "signal_name", None):
+            name = getattr(error, "signal_name", None)
+            if name:
                 rank = args.machine_rank * args.num_gpus + error.error_index
                 logger.error(
-                    f"Rank {rank} was ended by {error.signal_name}, by somebody else or for want "
-                    "of memory, and the other processes with it; go on with --resume"
+                    f"Rank {rank} was ended by {name}, by another program or because memory ran "
+                    "out, and the other processes with it; continue with --resume"
                 )
             raise
 
 
 def may_restart() -> bool:
-    """Whether torchrun starts the processes again when one of them fails."""
+    """Returns True if torchrun starts the processes again when one of them fails."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def find_launcher() -> str:
-    """A name of the process that has started this one, and of no other before or after it."""
+    """Returns a name of the process that has started this one; no other process has the same."""
     parent = os.getppid()
     try:
         began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
@@ -108,11 +116,14 @@ def find_launcher() -> str:
 
 
 def limit_waiting(seconds: float) -> None:
-    """Sets how long collectives wait for other processes, in all process groups there are.
+    """Sets the time limit of collectives in all process groups that exist.
 
-    Detectron2's launcher gives it to the group of all processes only.
+    Detectron2's launcher sets it for the group of all processes only.
+
+    Args:
+        seconds: the limit.
     """
-    # Older torch has it under another name.
+    # Older versions of torch have it under another name.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -120,49 +131,51 @@ def limit_waiting(seconds: float) -> None:
 
 
 def exit_with_parent(parent: int, timeout: float) -> None:
-    """Ends this process when its parent has gone, so that no orphan keeps a GPU.
+    """Ends this process after its parent has ended, so that no orphan keeps a GPU.
 
-    First by SIGTERM, upon which a training saves and stops; after ``timeout`` seconds at once.
+    It first sends SIGTERM, so that a training saves and stops, and after ``timeout`` seconds ends
+    the process at once.
 
     Args:
-        parent: the process id of the parent.
+        parent: process id of the parent.
+        timeout: seconds between both.
     """
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         logger.error(f"The launcher, process {parent}, has gone: stopping")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(timeout)
-        logger.error(f"Still here {timeout:g} s after the launcher (MEGDET.TIMEOUT): ending")
+        logger.error(f"Still running {timeout:g} s after the launcher (MEGDET.TIMEOUT): ending")
         os._exit(1)
 
     threading.Thread(target=watch, name="exit_with_launcher", daemon=True).start()
 
 
-def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace):
+def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace) -> Any:
     exit_with_parent(launcher, timeout)
     with leaving_within(timeout):
         try:
             return main(args)
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)  # torch's launcher may take it for success
+            sys.exit(128 + signal.SIGINT)  # torch's launcher may take the error for success
 
 
 @contextlib.contextmanager
 def leaving_within(timeout: float) -> Iterator[None]:
-    """Ends a process that an error has come out of, should it not be gone in so many seconds.
+    """Kills the process if it is still alive ``timeout`` seconds after an error in the ``with``.
 
-    Python waits for the workers of its loaders, and a launcher for Python.
+    Python waits for the workers of its loaders, and a launcher waits for Python.
     """
     try:
         yield
     except BaseException:
-        faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__ or 2)
         raise
 
 
-def _join(main: Callable, args: argparse.Namespace, timeout: float):
+def _join(main: Callable, args: argparse.Namespace, timeout: float) -> Any:
     exit_with_parent(os.getppid(), timeout)
     local_rank, local_size = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if args.num_gpus not in (1, local_size) or args.num_machines != 1:
@@ -183,8 +196,8 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
     dist.init_process_group(
         "nccl" if gpus else "gloo",
-        # torchrun keeps one store over its restarts, where addresses of dead processes still stand.
-        store=dist.PrefixStore(agree_on_start(store, rank, world_size, timeout), store),
+        # torchrun keeps one store over its restarts, which still has addresses of dead processes.
+        store=dist.PrefixStore(name_start(store, rank, world_size, timeout), store),
         rank=rank,
         world_size=world_size,
         timeout=limit,
@@ -194,23 +207,25 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float):
     comm.synchronize()
     with leaving_within(timeout):
         result = main(args)
-    # Not after an error: it would wait for processes that are elsewhere.
+    # Not after an error, where it would wait for processes that do something else.
     dist.destroy_process_group()
     return result
 
 
-def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
-    """A name that the processes of this start have and those of earlier ones in ``store`` had not.
+def name_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+    """Returns a name for this start of the processes, which no earlier start in ``store`` had.
 
-    torchrun's count of restarts is none: each machine's agent counts its own. So rank 0 gives out
-    a new name, and each other process shows it one of its own under that, for which rank 0 then
-    writes the answer. What an earlier start has left behind answers nobody.
+    torchrun's count of restarts would not do, since each machine's agent has another count. So rank
+    0 writes a new name. Each other process writes a random number under that name, and rank 0
+    answers to this number. An entry of an earlier start gets no answer.
 
     Args:
-        timeout: seconds to wait for the others.
+        store: shared by all processes, also over restarts.
+        rank, world_size: of this process, and the number of processes.
+        timeout: seconds to wait for the other processes.
 
     Raises:
-        TimeoutError: they did not come.
+        TimeoutError: rank 0 did not answer in time.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -235,10 +250,10 @@ def _check_local_sizes(local_size: int) -> None:
     if len(set(machines.values())) > 1:
         listed = ", ".join(f"machine {machine}: {size}" for machine, size in machines.items())
         raise ValueError(
-            f"torchrun has started different numbers of processes on the machines ({listed}), and "
-            "BN groups and Detectron2 count on equal ones: give all the same --nproc-per-node, or "
-            "leave the odd machine out"
+            f"torchrun has started different numbers of processes on the machines ({listed}), but "
+            "BN groups and Detectron2 need equal ones: give all the same --nproc-per-node, or "
+            "leave out the machine that differs"
         )
 
 
-__getattr__ = renamed(__name__, end_with="exit_with_parent")
+__getattr__ = renamed(__name__, agree_on_start="name_start", end_with="exit_with_parent")

@@ -65,13 +65,17 @@ class TrainingProgress:
     """
 
     def __init__(self, trainer: DefaultTrainer):
-        self._trainer = weakref.proxy(trainer)
+        self._trainer: Any = weakref.proxy(trainer)
         self._configured_lrs = list(trainer.scheduler.base_lrs)
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         self.layout = Layout.from_config(trainer.cfg)
         self.images_seen = 0
         self.backoff = ScheduleBackoff()
         self.loaded_iteration: int | None = None
+
+    def clear_loaded(self) -> None:
+        """Sets ``loaded_iteration`` to None, so that the next load can be noticed."""
+        self.loaded_iteration = None
 
     def seed_step(self) -> None:
         """Seeds the random numbers of one update by the seed, the images and the process."""

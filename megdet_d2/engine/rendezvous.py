@@ -1,4 +1,4 @@
-"""The launchers of all machines meet before any starts a process."""
+"""A meeting of the launchers of all machines, before any of them starts a process."""
 
 import json
 from datetime import timedelta
@@ -10,16 +10,16 @@ from megdet_d2._moved import renamed
 
 
 class RendezvousError(RuntimeError):
-    """The machines of a training did not meet, or do not fit together."""
+    """An error of the meeting: a machine did not come, or its flags do not fit the others'."""
 
 
 def rendezvous(
     url: str, machine_rank: int, num_machines: int, num_gpus: int, timeout: float
 ) -> None:
-    """Waits for the launchers of all machines, and compares what they are about to start.
+    """Waits for the launchers of all machines, and compares their flags.
 
-    They use the port of ``url`` and leave it free. So a wrong address or flag is an error here, in
-    seconds, and not a process that waits for others.
+    The launchers use the port of ``url`` and leave it free. So a wrong address or flag is an error
+    within seconds, and not a process that waits for others.
 
     Args:
         url: ``--dist-url``; nothing is done unless it is tcp://HOST:PORT.
@@ -27,9 +27,9 @@ def rendezvous(
         timeout: seconds to wait for the others.
 
     Raises:
-        ValueError: a machine rank out of range; a URL without a port.
-        RendezvousError: the port is in use; machine 0, or another, has not come in time; a machine
-            rank is given twice; machines disagree on the number of machines or of processes.
+        ValueError: a machine rank is out of range, or the URL has no port.
+        RendezvousError: the port is in use; a machine has not come in time; a machine rank is given
+            twice; or machines differ in the number of machines or of processes.
     """
     if not 0 <= machine_rank < num_machines:
         raise ValueError(
@@ -47,9 +47,9 @@ def rendezvous(
         store.set(f"twice/{machine_rank}" if twice else f"flags/{machine_rank}", json.dumps(mine))
     except RuntimeError:
         raise RendezvousError(
-            f"--dist-url {url}: machine 0 at {address} went as this one came. Perhaps all had met "
-            f"by then, and --machine-rank {machine_rank} is given to two machines; give each its "
-            "own"
+            f"--dist-url {url}: machine 0 at {address} closed while this machine connected. "
+            "Perhaps all machines had met before, and --machine-rank "
+            f"{machine_rank} is given to two machines; give each its own"
         ) from None
     if leads:
         verdict = _judge(store, num_machines, mine, timeout)
@@ -62,20 +62,20 @@ def rendezvous(
             verdict = store.get("verdict").decode()
         else:
             verdict = (
-                f"machine 0 at {address} has gone, or is of another training: no word from it "
-                f"within {timeout:g} s (MEGDET.TIMEOUT)"
+                f"machine 0 at {address} has ended or belongs to another training: it did not "
+                f"answer within {timeout:g} s (MEGDET.TIMEOUT)"
             )
         store.set(f"read/{machine_rank}", "")
-        # Until machine 0 has let go of the port: its first process is about to listen there.
+        # Waits until machine 0 has released the port, where its first process will listen.
         _wait(store, ["never"], min(timeout, 10))
     if verdict:
         raise RendezvousError(f"--dist-url {url}: {verdict}")
 
 
 def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
-    """The store at ``url``: machine 0, which ``leads``, serves it, and the others wait for it."""
+    """Returns the store at ``url``; machine 0, which ``leads``, serves it to the others."""
     parts = urlparse(url)
-    if not parts.port:
+    if not parts.port or not parts.hostname:
         raise ValueError(f"--dist-url is {url!r}; give tcp://HOST:PORT")
     limit = timedelta(seconds=timeout)
     try:
@@ -97,7 +97,7 @@ def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
 
 
 def _judge(store: TCPStore, num_machines: int, mine: dict, timeout: float) -> str:
-    """What is wrong with the machines that came, or ""."""
+    """Returns the fault of the machines that came, or ""."""
     came = {0: mine}
     for rank in range(1, num_machines):
         if not _wait(store, [f"flags/{rank}"], timeout):
@@ -118,7 +118,7 @@ def _judge(store: TCPStore, num_machines: int, mine: dict, timeout: float) -> st
 def _wait(store: TCPStore, keys: list[str], timeout: float) -> bool:
     try:
         store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError:  # too late, or the other end has gone
+    except RuntimeError:  # too late, or the other end has closed
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Processes that run different code or configs train something nobody asked for: they compare."""
+"""A comparison of config and code between all processes, before training starts."""
 
 import functools
 import hashlib
@@ -22,11 +22,11 @@ def check_same_config(cfg: CfgNode, **flags: Any) -> None:
     """Compares config, flags and code of all processes. Every process has to call it.
 
     Args:
-        cfg: resolved, so that what follows from the data is compared too.
-        flags: what else has to be equal.
+        cfg: a resolved config, so that values which follow from the data are compared too.
+        flags: other values that have to be equal, by name.
 
     Raises:
-        ValueError: in every process: the keys that differ, and their values by rank.
+        ValueError: in every process, with the keys that differ and their values by rank.
     """
     facts = _flatten(cfg) | {key: repr(value) for key, value in flags.items()} | _code()
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
@@ -53,7 +53,7 @@ def _name(ranks: list[int]) -> str:
 
 
 def _flatten(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             flat |= _flatten(value, f"{prefix}{key}.")
@@ -64,7 +64,7 @@ def _flatten(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
 
 @functools.cache
 def _code() -> dict[str, str]:
-    """Versions, and digests of the sources: a checkout says nothing by its version."""
+    """Returns versions and digests of the sources, since a checkout keeps its version."""
     digests = {}
     for name, folder in _PACKAGES.items():
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Table 1: the ratio of positive and negative samples, over all processes, epoch by epoch.
+"""The ratio of positive and negative samples (Table 1), over all processes, for each epoch.
 
 The paper's "ratio" may be Σ positives / Σ negatives, or the mean over images of positives /
 negatives; of the anchors that train the RPN, or of the proposals that train the R-CNN. All four
@@ -29,20 +29,20 @@ COLUMNS = ("epoch", "images") + tuple(
     for stage in STAGES
     for column in ("positives", "negatives", "ratio", "mean_ratio")
 )
-# Of one stage: images, Σ positives, Σ negatives, Σ positives / negatives, and the images in that.
+# Per stage: images, Σ positives, Σ negatives, Σ positives / negatives, and the images in the last.
 _SUMS = 5
 
 
 def count_samples(labels: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sums of one stage over images.
+    """Returns the sums of one stage over images.
 
     Args:
-        labels: for each image the masks of its positive and of its negative samples, bool, of any
+        labels: for each image the bool masks of its positive and of its negative samples, of any
             equal shape.
 
     Returns:
-        (5,) float64 on the masks' device: images, Σ positives, Σ negatives, Σ ratio, images in the
-        last: one without a negative sample has no ratio.
+        (5,) float64 on the masks' device: images, Σ positives, Σ negatives, Σ ratio, and the images
+        in that last sum. An image without a negative sample has no ratio.
     """
     positives = torch.stack([positive.sum() for positive, _ in labels]).double()
     negatives = torch.stack([negative.sum() for _, negative in labels]).double()
@@ -53,7 +53,11 @@ def count_samples(labels: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def ratios(sums: Sequence[float]) -> tuple[float, float]:
-    """Ratio of sums and mean of ratios, in percent, of one stage's five sums; NaN without any."""
+    """Returns ratio of sums and mean of ratios of one stage, in percent; NaN without samples.
+
+    Args:
+        sums: the five sums of ``count_samples``.
+    """
     _, positives, negatives, total, images = (float(value) for value in sums)
     return (
         100 * positives / negatives if negatives else float("nan"),
@@ -62,19 +66,19 @@ def ratios(sums: Sequence[float]) -> tuple[float, float]:
 
 
 class SampleRecorder(HookBase):
-    """Records Table 1 while a two-stage detector trains, in every process.
+    """Records Table 1 while a two-stage detector trains. Register it in every process.
 
-    Every ``period`` iterations, the scalars samples/{rpn,rcnn}_{ratio,mean_ratio} of the images
-    since then; after every epoch, a line of samples.csv in ``output_dir``. The sums stay on the
-    device and are reduced over the processes then only, and before a periodic checkpoint, which
-    holds them: ten numbers. A detector of one stage has nothing to record.
+    Every ``period`` iterations it writes the scalars samples/{rpn,rcnn}_{ratio,mean_ratio} of the
+    images since then, and after every epoch a line of samples.csv. The sums stay on the device.
+    They are reduced over the processes only then and before a periodic checkpoint, which holds
+    them: ten numbers. For a detector of one stage nothing is recorded.
 
     Args:
-        output_dir: where the main process writes samples.csv.
-        batch_size: images of an iteration, over all processes.
-        images_per_epoch: None where the config knows no epochs; there is no file then.
+        output_dir: folder in which the main process writes samples.csv.
+        batch_size: images per iteration, over all processes.
+        images_per_epoch: None for a config without epochs, for which no file is written.
         checkpoint_period: iterations between two checkpoints; 0 for none.
-        period: iterations between two scalars, as Detectron2's writers have it.
+        period: iterations between two scalars; Detectron2's writers use 20.
     """
 
     def __init__(
@@ -96,12 +100,14 @@ class SampleRecorder(HookBase):
         self._lines: list[list[float]] = []
         self._restore: list[Callable[[], None]] = []
 
-    def before_train(self):
+    def before_train(self) -> None:
+        """Begins to observe the labels of the model's anchors and proposals."""
         model = self.trainer.model
         model = getattr(model, "module", model)  # out of DDP
-        generator, heads = (getattr(model, n, None) for n in ("proposal_generator", "roi_heads"))
-        # The labels of one image are seen by these methods alone, whose results Detectron2 logs as
-        # a mean over the process's images. They are replaced on these two objects, until the end.
+        generator: Any = getattr(model, "proposal_generator", None)
+        heads: Any = getattr(model, "roi_heads", None)
+        # Only these methods have the labels of one image; Detectron2 logs a mean over the process's
+        # images. They are replaced on these two objects until the end of training.
         if hasattr(generator, "label_and_sample_anchors"):
             self._observe("rpn", generator, "label_and_sample_anchors", _anchor_labels)
         if hasattr(heads, "label_and_sample_proposals"):
@@ -113,7 +119,7 @@ class SampleRecorder(HookBase):
         method = getattr(module, name)
 
         @functools.wraps(method)
-        def observed(*args, **kwargs):
+        def observed(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
             labels = read(result)
             if labels:
@@ -124,7 +130,8 @@ class SampleRecorder(HookBase):
         setattr(module, name, observed)
         self._restore.append(functools.partial(delattr, module, name))
 
-    def after_step(self):
+    def after_step(self) -> None:
+        """Reduces and writes, where a period or an epoch ends."""
         done = self.trainer.iter + 1
         is_last = done >= self.trainer.max_iter
         ends_epoch = self._epochs(done) != self._epochs(done - 1)
@@ -137,20 +144,21 @@ class SampleRecorder(HookBase):
         if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
             self._write_epoch(self._epochs(done - 1) + 1)
 
-    def after_train(self):
+    def after_train(self) -> None:
+        """Puts the model's methods back."""
         for restore in self._restore:
             restore()
         self._restore.clear()
 
     def _epochs(self, done: int) -> int:
-        """Whole epochs in so many iterations."""
+        """Returns the whole epochs in ``done`` iterations."""
         if self._images_per_epoch is None:
             return 0
         # Rounded, since images_per_epoch may be a quotient: 10.999999999 epochs are 11.
         return int(round(done * self._batch_size / self._images_per_epoch, 9))
 
     def reduce(self) -> None:
-        """Adds up what all processes have counted since the last time; each has to call it."""
+        """Adds up the counts of all processes since the last call. Every process has to call it."""
         device = next(self.trainer.model.parameters()).device
         none = torch.zeros(_SUMS, dtype=torch.float64, device=device)
         sums = torch.stack([self._pending.pop(stage, none).to(device) for stage in STAGES])
@@ -183,21 +191,25 @@ class SampleRecorder(HookBase):
                 csv.writer(file).writerows([COLUMNS, *self._lines])
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch so far, and the lines of those before it: a resumed run writes them again."""
+        """Returns the epoch so far and the lines before it, which a resumed run writes again."""
         return {"epoch": self._epoch, "since": self._since, "lines": self._lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
+        """Restores the result of ``state_dict``."""
         self._epoch, self._since, self._lines = state["epoch"], state["since"], state["lines"]
 
 
 def read_samples(run: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's samples.csv by ``COLUMNS``; none where there is no such file."""
+    """Returns the lines of a run's samples.csv by ``COLUMNS``; [] if there is no such file.
+
+    Args:
+        run: OUTPUT_DIR of a training.
+    """
     path = Path(run) / FILE
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # cut off
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # whole lines
     return [{key: float(value) for key, value in row.items()} for row in rows]
 
 
@@ -205,13 +217,13 @@ def _nothing() -> list[list[float]]:
     return [[0.0] * _SUMS for _ in STAGES]
 
 
-def _anchor_labels(result) -> list[tuple[Tensor, Tensor]]:
-    # -1 is an anchor that trains nothing.
+def _anchor_labels(result: Any) -> list[tuple[Tensor, Tensor]]:
+    # -1 is an anchor without a loss.
     return [(labels == 1, labels == 0) for labels in result[0]]
 
 
-def _proposal_labels(result, num_classes: int) -> list[tuple[Tensor, Tensor]]:
-    # The class behind the last is background; -1 is of a crowd's region, and trains nothing.
+def _proposal_labels(result: Any, num_classes: int) -> list[tuple[Tensor, Tensor]]:
+    # The class after the last is background. -1 is a crowd's region, without a loss.
     return [
         ((c >= 0) & (c < num_classes), c == num_classes) for c in (p.gt_classes for p in result)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
@@ -41,7 +41,7 @@ from .weights_only import WeightsOnlyCheckpointer
 
 logger = logging.getLogger(__name__)
 
-_STDERR = sys.__stderr__  # a notebook's sys.stderr has no file descriptor
+_STDERR = sys.__stderr__ or 2  # a notebook's sys.stderr has no file descriptor
 
 
 class Trainer(DefaultTrainer):
@@ -59,6 +59,11 @@ class Trainer(DefaultTrainer):
     Raises:
         ValueError: a BN size that no whole number of processes gives, and other invalid keys.
     """
+
+    start_iter: int
+    _hooks: list[HookBase]
+    _last_eval_results: dict[str, Any]
+    _trainer: SimpleTrainer
 
     def __init__(self, cfg: CfgNode):
         if "MEGDET" not in cfg:
@@ -227,15 +232,15 @@ class Trainer(DefaultTrainer):
         if not resume and may_restart() and self._has_begun():
             logger.info("Restarted by torchrun: resuming")
             resume = True
-        progress = self.progress
-        progress.loaded_iteration = None
+        self.progress.clear_loaded()
         super().resume_or_load(resume)
-        if progress.loaded_iteration is None and self.start_iter > 0:
-            progress.load_state_dict({})  # a file of another trainer has none
+        if self.progress.loaded_iteration is None and self.start_iter > 0:
+            self.progress.load_state_dict({})  # a file of another trainer has none
             self.start_iter = self.iter + 1
-        if progress.loaded_iteration is not None and comm.is_main_process():
+        loaded = self.progress.loaded_iteration
+        if loaded is not None and comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            cut_metrics(metrics, progress.loaded_iteration, self.images_seen)
+            cut_metrics(metrics, loaded, self.images_seen)
 
     def _has_begun(self) -> bool:
         # torchrun's count of restarts is not enough. Each machine's agent has another count, and a

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megdet_d2.engine import Trainer, prepare_config
-from megdet_d2.engine.launch import agree_on_start
+from megdet_d2.engine.launch import name_start
 from megdet_d2.norm import collective
 from tests.helpers import training
 
@@ -21,7 +21,7 @@ def start(store, ranks, delays=None):
     names = {}
 
     def run(rank):
-        names[rank] = agree_on_start(store, rank, len(ranks), 30)
+        names[rank] = name_start(store, rank, len(ranks), 30)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
     for thread in threads:
@@ -46,7 +46,7 @@ def test_nobody_joins_a_start_that_has_gone():
     store = dist.HashStore()
     start(store, [0, 1])
     with pytest.raises(TimeoutError, match="Rank 0 did not answer rank 1 within 0.5 s"):
-        agree_on_start(store, 1, 2, 0.5)
+        name_start(store, 1, 2, 0.5)
 
 
 SCRIPT = """
