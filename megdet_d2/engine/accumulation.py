@@ -1,4 +1,4 @@
-"""Several micro-batches per update, for mini-batches larger than the GPUs can hold at once."""
+"""Accumulation of micro-batches to one update, for mini-batches larger than the GPUs can hold."""
 
 import contextlib
 import time

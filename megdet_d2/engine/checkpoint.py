@@ -1,4 +1,4 @@
-"""Atomic, checked checkpoints that hold the running statistics of every BN group."""
+"""Checkpoints that are atomic, are checked, and hold the running statistics of every BN group."""
 
 import contextlib
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(WeightsOnlyCheckpointer):
-    """``DetectionCheckpointer`` for a trainer; stock Detectron2 loads its files.
+    """A ``DetectionCheckpointer`` for a trainer; stock Detectron2 loads its files.
 
     * A file is written beside its place, synced and renamed. A kill or a full disk leaves the
       previous checkpoint whole.
@@ -267,7 +267,7 @@ def claim_run(launchers: Sequence[str], save_dir: str) -> bool:
 
 
 def _move_progress(checkpoint: dict[str, Any]) -> None:
-    """Moves the progress of a file to its key; development versions had it in the trainer's."""
+    """Moves the progress of a file to its key; version 0.1.0 had it in the trainer's."""
     trainer = checkpoint.get("trainer")
     if isinstance(trainer, dict) and "megdet" in trainer:
         progress = trainer.pop("megdet")

@@ -88,7 +88,11 @@ def evaluate(
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Trains, or with ``--eval-only`` evaluates, in one process. Returns the last results."""
+    """Trains in one process, or evaluates with ``--eval-only``.
+
+    Returns:
+        the results of the last evaluation; after a training only if TEST.EXPECTED_RESULTS is set.
+    """
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume)

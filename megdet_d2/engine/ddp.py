@@ -1,4 +1,4 @@
-"""DistributedDataParallel on CPUs, deterministic to the last bit."""
+"""DDP (``DistributedDataParallel``) on CPUs, deterministic to the last bit."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from megdet_d2._moved import renamed
 
 
 def finalize_ddp_buckets(model: nn.Module) -> None:
-    """Fixes the order of DDP's gradient buckets before the first step.
+    """Sets the order of DDP's gradient buckets before the first step.
 
     DDP fixes it after its first step. The sum over three or more processes depends, in the last
     bit, on the place in the bucket, so the first step of a resumed run would differ. On GPUs the

@@ -1,4 +1,4 @@
-"""Builders of an evaluation: the test loader, and the evaluator of a data set's type."""
+"""The builders of an evaluation: the test loader, and the evaluator of a data set's type."""
 
 import os
 

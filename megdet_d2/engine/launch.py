@@ -164,7 +164,7 @@ def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace
 
 @contextlib.contextmanager
 def leaving_within(timeout: float) -> Iterator[None]:
-    """Kills the process if it is still alive ``timeout`` seconds after an error in the ``with``.
+    """Ends the process if it is still alive ``timeout`` seconds after an error in the ``with``.
 
     Python waits for the workers of its loaders, and a launcher waits for Python.
     """

@@ -1,4 +1,4 @@
-"""The metrics of a resumed training: smoothed values continue, and rows are not written twice."""
+"""The metrics of a resumed training: smoothed values continue, and no row is written twice."""
 
 import json
 import logging

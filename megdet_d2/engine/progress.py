@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a mini-batch is made up: batch_size = processes x accumulation_steps x images_per_gpu."""
+    """The parts of a mini-batch: batch_size = processes x accumulation_steps x images_per_gpu."""
 
     processes: int
     accumulation_steps: int
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def batch_size(self) -> int:
-        """Images of one update."""
+        """The images of one update."""
         return self.processes * self.accumulation_steps * self.images_per_gpu
 
 

@@ -101,7 +101,7 @@ class SampleRecorder(HookBase):
         self._restore: list[Callable[[], None]] = []
 
     def before_train(self) -> None:
-        """Begins to observe the labels of the model's anchors and proposals."""
+        """Starts to observe the labels of the model's anchors and proposals."""
         model = self.trainer.model
         model = getattr(model, "module", model)  # out of DDP
         generator: Any = getattr(model, "proposal_generator", None)

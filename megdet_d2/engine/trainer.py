@@ -1,4 +1,4 @@
-"""Detectron2's trainer with MegDet's norm groups and schedule, exact resumes and roll-backs."""
+"""The trainer: Detectron2's, with MegDet's norm and schedule, exact resumes and roll-backs."""
 
 import faulthandler
 import logging
@@ -45,7 +45,7 @@ _STDERR = sys.__stderr__ or 2  # a notebook's sys.stderr has no file descriptor
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
+    """A ``DefaultTrainer`` with the ``MODEL.CGBN`` and ``MEGDET`` keys, on GPUs and on CPUs.
 
     A resumed run continues as if it had not stopped (docs/resume.md). Without ``MEGDET`` keys the
     schedule is Detectron2's. COCO, LVIS and Pascal VOC data sets are evaluated.
@@ -90,12 +90,12 @@ class Trainer(DefaultTrainer):
 
     @property
     def layout(self) -> Layout:
-        """Processes, micro-batches and images that make up a mini-batch."""
+        """The processes, micro-batches and images that make up a mini-batch."""
         return self.progress.layout
 
     @property
     def images_seen(self) -> int:
-        """Images that all updates so far have taken."""
+        """The images that all updates so far have taken."""
         return self.progress.images_seen
 
     @property
