@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.training import (
-    config,
-    copy_checkpoint,
-    differing,
-    train,
-    write_images,
-)
+from tests.helpers.training import config, copy_checkpoint, differing, train, write_images
 
 OLD = Path(__file__).parent / "checkpoints"
 NAME = "model_0000002.pth"
