@@ -76,4 +76,4 @@ types: setup
 # The site, into output/site; `python -m http.server -d output/site` shows it. NO_MKDOCS_2_WARNING silences a
 # notice about the theme's successor.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(PY) -W ignore -m mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -W ignore -m mkdocs build --strict

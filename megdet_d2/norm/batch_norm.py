@@ -31,7 +31,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     it on an empty input.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
+        num_features: C, the channels of the input.
+        eps: ε, which is added to the variance.
+        momentum: weight of a mini-batch in the running statistics; None averages all mini-batches.
+        affine: learn γ and β.
+        track_running_stats: keep running statistics for evaluation.
         process_group: the processes to normalise over: a ``ProcessGroup``, ``SELF`` for this
             process alone, or None for all, as in ``nn.SyncBatchNorm``. The layer keeps its name
             only, so that it can be deep-copied and pickled.
