@@ -1,3 +1,4 @@
-"""Linear scaling, warm-up and epoch policies (§3.2, §4): scaling is the arithmetic, build the
-seam to Detectron2.
+"""The schedule: linear scaling, warm-up and epoch policies (§3.2, §4).
+
+``scaling`` has the arithmetic, ``build`` reads the config and builds Detectron2's scheduler.
 """

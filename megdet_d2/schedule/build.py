@@ -1,4 +1,4 @@
-"""The schedule's edge to Detectron2: ``MEGDET`` keys into ``SOLVER``, the scheduler from it."""
+"""Resolves ``MEGDET`` keys into ``SOLVER``, and builds the LR scheduler from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _RESOLVED = {
     "WARMUP_ITERS": "MEGDET.WARMUP_EPOCHS",
     "WARMUP_FACTOR": "MEGDET.WARMUP_START",
 }
-# SOLVER keys that a policy has no use for.
+# SOLVER keys that a policy does not use.
 _UNUSED = {
     "GAMMA": 'MEGDET.DECAY_FACTORS, with MEGDET.POLICY "custom"',
     "WARMUP_METHOD": 'nothing: the warm-up is linear (or MEGDET.POLICY "")',
@@ -35,22 +35,22 @@ _UNUSED = {
 def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | None = None) -> str:
     """Resolves the ``MEGDET`` keys into ``SOLVER``, in place, before training (§3.2, §4).
 
-    To be called before ``cfg.freeze()`` and ``default_setup``, so that what is logged, dumped and
-    used is one thing. Calling it again, or on the dumped config, changes nothing. With
+    Call it before ``cfg.freeze()`` and ``default_setup``, so that the same values are logged,
+    dumped and used. A second call, or one on the dumped config, changes nothing. With
     ``MEGDET.POLICY`` "" it only checks the batch size.
 
     Args:
-        num_images: images of an epoch, where ``MEGDET.EPOCH_IMAGES`` is 0; by default counted in
+        num_images: images of an epoch, if ``MEGDET.EPOCH_IMAGES`` is 0; by default the images of
             ``DATASETS.TRAIN`` after Detectron2's filtering.
-        world_size: processes that will train; by default those running.
+        world_size: number of processes that will train; by default those running.
 
     Returns:
-        What was resolved, as a table for the log: key, before, after, why. "" without a policy.
+        A table of the resolved keys for the log: key, before, after, why. "" without a policy.
 
     Raises:
-        ValueError: naming the key, its value and the fix: a mini-batch that the processes cannot
-            share evenly, a schedule that makes no sense, a ``SOLVER`` key that the policy would
-            override.
+        ValueError: the processes cannot share a mini-batch evenly, the schedule is invalid, or the
+            policy would override a ``SOLVER`` key. The message names the key, its value and the
+            fix.
     """
     world_size = comm.get_world_size() if world_size is None else world_size
     batch_size = cfg.SOLVER.IMS_PER_BATCH
@@ -79,15 +79,15 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     for key in _RESOLVED:
         before, after = cfg.SOLVER[key], getattr(schedule, key.lower())
         cfg.SOLVER[key] = after
-        # A tuple of its own: the same object in two places is one alias in the dumped YAML, and an
-        # edit of one there would be an edit of both.
+        # A copy: YAML dumps the same object in two places as an alias, and an edit of one there
+        # would change both.
         cfg.MEGDET.RESOLVED[key] = tuple(list(after)) if isinstance(after, tuple) else after
         rows.append((f"SOLVER.{key}", before, after, why[key]))
     return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
 
 
 def images_per_epoch(cfg: CfgNode) -> float | None:
-    """Images of an epoch as a resolved config has it; None where it knows no epochs."""
+    """Returns the images of an epoch of a resolved config; None if it does not count epochs."""
     if cfg.MEGDET.EPOCH_IMAGES:
         return cfg.MEGDET.EPOCH_IMAGES
     if not cfg.MEGDET.POLICY:
@@ -96,12 +96,13 @@ def images_per_epoch(cfg: CfgNode) -> float | None:
 
 
 def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
-    """Images that a process takes at once: IMS_PER_BATCH / (processes x ACCUMULATION_STEPS).
+    """Returns the images per process and micro-batch.
 
-    ``SOLVER.IMS_PER_BATCH`` is the mini-batch of an update, over all processes and micro-batches.
+    That is IMS_PER_BATCH / (processes x ACCUMULATION_STEPS). ``SOLVER.IMS_PER_BATCH`` is the
+    mini-batch of an update, over all processes and micro-batches.
 
     Raises:
-        ValueError: they cannot share it evenly; the message lists the nearest that work.
+        ValueError: they cannot share it evenly; the message lists the nearest sizes that work.
     """
     batch_size, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.MEGDET.ACCUMULATION_STEPS
     if not isinstance(steps, int) or steps < 1:
@@ -121,7 +122,7 @@ def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
 def build_lr_scheduler(
     cfg: CfgNode, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The scheduler of ``MEGDET.POLICY``; with "" Detectron2's own.
+    """Builds the scheduler of ``MEGDET.POLICY``; with "" that of Detectron2.
 
     Raises:
         ValueError: a policy is set, and ``scale_config`` has not resolved it.
@@ -131,7 +132,7 @@ def build_lr_scheduler(
     solver = cfg.SOLVER
     if any(_differ(solver[key], cfg.MEGDET.RESOLVED[key]) for key in _RESOLVED):
         raise ValueError(
-            f"MEGDET.POLICY is {cfg.MEGDET.POLICY!r} and SOLVER is not what it comes to: call "
+            f"MEGDET.POLICY is {cfg.MEGDET.POLICY!r} and SOLVER does not match it: call "
             "megdet_d2.scale_config(cfg) after the last change of cfg, before training"
         )
     decay = MultiStepParamScheduler(
@@ -146,10 +147,10 @@ def build_lr_scheduler(
 
 
 def policy_from_config(cfg: CfgNode) -> EpochPolicy:
-    """The epoch policy that ``MEGDET.POLICY`` names.
+    """Returns the epoch policy that ``MEGDET.POLICY`` names.
 
     Raises:
-        ValueError: an unknown name, or epochs given beside a policy that has its own.
+        ValueError: the name is unknown, or epochs are set although the policy defines them.
     """
     keys = cfg.MEGDET
     if keys.POLICY == "custom":
@@ -178,7 +179,7 @@ def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
     ``scale_config`` cannot tell a value from Detectron2's default where they are equal.
 
     Raises:
-        ValueError: naming the key and the ``MEGDET`` key to set instead.
+        ValueError: names the key and the ``MEGDET`` key to set instead.
     """
     for key in opts[0::2]:
         section, _, name = key.partition(".")
@@ -190,8 +191,7 @@ def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
 
 
 def _refuse_overrides(cfg: CfgNode) -> None:
-    # A value that is not what we wrote there, or, before we did, not Detectron2's default, is the
-    # user's.
+    # The user has set a value if it is not the one we wrote, or, before that, not the default.
     defaults = get_cfg().SOLVER
     resolved = cfg.MEGDET.RESOLVED if cfg.MEGDET.RESOLVED.MAX_ITER else {}
     for key, instead in {**_RESOLVED, **_UNUSED}.items():
@@ -211,7 +211,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _count_images(cfg: CfgNode) -> int:
-    # As Detectron2's training loader filters them.
+    # With the filters of Detectron2's training loader.
     return len(
         get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

@@ -1,8 +1,9 @@
-"""Learning rate, warm-up and epochs as they follow from the mini-batch size (MegDet §3.2 and §4).
+"""Computes learning rate, warm-up and iterations from the mini-batch size (MegDet §3.2 and §4).
 
-Linear scaling rule: a mini-batch k times the reference, N̂ = kN, takes r̂ = k·r (from Eq. 4, which
-asks one step of N̂ for the variance of k steps of N). Warm-up: from r to r̂, by the same amount
-every iteration. Policies are in epochs, iterations follow from the images of an epoch.
+Linear scaling rule: a mini-batch k times the reference, N̂ = kN, takes r̂ = k·r. It follows from
+Eq. 4: one step of N̂ images has the variance of k steps of N. Warm-up: the learning rate rises from
+r to r̂ by the same amount every iteration. Policies count epochs; the images of an epoch turn them
+into iterations.
 
 Pure arithmetic: no Detectron2, no config, no torch.
 """
@@ -15,8 +16,8 @@ from fractions import Fraction
 
 SCALING_RULES = ("linear", "sqrt", "none")
 WARMUP_STARTS = ("reference", "zero")
-# Where "zero" begins, as a part of r̂: Detectron2's own default warm-up factor. Exactly zero would
-# waste the first iteration.
+# Start of "zero" as a part of r̂: Detectron2's default warm-up factor. Exactly zero would waste the
+# first iteration.
 NEAR_ZERO = 0.001
 
 
@@ -25,7 +26,7 @@ class EpochPolicy:
     """Ends after ``epochs``; at ``decay_epochs[i]`` the LR is multiplied by ``decay_factors[i]``.
 
     Raises:
-        ValueError: naming the ``MEGDET`` key, where the numbers make no schedule.
+        ValueError: the numbers make no schedule; the message names the ``MEGDET`` key.
     """
 
     epochs: float
@@ -34,7 +35,7 @@ class EpochPolicy:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The learning rate after each decay, as a part of the first; one more than decays."""
+        """The multiples of the first learning rate: 1, and one after each decay."""
         return tuple(itertools.accumulate(self.decay_factors, operator.mul, initial=1.0))
 
     def __post_init__(self):
@@ -75,7 +76,7 @@ class Schedule:
         steps: iterations before which the learning rate decays.
         values: multiples of ``base_lr`` between the steps; one more than ``steps``, from 1.
         warmup_iters: length of the warm-up.
-        warmup_factor: where it starts, as a part of ``base_lr``.
+        warmup_factor: start of the warm-up, as a part of ``base_lr``.
     """
 
     base_lr: float
@@ -89,10 +90,10 @@ class Schedule:
 def scale_lr(
     reference_lr: float, reference_batch_size: int, batch_size: int, rule: str = "linear"
 ) -> float:
-    """r̂ for a mini-batch of ``batch_size`` images: k·r ("linear"), √k·r ("sqrt") or r ("none").
+    """Returns r̂ for ``batch_size`` images: k·r ("linear"), √k·r ("sqrt") or r ("none").
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: the rule is unknown.
     """
     k = batch_size / reference_batch_size
     if rule == "linear":
@@ -105,7 +106,7 @@ def scale_lr(
 
 
 def epochs_to_iterations(epochs: float, epoch_images: int, batch_size: int) -> int:
-    """Whole iterations in so many epochs: 11 of 118,000 images at 256 are 5,070."""
+    """Returns the whole iterations of ``epochs``: 5,070 for 11 epochs of 118,000 images at 256."""
     # Fractions, since 0.1 epochs of 1,000 images are 100 images and not 99.99….
     return int(Fraction(str(epochs)) * epoch_images // batch_size)
 
@@ -121,20 +122,20 @@ def make_schedule(
     warmup_epochs: float = 1.0,
     warmup_start: str = "reference",
 ) -> Schedule:
-    """The whole rule: from a mini-batch size and an epoch policy to a schedule in iterations.
+    """Makes a schedule in iterations from a mini-batch size and an epoch policy.
 
     Args:
-        policy: epochs, and where the learning rate decays.
+        policy: number of epochs, and the epochs at which the learning rate decays.
         batch_size: images of one update, over all processes and micro-batches.
         epoch_images: images of one epoch.
         reference_lr, reference_batch_size: r and N; the paper's are 0.02 and 16.
         rule: see ``scale_lr``.
         lr_factor: multiplies r̂; 0.5 is Table 2's half learning rate.
         warmup_epochs: length of the warm-up; 0 for none. The paper does not say.
-        warmup_start: "reference" starts from min(r, r̂), as the paper; "zero" from close to zero.
+        warmup_start: "reference" starts from min(r, r̂), like the paper; "zero" from near zero.
 
     Raises:
-        ValueError: naming the ``MEGDET`` key, its value and what to do.
+        ValueError: names the ``MEGDET`` key, its value and the fix.
     """
     for key, value in (
         ("REFERENCE_LR", reference_lr),
