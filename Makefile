@@ -6,7 +6,7 @@ DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 TODAY := $(shell date +%F)
 
-.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint types docs
+.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint docs
 
 setup: $(VENV)/.ready
 
@@ -68,10 +68,7 @@ bench-gpu: test-gpu
 		--output docs/results/train_step_gpu_$(TODAY).json
 
 lint: setup
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-
-types: setup
-	@$(PY) -m mypy
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 # The site, into output/site; `python -m http.server -d output/site` shows it. NO_MKDOCS_2_WARNING silences a
 # notice about the theme's successor.
