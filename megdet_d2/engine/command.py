@@ -14,9 +14,9 @@ from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 
 from .check_config import prepare_config
-from .checkpoint import WeightsOnlyCheckpointer
 from .launch import launch
 from .trainer import Trainer
+from .weights_only import WeightsOnlyCheckpointer
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:

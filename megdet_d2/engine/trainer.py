@@ -70,7 +70,7 @@ class Trainer(DefaultTrainer):
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self._rolled_back_to = ""
         # Detectron2's constructor builds the hooks, before there is all that ours need.
-        self.build_hooks = list  # type: ignore[method-assign]
+        self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
         del self.build_hooks

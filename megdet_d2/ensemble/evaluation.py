@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -17,6 +16,7 @@ from tabulate import tabulate
 
 from megdet_d2.data.coco import read_coco
 from megdet_d2.engine import Trainer
+from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 
 RESULTS = "coco_instances_results.json"  # Detectron2's file name
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -74,7 +74,7 @@ def detect(cfg: CfgNode) -> Path:
         cfg: prepared, with one data set in DATASETS.TEST; the results go to its OUTPUT_DIR.
     """
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     test = Trainer.test_with_tta if cfg.TEST.AUG.ENABLED else Trainer.test
     with contextlib.redirect_stdout(io.StringIO()):
         test(cfg, model)

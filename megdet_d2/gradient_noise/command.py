@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 from megdet_d2.report.style import make_figure, tidy
 
 from .estimate import WHOLE, Fit, fit, measure_pairs
@@ -79,7 +79,7 @@ def measure(cfg: CfgNode, sizes: Sequence[int], pairs: int, bn_size: int) -> dic
     """
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 0)
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     # The loader gives one image at a time, so that mini-batches of all sizes come from one stream.
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = 1
