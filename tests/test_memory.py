@@ -1,4 +1,4 @@
-"""Sublinear memory against the plain model: same bits, fewer bytes, no collective twice."""
+"""Compares sublinear memory with the plain model: equal bits, fewer bytes, no collective twice."""
 
 import collections
 import copy
@@ -66,7 +66,7 @@ def test_frozen_stages_and_basic_blocks():
 
 
 class CountConvolutions(TorchDispatchMode):
-    """What is computed, by the weight: what a segment has kept it does not compute again."""
+    """A mode that counts the convolutions by weight: a kept output is not computed again."""
 
     def __init__(self):
         super().__init__()
@@ -99,13 +99,13 @@ def test_retinanet_with_statistics_by_level():
     plain = build(cfg)
     ours = checkpoint_stages(copy.deepcopy(plain), (*DEFAULT, "rpn"))
     batch = images(0, 128, 128)
-    train_step(copy.deepcopy(plain), batch)  # Detectron2's loss is a script, and rounds anew once
-    for _ in range(2):  # a level's turn must be right the second time too
+    train_step(copy.deepcopy(plain), batch)  # the scripted loss rounds differently at first
+    for _ in range(2):  # the second forward must use the same level's norm
         assert not differing_tensors(train_step(ours, batch), train_step(plain, batch))
 
 
 class Tower(nn.Module):
-    """A backbone that is nobody's."""
+    """A backbone without Detectron2's structure."""
 
     def __init__(self):
         super().__init__()
@@ -129,7 +129,7 @@ def test_plain_batch_norm_is_updated_once():
     assert not differing_tensors(train_step(ours, x), train_step(plain, x))
     assert ours.layers[0][1].num_batches_tracked == 1
 
-    # What users meet elsewhere, and what the line above would find.
+    # torch's checkpoint updates them twice, which the line above would detect.
     y = checkpoint(naive.layers[0], x, use_reentrant=False)
     y.sum().backward()
     assert naive.layers[0][1].num_batches_tracked == 2
@@ -139,7 +139,7 @@ def test_state_dict_copies_and_pickles():
     plain = Tower()
     ours = copy.deepcopy(plain)
     checkpoint_modules(ours.layers)
-    checkpoint_modules(ours.layers)  # a second time is harmless
+    checkpoint_modules(ours.layers)  # a second call changes nothing
     assert ours.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(2, 3, 8, 8)
     expected = train_step(plain, x)
@@ -191,7 +191,7 @@ def test_count_is_right_where_it_can_be_known():
     x = torch.randn(2, 3, 8, 8)
     with kept_bytes(layer) as count:
         layer(x)
-    assert count() == 4 * (x.numel() + 2 * 2 * 5 * 8 * 8)  # the weight is nobody's activation
+    assert count() == 4 * (x.numel() + 2 * 2 * 5 * 8 * 8)  # the weight is no activation
 
 
 def test_keeping_everything_scores_all_bytes():
@@ -203,7 +203,7 @@ def test_keeping_everything_scores_all_bytes():
 
 
 def test_r50_fpn_keeps_at_most_35_percent():
-    # The paper's detector at a small size, with as few regions as there is less image.
+    # The paper's detector at a small size, with fewer regions in proportion to the image.
     cfg = cpu_config(
         CONFIGS / "Base-MegDet-R50-FPN.yaml",
         "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 12,

@@ -21,10 +21,10 @@ def image(boxes):
 
 
 def train_two_steps(rank, overrides, half=False):
-    """Two steps under DDP, the second of which fails where a parameter had no gradient.
+    """Runs two steps under DDP; the second one fails if a parameter had no gradient.
 
-    Rank 1 has an image without a box and no proposal. Returns the sums of all gradients, equal on
-    all ranks, by name, and how many regions came to the box head.
+    Rank 1 has an image without a box, and no proposal. Returns the sums of all gradients by name,
+    equal on all ranks, and the number of regions in the box head.
     """
     model = build(reduced_config(*overrides))
     boxes = [[6, 6, 22, 26], [20, 18, 40, 44]]

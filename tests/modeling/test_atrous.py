@@ -1,4 +1,4 @@
-"""A dilated res5 under the FPN, and alone: strides, what it computes, a training step."""
+"""Checks a dilated res5 alone and under the FPN: strides, values, a training step."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_levels_have_the_stock_strides_and_sizes():
 
 
 def test_every_other_pixel_of_a_dilated_res5_is_the_stock_one():
-    # With MSRA's stride, in the first 1×1, dilation computes what stride computes, and what lies
+    # With MSRA's stride, in the first 1×1, dilation computes the values of stride, and those
     # between.
     cfg = reduced_config(
         *THIN_R50, "MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.OUT_FEATURES", ["res5"]

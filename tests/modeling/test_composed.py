@@ -1,4 +1,4 @@
-"""Backbones and heads of the appendix together, in half precision and with sublinear memory."""
+"""Trains the appendix's backbones and heads together, in half precision and sublinear memory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Context's regions against slices of the features."""
+"""Compares the regions of the context with slices of the features."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_the_image_is_without_its_padding():
 
 
 def test_no_context_pooler_is_an_error():
-    """As with a LazyConfig that names the class alone."""
+    """Uses a stock pooler, as a LazyConfig that only names the class does."""
     model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ContextROIHeads"))
     assert isinstance(model.roi_heads, ContextROIHeads)
     model.roi_heads.box_pooler = model.roi_heads.box_pooler.pooler

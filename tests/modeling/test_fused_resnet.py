@@ -1,4 +1,4 @@
-"""MODEL.CGBN.FUSE_ACTIVATION: what a fused block computes is what Detectron2's computes."""
+"""Compares the fused blocks of MODEL.CGBN.FUSE_ACTIVATION with Detectron2's."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Large separable kernels against the dense kernel they make up; the two heads."""
+"""Compares large separable kernels with the equal dense kernel; checks the two heads."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BOX = ["MODEL.ROI_BOX_HEAD.NAME", "LargeKernelBoxHead"]
 
 
 def dense(layer):
-    """The k×k kernel (C', C, k, k) of both paths."""
+    """Returns the k×k kernel (C', C, k, k) that both paths add up to."""
     v1, h2 = (conv.weight[..., 0] if i == 0 else conv.weight[:, :, 0] for i, conv in
               enumerate(layer.vertical_first))  # fmt: skip
     h1, v2 = (conv.weight[:, :, 0] if i == 0 else conv.weight[..., 0] for i, conv in

@@ -1,4 +1,4 @@
-"""Maxout against its definition; the box head behind NoC's convolutions."""
+"""Compares maxout with its definition; checks the box head after NoC's convolutions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""OHEM against Detectron2's losses, brute force, and stock heads given the same proposals."""
+"""Compares OHEM with Detectron2's losses, brute force, and stock heads on the same proposals."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_the_mean_of_the_losses_is_detectron2s(agnostic):
 
 
 def brute_force(losses, proposals, number, scope, thresh, per_class):
-    """Greedy, one proposal after the other, as (image, index in it)."""
+    """Selects greedily, one proposal after the other; returns pairs (image, index in it)."""
     where = [(i, j) for i, image in enumerate(proposals) for j in range(len(image))]
     chosen = []
     for k in sorted(range(len(where)), key=lambda k: -losses[k].item()):
@@ -163,7 +163,7 @@ def test_only_the_hardest_go_forward_and_backward(scope, thresh, per_class):
 
 
 class Counted(BitMasks):
-    """Masks that count how many of them are copied."""
+    """The masks of an image, which count their copies."""
 
     copied = 0
 
@@ -191,7 +191,7 @@ def test_masks_are_of_the_matched_objects_and_copied_for_the_hardest_alone():
 
 
 def test_precise_statistics_know_every_norm_once():
-    """TEST.PRECISE_BN refuses a norm that is called twice in an iteration."""
+    """Trains with TEST.PRECISE_BN, which refuses two calls of a norm in an iteration."""
     model = build(tiny_config("MODEL.ROI_HEADS.NAME", "ChallengeROIHeads", *with_norm("CGBN")))
     norm = model.roi_heads.box_head.conv1.norm
     seen = []

@@ -1,4 +1,4 @@
-"""The appendix's ROI heads train on two processes with CGBN, one of them without a proposal."""
+"""Trains the appendix's ROI heads on two processes with CGBN, one of them without a proposal."""
 
 import copy
 
@@ -21,7 +21,7 @@ def step(model, batch):
 
 
 def train_without_proposals(rank, name, amp):
-    """Rank 1 has no objects, and an RPN that proposes nothing."""
+    """Trains a step; rank 1 has no objects, and an RPN without proposals."""
     cfg = tiny_config("MODEL.ROI_HEADS.NAME", name, "MODEL.SEGMENTATION.NORM", "CGBN")
     batch = images(rank)
     if rank == 1:

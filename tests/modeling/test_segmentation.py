@@ -1,4 +1,4 @@
-"""Labels of the segmentation loss pixel by pixel; the loss itself; no cost in inference."""
+"""Checks the segmentation loss: labels pixel by pixel, the loss, and no cost in inference."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_labels_from_boxes_pixel_by_pixel():
 
 
 def with_masks(kind):
-    """The objects' boxes less the upper left half, and an image without any."""
+    """Makes an image with half of each box as the mask, and an image without objects."""
     image = target((32, 40), [[2, 2, 30, 30], [10, 8, 20, 18]], [1, 3])
     triangles = [[right, top, right, bottom, left, bottom]
                  for left, top, right, bottom in image.gt_boxes.tensor.tolist()]  # fmt: skip
@@ -95,7 +95,7 @@ def test_loss_is_a_mean_over_cells_of_images():
 
 @pytest.mark.parametrize("targets", ["boxes", "masks"])
 def test_the_loss_is_that_of_the_head_on_the_features(targets):
-    """By the config's weight and targets; and the features learn from it."""
+    """Trains with the weight and targets of the config; the features learn from the loss."""
     model = build(
         tiny_config(
             "MODEL.ROI_HEADS.NAME", "SegmentationROIHeads", "MODEL.MASK_ON", True,

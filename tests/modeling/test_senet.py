@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation against its equations; weights of plain ResNets; what leaves it alone."""
+"""Compares squeeze-and-excitation with its equations; loads weights of plain ResNets."""
 
 import pickle
 
@@ -48,7 +48,7 @@ def test_every_gate_starts_as_one_constant():
 def test_weights_of_a_resnet_load_and_only_gates_are_missing(tmp_path):
     plain = build_backbone(reduced_config(*THIN_R50)).bottom_up
     for tensor in plain.state_dict().values():
-        tensor.add_(1)  # or batch norms would agree by themselves
+        tensor.add_(1)  # otherwise batch norms would agree anyway
     weights = {name: tensor.numpy() for name, tensor in plain.state_dict().items()}
     content = {"model": weights, "__author__": "a test", "matching_heuristics": True}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
@@ -85,4 +85,4 @@ def test_a_reduction_that_leaves_no_channel_is_refused(reduction):
 
 def test_trains_with_a_process_without_proposals(pool2):
     sums = check_two_steps(pool2, [*SE, *THIN_R50, *RESNEXT])
-    assert with_gradient(sums, "activation.fc2")  # fc1 has its turn once fc2 has moved from zero
+    assert with_gradient(sums, "activation.fc2")  # fc1 gets a gradient once fc2 is not zero

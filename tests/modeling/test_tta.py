@@ -1,4 +1,4 @@
-"""Test-time augmentation on CPU, alone and on two processes; scale jitter; ROIAlign everywhere."""
+"""Checks test-time augmentation on one and two processes, scale jitter, and ROIAlign everywhere."""
 
 import json
 
@@ -44,7 +44,7 @@ def pixels(*shape):
 
 @torch.no_grad()
 def detect(detector, image):
-    """Scores, classes and boxes of a (3, H, W) image."""
+    """Returns scores, classes and boxes of a (3, H, W) image."""
     height, width = image.shape[1:]
     found = detector([{"image": image, "height": height, "width": width}])[0]["instances"]
     assert found.image_size == (height, width)
@@ -69,7 +69,7 @@ def test_two_scales_are_both_scales_detections(coco, model):
     for size in (32, 64):
         cfg.TEST.AUG.MIN_SIZES = (size,)
         alone.append(detect(build_tta(cfg, model), image))
-    # A scale does not know of the other: they are not padded to one size.
+    # Scales are independent: they are not padded to one size.
     for ours, expected in zip(both, map(torch.cat, zip(*alone, strict=True)), strict=True):
         torch.testing.assert_close(ours.sort(0)[0], expected.sort(0)[0], rtol=1e-4, atol=1e-3)
 
@@ -109,7 +109,7 @@ def test_mirrors_only_what_was_trained_on_mirror_images(coco, trained, asked, ve
 def test_evaluates_with_and_without_by_the_command(tmp_path, coco, model):
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     cfg = tta_config(coco, "MODEL.WEIGHTS", str(tmp_path / "model.pth"), output=tmp_path)
-    # The loader's own size is not on the way to the scales.
+    # The loader's size has no influence on the scales.
     cfg.INPUT.MIN_SIZE_TEST = 24
     (tmp_path / "config.yaml").write_text(cfg.dump())
     arguments = ["--config-file", str(tmp_path / "config.yaml"), "--eval-only"]
@@ -144,7 +144,7 @@ def test_two_processes_evaluate_after_training(tmp_path, coco, pool2):
     rows = pool2.run(training.train, str(tmp_path), coco, overrides)[0]["rows"]
     assert [("bbox/AP" in row, "bbox_TTA/AP" in row) for row in rows[-2:]] == [
         (True, False),
-        (True, True),  # at the end alone
+        (True, True),  # only at the end
     ]
     cfg = training.config(tmp_path, coco, *overrides)
     prepare_config(cfg)
@@ -180,7 +180,7 @@ def test_refuses_before_training_what_would_fail_after_it(coco, overrides, messa
 
 
 def test_every_config_with_regions_aligns_them(coco, model):
-    """ROIAlign [14], with the half pixel that Detectron2's V2 puts right."""
+    """Checks for ROIAlign [14] with the half-pixel correction of Detectron2's V2."""
     checked = 0
     for path in sorted(CONFIGS.rglob("*.yaml")):
         cfg = get_cfg()

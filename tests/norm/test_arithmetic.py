@@ -1,10 +1,10 @@
-"""The arithmetic at its edges: what the pooled batch gives, however it is cut, shifted or scaled.
+"""Compares the layer with the pooled batch in float64 for any parts, offsets and scales.
 
-Bounds follow from the arithmetic, with room for its constants. u is half an ulp. The sums travel as
-float64 Σx², so with the mean k deviations from zero the variance is known to a few u₆₄ (1 + k²) of
-itself, whatever the input's dtype; what a float32 input has lost by its own rounding is no error,
-the reference sees the same. The mean is handed on in the statistics' dtype, which leaves y an error
-of a few u (1 + k).
+The bounds follow from the arithmetic, with room for constants. u is half an ulp. The sums Σx² are
+float64. So with the mean k deviations from zero, the variance has a relative error of a few
+u₆₄ (1 + k²), for any dtype of the input. The rounding of a float32 input is no error, because the
+reference has the same input. The mean has the statistics' dtype, so y has an error of a few
+u (1 + k).
 """
 
 import copy
@@ -99,7 +99,7 @@ def test_ranks_agree_to_the_bit(pool3, pool4, dtype, algorithm):
     for pool in (pool3, pool4):
         results = pool.run(run_many_steps, dtype, algorithm)
         for result in results[1:]:
-            # and what one rank makes of an image, another makes of it too
+            # and an image gives the same on any rank
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
@@ -107,7 +107,7 @@ def test_ranks_agree_to_the_bit(pool3, pool4, dtype, algorithm):
 
 
 def run_once(rank, xs, dys, eps, algorithm="one_reduce", layout=CONTIGUOUS):
-    """One training step; the running statistics are the mini-batch's own (momentum 1)."""
+    """Runs a training step; the running statistics are those of the mini-batch (momentum 1)."""
     x = xs[rank].to(memory_format=layout).requires_grad_()
     layer = CrossGPUBatchNorm(x.shape[1], eps, momentum=1.0, algorithm=algorithm)
     if x.dtype == torch.float64:
@@ -123,7 +123,7 @@ def run_once(rank, xs, dys, eps, algorithm="one_reduce", layout=CONTIGUOUS):
 
 
 def pooled_once(xs, dys, eps):
-    """The same of the pooled batch, in float64 and by the formula with centred squares."""
+    """Computes the pooled batch in float64, by the formula with centred squares."""
     x, dy = torch.cat(xs).double().requires_grad_(), torch.cat(dys).double()
     n = x.numel() // x.shape[1]
     mean = x.mean((0, 2, 3), keepdim=True)
@@ -283,7 +283,7 @@ def run_finite_differences(rank, shapes):
     layer.weight.data, layer.bias.data = affine(x.shape[1])
 
     def joint_loss():
-        """Summed over the ranks, and not linear in y."""
+        """Returns a loss that is summed over the ranks and not linear in y."""
         loss = (layer(x).pow(3) * w).sum()
         total = loss.detach().clone()
         dist.all_reduce(total)
@@ -296,7 +296,7 @@ def run_finite_differences(rank, shapes):
         moves = owner in (None, rank)
         for i in range(tensor.numel() if owner is None else xs[owner].numel()):
             losses = []
-            for step in (1e-5, -2e-5, 1e-5):  # there, back beyond, and home
+            for step in (1e-5, -2e-5, 1e-5):  # up, down past the start, and back
                 if moves:
                     tensor.data.view(-1)[i] += step
                 losses.append(joint_loss()[1])

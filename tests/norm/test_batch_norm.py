@@ -1,4 +1,4 @@
-"""CrossGPUBatchNorm against batch norm of the pooled mini-batch in float64, in gloo processes."""
+"""Compares CrossGPUBatchNorm in gloo processes with batch norm of the pooled batch in float64."""
 
 import copy
 import pickle
@@ -132,7 +132,7 @@ def run_counting(rank, algorithm):
         layer = CrossGPUBatchNorm(7, algorithm=algorithm)
         y = layer(torch.randn(2, 7, 3, 3))
         forward = len(calls)
-        y.sum().backward()  # x needs no gradient; the collective is made all the same
+        y.sum().backward()  # x needs no gradient, but the collective runs
         backward = len(calls) - forward
         layer.eval()(torch.randn(2, 7, 3, 3))
         assert len(calls) == forward + backward, "evaluation must not communicate"
@@ -165,7 +165,7 @@ def test_bn_size_groups_on_two_machines_of_two(two_machines):
 
 
 def run_by_name(rank):
-    """The layers that "CGBN" makes, before anybody has said a BN size."""
+    """Runs the layers that "CGBN" builds, before a BN size is set."""
     from detectron2.layers import get_norm
 
     from megdet_d2.modeling.large_kernel import LargeKernelRPNHead
@@ -329,7 +329,7 @@ def test_a_layer_of_a_group_that_is_no_more_is_plain_batch_norm():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_device_updates_statistics_as_the_host_does(count, var, momentum, dtype):
-    # On CPU tensors, so that what a GPU will do is checked where there is none.
+    # On CPU tensors, so that the GPU's code is checked on machines without a GPU.
     results = []
     for update in (functional._update_on_host, functional._update_on_device):
         buffers = [torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)]
@@ -503,7 +503,7 @@ def test_convert_and_revert(include_frozen):
 
 
 def test_converted_where_the_model_is():
-    """On the device of its state, as of a model that Detectron2 has built on a GPU."""
+    """Converts on the device of the state, as for a model that Detectron2 has built on a GPU."""
     model = megdet_d2.convert_cgbn(nn.Sequential(nn.BatchNorm2d(3)).to("meta"))
     devices = {name: buffer.device.type for name, buffer in model[0].named_buffers()}
     assert set(devices.values()) == {"meta"} and "num_batches_skipped" in devices
@@ -522,7 +522,7 @@ def test_a_norm_that_does_more_is_not_converted():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_large_mean_gradient_does_not_blur_the_rest(dtype):
-    """As a bias behind the layer has it; dx is rounded once, and its sum over a channel is zero."""
+    """Checks that dx, whose sum over a channel is zero, is rounded once; dy is that of a bias."""
     x = torch.randn(8, 4, 12, 12).to(dtype)
     dy = (1 + 0.05 * torch.randn(8, 4, 12, 12)).to(dtype)
     layer = CrossGPUBatchNorm(4, process_group=SELF)

@@ -1,4 +1,4 @@
-"""Processes in different layers: a named error on each, in the first call that does not match."""
+"""Checks the error of processes in different layers: on each, with names, in the first call."""
 
 from datetime import timedelta
 
@@ -15,7 +15,7 @@ from tests.helpers.collectives import counted_all_reduces
 
 
 def make_model(channels, algorithm):
-    """Layers stem, res and head; the parts of res are 1×1 convolutions, so widths may differ."""
+    """Builds the layers stem, res and head, 1×1 convolutions with norms of the given widths."""
     parts, width = {}, 3
     for name, c in zip(("stem", "res", "head"), channels, strict=True):
         parts[name] = nn.Sequential(
@@ -27,7 +27,7 @@ def make_model(channels, algorithm):
 
 
 def run_path(rank, channels, algorithm, paths):
-    """Every rank runs its own path through the layers, forward and backward."""
+    """Runs this rank's path through the layers, forward and backward."""
     model = make_model(channels, algorithm)
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     try:
@@ -60,7 +60,7 @@ def test_a_skipped_or_swapped_layer_is_named_on_every_rank(
 ):
     for message in pool2.run(run_path, channels, algorithm, (ALL, path), timeout=20):
         assert f"rank 0: {here}; rank 1: {there}" in message
-    # and nothing is left behind that would disturb the next step
+    # and the next step is not disturbed
     assert pool2.run(run_path, channels, algorithm, (ALL, ALL)) == [None, None]
 
 

@@ -1,4 +1,4 @@
-"""configure_cgbn: every MODEL.CGBN key takes effect in a loop that has no Trainer."""
+"""Checks that configure_cgbn applies every MODEL.CGBN key in a loop without a Trainer."""
 
 import copy
 import pickle
@@ -23,14 +23,14 @@ WIDTHS = (64, 33)
 
 
 def build_stock(cfg, wrapped=False):
-    """Detectron2's model, which has yet to be configured."""
+    """Builds Detectron2's model without configure_cgbn."""
     torch.manual_seed(0)
     model = build_model(cfg).train()
     return DistributedDataParallel(model) if wrapped else model
 
 
 def batch(rank):
-    """Two images of different widths, so that one of them is padded."""
+    """Returns two images of different widths, so that one of them is padded."""
     generator = torch.Generator().manual_seed(rank)
     images = []
     for width in WIDTHS:
@@ -42,7 +42,7 @@ def batch(rank):
 
 
 def step(model, rank):
-    """One plain training step: losses, backward."""
+    """Runs a plain training step: losses, backward."""
     with EventStorage():
         losses = model(batch(rank))
     sum(losses.values()).backward()
@@ -146,11 +146,11 @@ def run_again(rank, wrapped):
         assert hooks(model) == (before[0] + 1, before[1] + 1)
         assert len({layer.valid_region for layer in cgbn_layers(bare(model).backbone)}) == 1
         assert type(bare(model).backbone.bottom_up.stem) is fused_resnet.FusedBasicStem
-    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # the hooks go with it
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # copies have the hooks
     step(model, rank)
     assert stem_norm(model).valid_region.sizes == [(64, 64), (64, 33)]
 
-    configure_cgbn(model, stock, IMAGES_PER_GPU)  # other values: every one of them is undone
+    configure_cgbn(model, stock, IMAGES_PER_GPU)  # other values undo every key
     reference = configure_cgbn(build_stock(stock, wrapped), stock, IMAGES_PER_GPU)
     assert hooks(model) == hooks(reference) == before
     assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]

@@ -1,4 +1,4 @@
-"""The layer on a GPU against the layer on the CPU; `make test-gpu`, on a machine that has one."""
+"""Compares the layer on a GPU with the layer on the CPU; `make test-gpu` runs it."""
 
 import copy
 import socket
@@ -110,10 +110,10 @@ def test_the_host_never_waits(dtype, momentum):
 
 @pytest.fixture
 def fake_group():
-    """A group of two whose collectives return at once, so that one GPU takes the whole path."""
+    """A group of two whose collectives return at once, so that one GPU runs all the code."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield dist.group.WORLD
-    collective._mismatch.clear()  # nobody answers: every message looks out of step
+    collective._mismatch.clear()  # no process answers, so every message looks out of step
     dist.destroy_process_group()
 
 
@@ -135,7 +135,7 @@ def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_in_step_a_group_normalises_over_both_halves(fake_group, layout, monkeypatch):
-    """The other process has the same images: what it would have sent is what this one sends."""
+    """Doubles the message: the other process has the same images and would send the same."""
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))
     layer = CrossGPUBatchNorm(16, process_group=fake_group).cuda()
     reference = torch.nn.BatchNorm2d(16).cuda()
@@ -250,7 +250,7 @@ def test_kernels_mask_alike_forward_and_backward(dtype):
 @with_triton
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_kernels_reach_past_two_gib_elements(layout):
-    """Offsets of 64 bits: the last channel's last value, at 2^31 + 2^26 elements."""
+    """Checks offsets of 64 bits: the last value of the last channel, at 2^31 + 2^26 elements."""
     free, _ = torch.cuda.mem_get_info()
     if free < 16 * 2**30:
         pytest.skip("16 GiB of GPU memory are not free")
@@ -311,7 +311,7 @@ def test_compiles_into_one_graph(relu):
 
 
 def one_of_two(rank, port, images):
-    """The part of a batch that ``images[rank]`` is, against batch norm of all of it in float64."""
+    """Compares this rank's part of a batch with batch norm of the whole batch in float64."""
     torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("nccl", init_method=address, rank=rank, world_size=2)

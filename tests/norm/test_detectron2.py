@@ -1,4 +1,4 @@
-"""The layer in Detectron2's models, over two ranks: one rank without boxes, PreciseBN, the loss."""
+"""Checks the layer in Detectron2's models over two ranks: empty ranks, PreciseBN, the loss."""
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ ALL_CGBN = [
 
 
 def in_float64(builder, *args):
-    """The same weights on every rank, in float64: deep models round differently in float32."""
+    """Builds equal weights on every rank, in float64: deep models round differently in float32."""
     torch.manual_seed(0)
     return builder(*args).double().train()
 
@@ -79,7 +79,7 @@ def image_with_boxes(rank, number):
 
 
 def run_mask_rcnn(rank):
-    """A training step; rank 1's image has no object, so that its mask head has no region."""
+    """Runs a training step; rank 1's image has no object, so its mask head has no region."""
     cfg = thin_config(
         *ALL_CGBN, "MODEL.MASK_ON", True, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN",
         "MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16,
@@ -152,7 +152,7 @@ def make_backbone():
 
 
 def train(backbone, images, average, steps=3):
-    """Losses of SGD steps, of images of one size, as means over the whole mini-batch."""
+    """Returns the losses of SGD steps on images of one size, as means over the whole mini-batch."""
     optimizer = torch.optim.SGD(backbone.parameters(), 0.05, momentum=0.9)
     losses = []
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""The benchmark of exactness, and the figures that docs/cgbn.md takes from it."""
+"""Runs the benchmark of exactness, and compares docs/cgbn.md with its results."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ RESULTS = ROOT / "docs/results/exactness_cpu_2026-11-23.json"
 
 
 def table(rows, device="cpu"):
-    """Markdown lines of a results file's rows: a name and a cell for each norm."""
+    """Returns the Markdown lines of a results file: a name and a cell per norm."""
     lines: dict[str, list] = {}
     for name, _, at, _, cell, _ in rows:
         if at == device:

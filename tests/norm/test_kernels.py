@@ -1,7 +1,7 @@
-"""The Triton kernels against float64 references: in Triton's interpreter, which needs no GPU, and,
-as far as the compiler goes, for a Hopper GPU. tests/norm/test_cuda.py runs them on one.
+"""Compares the Triton kernels with float64 references in Triton's interpreter, which needs no GPU.
 
-The interpreter is a matter of a whole process, from the first import of Triton on; so it has one.
+It also compiles them for a Hopper GPU. tests/norm/test_cuda.py runs them on a GPU. The interpreter
+is set for a whole process at the first import of Triton, so it runs in a separate process.
 """
 
 import multiprocessing
@@ -78,8 +78,8 @@ def test_errors(interpreter):
 
 
 def test_the_cases_reach_every_path():
-    """Programs with one tile and with several, groups with one split and with several, both tiles,
-    both layouts, loads of every width."""
+    """Checks that the cases cover one and several tiles, one and several splits, both tiles, both
+    layouts, and loads of every width."""
     from megdet_d2.norm import kernels
 
     tilings = [kernels._tiling(make(case)) for case in CASES]

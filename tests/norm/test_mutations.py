@@ -66,7 +66,7 @@ def expression(code):
 
 
 def parts_of(call):
-    """The vectors that an all_reduce adds up: all after group, layer and direction."""
+    """Returns the vectors that an all_reduce adds up: all after group, layer and direction."""
     return call.args[3:]
 
 
@@ -145,7 +145,7 @@ class Mutator(ast.NodeTransformer):
 
 
 def mutate(name) -> str:
-    """The source of the mutant; fails where it has not the places that it is to change."""
+    """Returns the source of the mutant; fails if it does not have the places to change."""
     tree, mutant = ast.parse(SOURCE), MUTANTS[name]
     if mutant is not None:
         functions = [

@@ -1,4 +1,4 @@
-"""MODEL.CGBN.IGNORE_PADDING: statistics of the images, not of the border that pads them."""
+"""Checks MODEL.CGBN.IGNORE_PADDING: statistics of the images without the padded border."""
 
 import copy
 import pickle
@@ -26,14 +26,14 @@ def make_batches(dtype=torch.float64):
 
 
 def crops(x, sizes):
-    """(C, values) of the images without their border."""
+    """Returns (C, values) of the images without their border."""
     return torch.cat(
         [image[:, :h, :w].flatten(1) for image, (h, w) in zip(x, sizes, strict=True)], 1
     )
 
 
 def reference(xs, dys):
-    """The definition, by autograd: μ and σ² of all crops, every value normalised with them."""
+    """Computes the definition by autograd: all values normalised with μ and σ² of all crops."""
     xs = [x.clone().requires_grad_() for x in xs]
     values = torch.cat([crops(x, s) for x, s in zip(xs, SIZES, strict=True)], 1)
     mean, var = values.mean(1), values.var(1, unbiased=False)
@@ -97,7 +97,7 @@ def test_region_of_a_strided_feature_map():
 
 
 class Detector(nn.Module):
-    """Takes what a Detectron2 model takes, and pads it as one does."""
+    """A model that takes and pads its input as a Detectron2 model does."""
 
     def __init__(self):
         super().__init__()

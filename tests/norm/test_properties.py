@@ -1,4 +1,4 @@
-"""What holds of every mini-batch, however it is shaped and cut among ranks; found by hypothesis."""
+"""Checks properties of all mini-batches, of any shape and split among ranks, by hypothesis."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ thirty = settings(max_examples=30, deadline=None, derandomize=True, database=Non
 
 @st.composite
 def parts(draw, ranks):
-    """A shape for every rank: one number of dimensions and channels, all else as it comes."""
+    """Draws a shape for every rank: equal dimensions and channels, all else arbitrary."""
     channels = draw(st.integers(1, 9))
     spatial = draw(st.integers(0, 3))
     shapes = [

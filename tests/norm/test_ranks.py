@@ -1,4 +1,4 @@
-"""Which ranks have values, and which take part: all of it ordinary, none of it a hang."""
+"""Checks ranks without values, and ranks outside of the group: none of them hangs."""
 
 import copy
 
@@ -68,7 +68,6 @@ def run_outsider(rank, members, xs, dys):
     if rank not in members:
         with pytest.raises(ValueError, match="not in the given process group"):
             CrossGPUBatchNorm(5, process_group=group)
-        # Its share of layers, since layers without a model are called by their number.
         assert_plain(CrossGPUBatchNorm(5, process_group=SELF))
         return None
     x = xs[members.index(rank)].requires_grad_()
@@ -94,7 +93,7 @@ def test_a_rank_outside_the_group(pool4, members):
 
 
 def assert_plain(layer):
-    """Forward, backward and statistics are nn.BatchNorm2d's on this process's own values."""
+    """Compares forward, backward and statistics with nn.BatchNorm2d on this process's values."""
     plain, x = nn.BatchNorm2d(5), torch.randn(2, 5, 3, 3)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     for module, leaf in zip((layer, plain), leaves, strict=True):

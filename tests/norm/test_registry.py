@@ -1,4 +1,4 @@
-"""The seam: "CGBN" wherever Detectron2 takes the name of a norm, in every order of imports."""
+"""Checks "CGBN" wherever Detectron2 takes the name of a norm, in every order of imports."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The layer inside what people wrap models in: checkpointing, DDP, FSDP, autocast, copies.
+"""Checks the layer under checkpointing, DDP, FSDP, autocast and copies.
 
 Over two ranks the reference is the same model with nn.BatchNorm2d on both ranks' images at once.
 """
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def make_model():
-    """Convolutions and batch norms in float64, the same wherever it is called."""
+    """Builds convolutions and batch norms in float64, with equal weights on every rank."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
@@ -36,7 +36,7 @@ def make_model():
 
 
 def images(seed=0):
-    """Two images a rank, the ranks' of different scale; index by rank."""
+    """Returns two images per rank, of a different scale; index by rank."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 2, 3, 8, 8, generator=generator, dtype=torch.float64)
     return x * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
@@ -90,7 +90,7 @@ def nested(model, x):
 
 
 def one_module_twice(model, x):
-    """One norm in two segments, as RetinaNet's heads run over the levels."""
+    """Runs one norm in two segments, as RetinaNet's heads do over the levels."""
     norm = model[1]
     x = selective(lambda x: norm(model[0](x)), x)
     return selective(lambda x: model[3:](norm(x).relu()), x)
@@ -128,7 +128,7 @@ def test_selective_checkpointing_communicates_and_updates_once(pool2, name):
 
 
 def run_checkpointed(rank):
-    """Every rank recomputes in the same order, so the repeated collectives match up."""
+    """Recomputes in the same order on every rank, so the repeated collectives match."""
     model, plain = (megdet_d2.convert_cgbn(make_model()) for _ in range(2))
     x = images()[rank]
     with counted_all_reduces() as calls:
@@ -141,7 +141,7 @@ def run_checkpointed(rank):
 
 
 def test_plain_checkpointing_has_the_gradients_but_updates_twice(pool2):
-    # As every batch norm under torch's checkpoint (pytorch 96136); "selective" is what mends it.
+    # As with every batch norm under torch's checkpoint (pytorch 96136); "selective" avoids it.
     assert pool2.run(run_checkpointed) == [2 * 2 + 2] * 2
 
 
@@ -312,7 +312,7 @@ def run_double_backward(rank):
     (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.square().sum().backward()
-    # and no gradient of half the truth has been left behind
+    # and no incomplete gradient is left
     assert x.grad is None and layer.weight.grad is None
 
 
