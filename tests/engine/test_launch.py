@@ -9,9 +9,10 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.engine import default_argument_parser
 
 from megdet_d2.engine import Trainer, prepare_config
-from megdet_d2.engine.launch import name_start
+from megdet_d2.engine.launch import launch, name_start
 from megdet_d2.norm import collective
 from tests.helpers import training
 
@@ -124,3 +125,11 @@ def test_out_of_step_on_a_gpu_stops_before_the_optimizer(tmp_path, monkeypatch):
     with pytest.raises(collective.OutOfStepError, match="in this step"):
         trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_flags_that_contradict_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args = default_argument_parser().parse_args(["--num-gpus", "8"])
+    with pytest.raises(ValueError, match="--num-gpus 8 .* leave these flags to torchrun"):
+        launch(print, args)

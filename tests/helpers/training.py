@@ -112,6 +112,12 @@ def read_rows(output):
     ]
 
 
+def read_detections(output, folder="inference"):
+    """Reads the detections of an evaluation, sorted."""
+    found = json.loads((output / folder / "coco_instances_results.json").read_text())
+    return sorted((d["image_id"], round(d["score"], 4), d["category_id"]) for d in found)
+
+
 def copy_checkpoint(source, output, name):
     """Makes a folder as a kill right after saving ``name`` would leave it."""
     os.makedirs(output)
