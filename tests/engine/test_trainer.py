@@ -97,7 +97,8 @@ def build_over_machines(rank, output, coco):
     from megdet_d2.engine import Trainer
 
     overrides = ("MODEL.CGBN.BN_SIZE", 8)  # of 8 images, on four processes
-    with pytest.raises(ValueError, match="BN_SIZE is 8.*Nearest valid sizes: 2 and 4.*CGBN.CROSS_MACHINE"):
+    message = "BN_SIZE is 8.*Nearest valid sizes: 2 and 4.*CGBN.CROSS_MACHINE"
+    with pytest.raises(ValueError, match=message):
         prepare_config(training.config(output, coco, *overrides))
     cfg = training.config(output, coco, *overrides, "MODEL.CGBN.CROSS_MACHINE", True)
     prepare_config(cfg)
