@@ -7,12 +7,15 @@ torchrun --nproc-per-node 8 train_net.py --config-file ...
 ``megdet train`` does the same. For a project with its own Trainer, copy this file.
 """
 
+import argparse
+from typing import Any
+
 from detectron2.engine import default_argument_parser
 
 from megdet_d2 import Trainer, evaluate, launch, read_config, setup
 
 
-def main(args):
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume, Trainer)

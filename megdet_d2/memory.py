@@ -38,12 +38,12 @@ STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")
 Keep = Callable[..., bool]
 
 
-def keep_nothing(op: torch._ops.OpOverload, *args) -> bool:
+def keep_nothing(op: torch._ops.OpOverload, *args: Any) -> bool:
     """Returns False: only the statistics of CGBN are kept, as always."""
     return False
 
 
-def keep_spatial_convolutions(op: torch._ops.OpOverload, *args) -> bool:
+def keep_spatial_convolutions(op: torch._ops.OpOverload, *args: Any) -> bool:
     """Returns True for convolutions wider than 1×1.
 
     They are half the arithmetic of a bottleneck block, and a twelfth of its bytes.
@@ -176,7 +176,7 @@ def _keep_in_stage(stage: nn.Sequential) -> Keep:
 # --- how they run --------------------------------------------------------------------------------
 
 
-def _replace(module: nn.Module, method: str, function: Callable, *args) -> None:
+def _replace(module: nn.Module, method: str, function: Callable, *args: Any) -> None:
     # On the instance. A partial of plain functions can be deep-copied and pickled.
     current = getattr(module, method)
     if getattr(current, "func", None) not in (_forward, _forward_in_runs):
@@ -192,7 +192,7 @@ def _forward_in_runs(stage: nn.Sequential, blocks: int, keep: Keep, x: Tensor) -
 
 
 @torch.compiler.disable  # a segment runs eagerly in a compiled model: its buffers are swapped
-def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
+def _forward(plain: Callable, module: nn.Module, keep: Keep, *args: Any, **kwargs: Any) -> Any:
     """Runs ``plain``, a method of ``module``, as one segment."""
     # Autograd would not see tensors inside lists, and the bytes would not be counted.
     leaves, structure = tree_flatten((args, kwargs))
@@ -201,7 +201,7 @@ def _forward(plain: Callable, module: nn.Module, keep: Keep, *args, **kwargs):
     if not (module.training and torch.is_grad_enabled() and has_backward):
         return plain(*args, **kwargs)
 
-    def segment(*leaves):
+    def segment(*leaves: Any) -> Any:
         args, kwargs = tree_unflatten(leaves, structure)
         return plain(*args, **kwargs)
 
@@ -221,10 +221,12 @@ _RESPECT_HOOKS: dict[str, Any] = (
 )
 
 
-def _contexts(module: nn.Module, keep: Keep):
+def _contexts(
+    module: nn.Module, keep: Keep
+) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Returns the contexts of a segment's first and second forward."""
 
-    def policy(_, op, *args, **kwargs) -> CheckpointPolicy:
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         statistics = op is torch.ops.megdet_d2.statistics.default
         if statistics or keep(op, *args):
             return CheckpointPolicy.MUST_SAVE
@@ -253,7 +255,7 @@ class _SecondForward:
             layer._buffers[name] = buffer.clone()
         self.kept.__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.kept.__exit__(*error)
         for layer, name, buffer in self.buffers:
             layer._buffers[name] = buffer

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -297,5 +298,5 @@ def register_digits(
         )
 
 
-def _load(build, name: str) -> list[dict]:
+def _load(build: Callable[[], tuple[str, str]], name: str) -> list[dict]:
     return load_coco_json(*build(), name)

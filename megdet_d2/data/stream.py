@@ -170,9 +170,17 @@ class SeededDataset(Dataset):
 
 
 def build_stream_loader(
-    seed: int, *, dataset, sampler, mapper, total_batch_size: int, aspect_ratio_grouping: bool,
-    num_workers: int, skip_bad: bool = False, timeout: float = 0,
-) -> DataLoader:  # fmt: skip
+    seed: int,
+    *,
+    dataset: Any,
+    sampler: Sampler,
+    mapper: Callable[[dict], dict | None],
+    total_batch_size: int,
+    aspect_ratio_grouping: bool,
+    num_workers: int,
+    skip_bad: bool = False,
+    timeout: float = 0,
+) -> DataLoader:
     """Builds Detectron2's training loader over a ``StreamSampler``.
 
     Args:

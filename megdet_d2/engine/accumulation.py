@@ -74,14 +74,14 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         )
         self.steps = steps
 
-    def _precision(self):
+    def _precision(self) -> contextlib.AbstractContextManager:
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, dtype=self.precision)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return self.grad_scaler.scale(loss)
 
-    def _update(self):
+    def _update(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

@@ -109,7 +109,7 @@ class LargeKernelRPNHead(StandardRPNHead):
         mid_channels: int,
         norm: str = "",
         num_levels: int = 1,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(in_channels=in_channels, **kwargs)
         if isinstance(self.conv, nn.Sequential):

@@ -60,7 +60,7 @@ class MaxoutBoxHead(FastRCNNConvFCHead):
     fcs: list[Any]
 
     @configurable
-    def __init__(self, input_shape: ShapeSpec, *, pieces: int, **kwargs):
+    def __init__(self, input_shape: ShapeSpec, *, pieces: int, **kwargs: Any):
         super().__init__(input_shape, **kwargs)
         if not self.fcs:
             raise ValueError(

@@ -15,6 +15,7 @@ import contextlib
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class OHEMROIHeads(StandardROIHeads):
         ohem_scope: str = "image",
         ohem_nms_thresh: float = 0.7,
         ohem_nms_per_class: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         # A random sample of unlimited size is every proposal that the matcher has labelled.
         super().__init__(batch_size_per_image=sys.maxsize, positive_fraction=1.0, **kwargs)

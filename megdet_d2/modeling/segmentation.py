@@ -9,6 +9,7 @@ The labels y come from the masks, or from the boxes for data without masks.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -47,7 +48,7 @@ class SegmentationROIHeads(StandardROIHeads):
         segmentation_stride: int,
         segmentation_targets: str = "boxes",
         segmentation_loss_weight: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if segmentation_targets not in TARGETS:

@@ -70,7 +70,7 @@ def machine_group() -> BNGroup:
 
 def _wrap(stock: Callable) -> Any:
     @functools.wraps(stock)
-    def get_norm(norm, out_channels):
+    def get_norm(norm: Any, out_channels: int) -> Any:
         if not isinstance(norm, str) or norm == "":
             return stock(norm, out_channels)
         if norm in NORM_REGISTRY:

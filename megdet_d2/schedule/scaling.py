@@ -38,7 +38,7 @@ class EpochPolicy:
         """The multiples of the first learning rate: 1, and one after each decay."""
         return tuple(itertools.accumulate(self.decay_factors, operator.mul, initial=1.0))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.epochs, (int, float)):
             raise ValueError(f"MEGDET.EPOCHS is {self.epochs!r}; give a number")
         if not self.epochs > 0:
