@@ -77,6 +77,11 @@ def unfuse_activations(model: nn.Module) -> nn.Module:
     return model
 
 
+def fused_blocks(model: nn.Module) -> int:
+    """Returns the number of fused blocks in ``model``."""
+    return sum(type(block) in _UNFUSED for block in model.modules())
+
+
 def _conv_norm_relu(conv: Conv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     x = conv._conv_forward(x, conv.weight, conv.bias)
     if isinstance(conv.norm, CrossGPUBatchNorm):

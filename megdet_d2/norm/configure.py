@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megdet_d2.modeling.fused_resnet import fuse_activations, unfuse_activations
+from megdet_d2.modeling.fused_resnet import fuse_activations, fused_blocks, unfuse_activations
 
 from .batch_norm import cgbn_layers, name_layers, set_accumulation_steps
 from .functional import ALGORITHMS
@@ -70,7 +70,14 @@ def configure_cgbn(model: nn.Module, cfg: CfgNode, images_per_gpu: int) -> nn.Mo
     else:
         count_padding(bare)
     if keys.FUSE_ACTIVATION:
-        logger.info(f"CGBN: fused the activations of {fuse_activations(bare)} more blocks")
+        fused = fuse_activations(bare)
+        if fused:
+            logger.info(f"CGBN: fused the activations of {fused} blocks")
+        elif not fused_blocks(bare):
+            logger.warning(
+                "MODEL.CGBN.FUSE_ACTIVATION is True, but the model has no ResNet block with CGBN "
+                "that can be fused"
+            )
     else:
         unfuse_activations(bare)
     return model

@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from megdet_d2.modeling import fused_resnet
-from megdet_d2.norm.batch_norm import cgbn_layers
+from megdet_d2.norm.batch_norm import CrossGPUBatchNorm, cgbn_layers
 from megdet_d2.norm.collective import OutOfStepError
 from megdet_d2.norm.configure import configure_cgbn
 from megdet_d2.norm.groups import SELF
@@ -203,6 +203,19 @@ def test_in_one_process_the_group_is_the_process():
     model = configure_cgbn(build_stock(cfg), cfg, IMAGES_PER_GPU)
     assert all(layer.process_group is SELF for layer in cgbn_layers(model))
     step(model, 0)
+
+
+def test_fusing_is_logged_once_and_nothing_to_fuse_is_a_warning(caplog):
+    caplog.set_level("INFO")
+    cfg = tiny_config("MODEL.CGBN.FUSE_ACTIVATION", True)
+    model = build_stock(cfg)
+    for _ in range(2):
+        configure_cgbn(model, cfg, IMAGES_PER_GPU)
+    fused = fused_resnet.fused_blocks(model)
+    assert fused == 17 and caplog.text.count(f"fused the activations of {fused} blocks") == 1
+    assert "FUSE_ACTIVATION" not in caplog.text
+    configure_cgbn(CrossGPUBatchNorm(3), cfg, IMAGES_PER_GPU)
+    assert "MODEL.CGBN.FUSE_ACTIVATION is True, but the model has no ResNet block" in caplog.text
 
 
 def test_a_region_that_the_user_has_set_stays():
