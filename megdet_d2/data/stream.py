@@ -214,8 +214,10 @@ def build_stream_loader(
     )
 
 
-def build_train_loader(cfg: CfgNode, images_per_gpu: int) -> DataLoader:
-    """Builds the training loader of a config, with Detectron2's data set, mapper and sampler.
+def build_train_loader(
+    cfg: CfgNode, images_per_gpu: int, mapper: Callable[[dict], dict | None] | None = None
+) -> DataLoader:
+    """Builds the training loader of a config, with Detectron2's data set and sampler.
 
     ``SEED`` seeds the stream; if it is negative, all processes share a random seed. A bad image
     raises ``BadImageError``; with ``MEGDET.SKIP_BAD_IMAGES`` another image takes its place. Every
@@ -223,8 +225,10 @@ def build_train_loader(cfg: CfgNode, images_per_gpu: int) -> DataLoader:
 
     Args:
         images_per_gpu: images of a micro-batch, and so of each list that the loader yields.
+        mapper: takes an entry of the data set and returns a model's input. The default is
+            Detectron2's ``DatasetMapper``.
     """
-    chosen = d2_build._train_loader_from_config(cfg)
+    chosen = d2_build._train_loader_from_config(cfg, mapper=mapper)
     chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
     chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
     if isinstance(chosen["dataset"], IterableDataset):

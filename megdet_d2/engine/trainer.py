@@ -6,10 +6,12 @@ import os
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -347,7 +349,16 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """Builds Detectron2's loader over a stream of images whose place a checkpoint has."""
-        return build_train_loader(cfg, images_per_micro_batch(cfg, comm.get_world_size()))
+        images_per_gpu = images_per_micro_batch(cfg, comm.get_world_size())
+        return build_train_loader(cfg, images_per_gpu, cls.build_train_mapper(cfg))
+
+    @classmethod
+    def build_train_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict | None]:
+        """Builds the mapper, which makes a model's input of an entry of the training set.
+
+        A subclass with its own mapper or augmentations overrides this method. Resumes stay exact.
+        """
+        return DatasetMapper(cfg, is_train=True)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
