@@ -1,6 +1,14 @@
-"""Fixtures of the tests that train on the digits."""
+"""Fixtures of the tests that train: images of two shapes, and the digits."""
 
 import pytest
+
+from tests.helpers.training import write_images
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """Returns DATASETS.COCO of 24 images of two shapes; tests only read them."""
+    return write_images(tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,6 @@ from megdet_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTr
 from tests.helpers.training import config, train, write_images
 
 
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
-
-
 class Regression(nn.Module):
     """A loss that is the mean over the images, as most of a detector's are."""
 

@@ -13,13 +13,7 @@ from torch import nn
 
 from megdet_d2.engine.accumulation import accumulate
 from megdet_d2.engine.divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
-from tests.helpers.training import config, differing, train, write_images
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
-
+from tests.helpers.training import config, differing, train
 
 # --- faults: each breaks a trainer on ``rank`` from ``iteration`` on ------------------------------
 

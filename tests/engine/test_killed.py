@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.faulty import OVERRIDES
 from tests.helpers.processes import all_gone, children, finish, session, start, wait_for
-from tests.helpers.training import differing, train, write_images
+from tests.helpers.training import differing, train
 
 pytestmark = pytest.mark.slow
 
@@ -23,11 +23,6 @@ SHORT = {"hung": 20}
 # Beside it: torch's launcher waits 30 s before it kills, a loader's worker looks every 5 s whether
 # its process lives, and the processes import for long on a small machine.
 GRACE = 60
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.training import config, copy_checkpoint, differing, train, write_images
+from tests.helpers.training import config, copy_checkpoint, differing, train
 
 OLD = Path(__file__).parent / "checkpoints"
 NAME = "model_0000002.pth"
 EXPECTED = json.loads((OLD / "expected.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="module")

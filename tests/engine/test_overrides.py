@@ -15,14 +15,9 @@ from megdet_d2.engine.checkpoint import Checkpointer
 from megdet_d2.engine.hooks import insert_before_savers
 from megdet_d2.engine.signals import REQUEUE
 from megdet_d2.norm.batch_norm import cgbn_layers
-from tests.helpers.training import config, write_images
+from tests.helpers.training import config
 
 PAIR = ("MODEL.CGBN.BN_SIZE", 4)  # of 8 images on two processes: a group each
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
 
 
 class Collective(HookBase):

@@ -1,14 +1,9 @@
 """A run that was stopped goes on as if it had not been."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,14 +11,7 @@ import torch
 
 from megdet_d2.engine.metrics import cut_metrics
 from megdet_d2.engine.progress import Layout, describe_resume, updates_done
-from megdet_d2.engine.signals import REQUEUE
-from tests.helpers.paths import TINY, TRAIN_NET
-from tests.helpers.training import copy_checkpoint, differing, read_rows, train, write_images
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
+from tests.helpers.training import copy_checkpoint, differing, train
 
 
 def same(whole, resumed):
@@ -117,9 +105,6 @@ def test_retinanets_normalizer_goes_on(coco, tmp_path):
     result = train(0, str(tmp_path / "whole"), coco, overrides)
     copy_checkpoint(str(tmp_path / "whole"), str(tmp_path / "resumed"), "model_0000000.pth")
     same([result], [train(0, str(tmp_path / "resumed"), coco, overrides, True)])
-
-
-# --- another mini-batch --------------------------------------------------------------------------
 
 
 def test_another_world_batch_and_accumulation(coco, four, tmp_path, caplog):
@@ -224,221 +209,3 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     cut_metrics(str(path), 99, 9999)
     assert [json.loads(line) for line in path.read_text().splitlines()] == left
     cut_metrics(str(tmp_path / "none.json"), 1, 1)
-
-
-# --- killed and told to stop, for real -----------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-_started: list[int] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running():
-    yield
-    for group in _started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-    _started.clear()
-
-
-def command(output, coco, *overrides, processes=2, launcher=()):
-    flags = () if launcher else ("--num-gpus", str(processes), "--dist-url", "auto")
-    return [
-        sys.executable, "-W", "ignore", *launcher, TRAIN_NET, "--config-file", TINY, *flags,
-        "DATASETS.COCO", repr(coco), "DATASETS.TRAIN", "('mixed',)", "DATASETS.TEST", "()",
-        "MODEL.ROI_HEADS.NUM_CLASSES", "1", "TEST.EVAL_PERIOD", "0", "MEGDET.EPOCHS", "3.0",
-        "OUTPUT_DIR", str(output), *overrides,
-    ]  # fmt: skip
-
-
-def insert_resume(command):
-    at = command.index("--config-file")
-    return [*command[:at], "--resume", *command[at:]]
-
-
-def finish(command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def start(command, output, until):
-    """Runs the command until a file is there, in a process group of its own; it itself."""
-    with open(Path(output, "said.txt"), "w") as said:  # a pipe that nobody reads would fill up
-        process = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    _started.append(process.pid)
-    deadline = time.monotonic() + 240
-    while not Path(output, until).exists():
-        assert process.poll() is None and time.monotonic() < deadline, last_words(output)
-        time.sleep(0.05)
-    return process
-
-
-def last_words(output):
-    return Path(output, "said.txt").read_text()
-
-
-def children(pid):
-    """Processes that a process has started, by /proc."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if (
-            int(fields[1]) == pid
-            and b"resource_tracker" not in (stat.parent / "cmdline").read_bytes()
-        ):
-            found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-def final(output):
-    state = torch.load(Path(output, "model_final.pth"))
-    return state["model"], state["trainer"]["_trainer"]["optimizer"]["state"]
-
-
-def equal(a, b):
-    model, optimizer = final(a)
-    other_model, other_optimizer = final(b)
-    assert all(torch.equal(model[name], other_model[name]) for name in model | other_model)
-    for index in optimizer | other_optimizer:
-        assert torch.equal(
-            optimizer[index]["momentum_buffer"], other_optimizer[index]["momentum_buffer"]
-        )
-    assert read_rows(a)[-1] == read_rows(b)[-1]
-    assert (a / "samples.csv").read_text() == (b / "samples.csv").read_text()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(coco, tmp_path_factory):
-    """Nine updates on two processes, each a BN group, with loader workers."""
-    output = tmp_path_factory.mktemp("undisturbed")
-    finish(command(output, coco, *DISTURBED))
-    return output
-
-
-DISTURBED = (
-    "MODEL.CGBN.BN_SIZE",
-    "4",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "2",
-    "DATALOADER.NUM_WORKERS",
-    "1",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("whom", ["the launcher", "one rank", "everyone"])
-def test_told_to_stop(coco, undisturbed, tmp_path, whom):
-    """By a scheduler's SIGTERM or by Ctrl-C: saved, a status to requeue, no traceback."""
-    run = command(tmp_path, coco, *DISTURBED)
-    process = start(run, tmp_path, "model_0000001.pth")
-    if whom == "the launcher":
-        os.kill(process.pid, signal.SIGTERM)
-    elif whom == "one rank":
-        os.kill(children(process.pid)[-1], signal.SIGTERM)
-    else:  # the loaders' workers too, as by Ctrl-C in a terminal or by scancel
-        os.killpg(process.pid, signal.SIGINT)
-        os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) == REQUEUE, last_words(tmp_path)
-    out = last_words(tmp_path)
-    assert "Traceback" not in out, out
-    stopped = int(re.search(r"saved after iteration (\d+) and stopped with status 75", out)[1])
-    assert Path(tmp_path, "last_checkpoint").read_text() == f"model_{stopped:07d}.pth"
-    assert not Path(tmp_path, "model_final.pth").exists()
-    finish(insert_resume(run))
-    equal(undisturbed, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(coco, undisturbed, tmp_path):
-    run = command(tmp_path, coco, *DISTURBED)
-    process = start(run, tmp_path, "model_0000003.pth")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
-    finish(insert_resume(run))
-    equal(undisturbed, tmp_path)
-
-
-@pytest.mark.slow
-def test_torchrun_recovers_from_a_killed_rank(coco, undisturbed, tmp_path):
-    """Without --resume, and past the checkpoints of an older run."""
-    (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
-    launcher = (
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-    )  # fmt: skip
-    run = command(tmp_path, coco, *DISTURBED, launcher=launcher)
-    process = start(run, tmp_path, "model_0000003.pth")
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(timeout=280) == 0, last_words(tmp_path)
-    out = last_words(tmp_path)
-    assert "Restarted by torchrun: resuming" in out
-    assert (tmp_path / "last_checkpoint.old").read_text() == "model_0000099.pth"
-    equal(undisturbed, tmp_path)
-
-
-@pytest.mark.slow
-def test_torchruns_of_two_machines_recover_from_a_killed_rank(coco, undisturbed, tmp_path):
-    """One agent counts a restart. The other's process only waits, and that agent counts none."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    launcher = (
-        "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
-        "2", "--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", f"127.0.0.1:{port}",
-    )  # fmt: skip
-    run = command(tmp_path, coco, *DISTURBED, launcher=launcher)
-    (tmp_path / "second").mkdir()
-    with open(tmp_path / "second" / "said.txt", "w") as said:
-        second = subprocess.Popen(
-            run, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    _started.append(second.pid)
-    first = start(run, tmp_path, "model_0000003.pth")
-    os.kill(children(first.pid)[-1], signal.SIGSTOP)  # as one that is in NCCL
-    os.kill(children(second.pid)[-1], signal.SIGKILL)
-    for process, output in ((second, tmp_path / "second"), (first, tmp_path)):
-        assert process.wait(timeout=280) == 0, last_words(output)
-    assert "Restarted by torchrun: resuming" in last_words(tmp_path) + last_words(
-        tmp_path / "second"
-    )
-    equal(undisturbed, tmp_path)
-
-
-def test_a_signal_before_training_ends_the_launcher_quietly(tmp_path):
-    """While the processes still import: 128 + the signal, as a shell has it."""
-    code = (
-        "import argparse, time; from megdet_d2.engine import launch\n"
-        "def main(args): open(args.flag, 'w'); time.sleep(100)\n"
-        "if __name__ == '__main__':\n"
-        "    args = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0,\n"
-        f"        dist_url='auto', flag={str(tmp_path / 'up')!r})\n"
-        "    launch(main, args)\n"
-    )
-    (tmp_path / "script.py").write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(Path(TRAIN_NET).parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(tmp_path / "script.py")], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "up").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, out
-    assert "Traceback" not in out

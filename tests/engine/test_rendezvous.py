@@ -15,7 +15,7 @@ from megdet_d2.engine.rendezvous import RendezvousError, rendezvous
 from megdet_d2.engine.same_config import check_same_config
 from tests.helpers.paths import ROOT, TINY, TRAIN_NET
 from tests.helpers.processes import all_gone, finish, start
-from tests.helpers.training import config, write_images
+from tests.helpers.training import config
 
 LAUNCH = ROOT / "docs" / "launch"
 
@@ -119,11 +119,6 @@ def test_processes_of_different_configs(pool2):
     assert "SOLVER.BASE_LR is 0.02 on rank 0; 0.04 on rank 1" in first
     assert "eval_only is False on rank 0; True on rank 1" in first
     assert "Start every machine with the same command" in first
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("mixed"))
 
 
 def machine(rank, port, output, coco, *overrides, script=TRAIN_NET, **env):

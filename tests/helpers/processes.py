@@ -43,7 +43,7 @@ def wait_for(path, process, within=240) -> None:
 
 def children(pid: int) -> list[int]:
     """Returns the child processes of ``pid``, without Python's tracker of shared memory."""
-    return [p for p, fields in _processes() if int(fields[1]) == pid and not _is_tracker(p)]
+    return sorted(p for p, f in _processes() if int(f[1]) == pid and not _is_tracker(p))
 
 
 def session(pid: int) -> list[int]:
