@@ -181,7 +181,7 @@ def add_megdet_config(cfg: CN) -> None:
 
     # --- The embedded data set. It is megdet_digits_train and megdet_digits_val -------------------
     cfg.DATASETS.DIGITS = CN()
-    # Width and height of its images in pixels; 48 or more.
+    # Width and height of its images in pixels; 32 or more.
     cfg.DATASETS.DIGITS.IMAGE_SIZE = 64
     # Number of training images.
     cfg.DATASETS.DIGITS.NUM_TRAIN = 2000

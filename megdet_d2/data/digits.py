@@ -32,7 +32,10 @@ DIFFICULTIES = ("easy", "hard")
 DIGITS_PER_IMAGE = (3, 6)
 # The longest side of a digit's ink over the image's side. Log-uniform: every scale is as frequent.
 DIGIT_SIZE = (0.2, 0.5)
-MIN_IMAGE_SIZE = 48  # px: below it the smallest digits are a blot
+MIN_IMAGE_SIZE = 32  # px: below it the smallest digits are a blot
+# px: smaller images are composed at twice the size and halved. Drawn at 6 px, the thin strokes of a
+# digit would have no pixel of INK, and the digit no box.
+MIN_COMPOSED_SIZE = 48
 INK = 0.5  # opacity from which a pixel counts as ink, for the boxes
 # In the folder's name: raise it when the images change, or older folders would pass for the new.
 VERSION = 1
@@ -159,6 +162,19 @@ def _compose(
     return image.round().astype(np.uint8), name, placed
 
 
+def _draw(
+    rng: np.random.Generator, split: str, image_size: int, difficulty: str
+) -> tuple[np.ndarray, str, list[tuple[int, list[float]]]]:
+    """Returns what ``_compose`` does. Boxes of images that were halved end on half pixels."""
+    halve = image_size < MIN_COMPOSED_SIZE
+    pixels, name, placed = _compose(rng, split, image_size * (1 + halve), difficulty)
+    if not halve:
+        return pixels, name, [(digit_id, list(box)) for digit_id, box in placed]
+    means = pixels.reshape(image_size, 2, image_size, 2, 3).mean((1, 3))
+    halves = [(digit_id, [length / 2 for length in box]) for digit_id, box in placed]
+    return means.round().astype(np.uint8), name, halves
+
+
 def _folder(
     root: str, split: str, num_images: int, image_size: int, difficulty: str, seed: int
 ) -> Path:
@@ -199,7 +215,8 @@ def build_digits(
         root: folder of all digits data sets; this one gets a folder in it.
         split: "train" or "val".
         num_images: how many images, at least 1.
-        image_size: side of the square images in pixels, at least 48.
+        image_size: side of the square images in pixels, at least 32. Below 48 an image is composed
+            at twice the size and halved.
         difficulty: "easy" (light ink on dimmed, blurred photographs) or "hard" (ink of any colour
             on sharp photographs).
         seed: seed of all random choices, at least 0.
@@ -230,7 +247,7 @@ def _write(
         annotations: list[dict] = []
         for i in range(num_images):
             rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(split), i))
-            pixels, photograph, placed = _compose(rng, split, image_size, difficulty)
+            pixels, photograph, placed = _draw(rng, split, image_size, difficulty)
             file_name = f"{i:06d}.png"
             image = {"id": i + 1, "file_name": file_name, "license": 1}
             image |= {"width": image_size, "height": image_size, "photograph": photograph}

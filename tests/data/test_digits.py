@@ -75,6 +75,18 @@ def test_boxes_are_tight_and_apart_and_inside(root):
         assert image[boxes == 0].max() <= 102, "ink outside every box"
 
 
+def test_images_below_48_px_are_halves_of_larger_ones(root):
+    coco, images = read(digits.build_digits(root, "val", 5, 32))
+    coco_of_64, images_of_64 = read(digits.build_digits(root, "val", 5, 64))
+    for image, larger in zip(images, images_of_64, strict=True):
+        corners = [larger[y::2, x::2].astype(float) for y in (0, 1) for x in (0, 1)]
+        assert np.abs(image - sum(corners) / 4).max() <= 0.5
+    assert [a["bbox"] for a in coco["annotations"]] == [
+        [length / 2 for length in a["bbox"]] for a in coco_of_64["annotations"]
+    ]
+    assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in coco["annotations"])
+
+
 def test_a_drawn_digit_touches_all_four_sides_of_its_box():
     for digit_id in (0, 777, 1234, 4999):
         for size in (20.0, 47.3):
@@ -157,7 +169,7 @@ def test_a_build_that_fails_leaves_nothing_in_use(tmp_path, monkeypatch):
         ({"split": "test"}, "split is 'test': use 'train' or 'val'"),
         ({"difficulty": "medium"}, "DATASETS.DIGITS.DIFFICULTY is 'medium'"),
         ({"num_images": 0}, "DATASETS.DIGITS.NUM_TRAIN is 0: use an integer of at least 1"),
-        ({"image_size": 32}, "DATASETS.DIGITS.IMAGE_SIZE is 32: use an integer of at least 48"),
+        ({"image_size": 31}, "DATASETS.DIGITS.IMAGE_SIZE is 31: use an integer of at least 32"),
         ({"image_size": 96.0}, "DATASETS.DIGITS.IMAGE_SIZE is 96.0"),
         ({"seed": -1}, "seed is -1"),
     ],
