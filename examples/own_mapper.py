@@ -18,7 +18,9 @@ import megdet_d2
 
 class Trainer(megdet_d2.Trainer):
     @classmethod
-    def build_train_mapper(cls, cfg: CfgNode) -> DatasetMapper:
+    def build_mapper(cls, cfg: CfgNode, is_train: bool) -> DatasetMapper:
+        if not is_train:
+            return super().build_mapper(cfg, is_train)
         augmentations = [
             T.RandomBrightness(0.8, 1.2),
             T.RandomContrast(0.8, 1.2),

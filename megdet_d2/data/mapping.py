@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+# Takes an entry of a data set, returns an input of the model, or None to draw another image.
+Mapper: TypeAlias = Callable[[dict], dict | None]
 
 
 class BadImageError(ValueError):
@@ -26,7 +29,7 @@ class CheckedMapper:
         BadImageError: the image cannot be read or mapped, or the mapper's output is invalid.
     """
 
-    def __init__(self, mapper: Callable[[dict], dict | None], num_classes: int | None = None):
+    def __init__(self, mapper: Mapper, num_classes: int | None = None):
         self._mapper = mapper
         self._num_classes = num_classes
 

@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .coco import num_classes
-from .mapping import BadImageError, CheckedMapper
+from .mapping import BadImageError, CheckedMapper, Mapper
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +138,7 @@ class SeededDataset(Dataset):
         RuntimeError: 100 images in a row were refused.
     """
 
-    def __init__(
-        self, dataset: Dataset, mapper: Callable[[dict], dict | None], skip_bad: bool = False
-    ):
+    def __init__(self, dataset: Dataset, mapper: Mapper, skip_bad: bool = False):
         self._dataset: Any = dataset  # a Dataset with a length
         self._mapper = PicklableWrapper(mapper)  # so that a lambda reaches the workers too
         self._skip_bad = skip_bad
@@ -174,7 +172,7 @@ def build_stream_loader(
     *,
     dataset: Any,
     sampler: Sampler,
-    mapper: Callable[[dict], dict | None],
+    mapper: Mapper,
     total_batch_size: int,
     aspect_ratio_grouping: bool,
     num_workers: int,
@@ -215,7 +213,7 @@ def build_stream_loader(
 
 
 def build_train_loader(
-    cfg: CfgNode, images_per_gpu: int, mapper: Callable[[dict], dict | None] | None = None
+    cfg: CfgNode, images_per_gpu: int, mapper: Mapper | None = None
 ) -> DataLoader:
     """Builds the training loader of a config, with Detectron2's data set and sampler.
 

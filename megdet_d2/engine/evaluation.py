@@ -3,7 +3,7 @@
 import os
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -12,14 +12,13 @@ from detectron2.evaluation import (
 )
 from torch.utils.data import DataLoader
 
-from megdet_d2.data.mapping import CheckedMapper
+from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLoader:
     """Builds Detectron2's test loader; an image that cannot be read raises ``BadImageError``."""
-    mapper = CheckedMapper(DatasetMapper(cfg, is_train=False))
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(mapper))
     if loader.num_workers:
         loader.timeout = cfg.MEGDET.TIMEOUT
         loader.worker_init_fn = shield_loader_worker

@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from megdet_d2._moved import renamed
+from megdet_d2.data.mapping import Mapper
 from megdet_d2.data.stream import build_train_loader
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.tta import build_tta
@@ -347,23 +347,40 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        """Builds Detectron2's loader over a stream of images whose place a checkpoint has."""
-        images_per_gpu = images_per_micro_batch(cfg, comm.get_world_size())
-        return build_train_loader(cfg, images_per_gpu, cls.build_train_mapper(cfg))
-
-    @classmethod
-    def build_train_mapper(cls, cfg: CfgNode) -> Callable[[dict], dict | None]:
-        """Builds the mapper, which makes a model's input of an entry of the training set.
+    def build_mapper(cls, cfg: CfgNode, is_train: bool) -> Mapper:
+        """Builds the mapper, which turns an entry of a data set into an input of the model.
 
         A subclass with its own mapper or augmentations overrides this method. Resumes stay exact.
+
+        Args:
+            cfg: a config.
+            is_train: True for the training set, False for a test set.
         """
-        return DatasetMapper(cfg, is_train=True)
+        return DatasetMapper(cfg, is_train=is_train)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """Builds Detectron2's loader; an image that cannot be read raises ``BadImageError``."""
-        return build_test_loader(cfg, dataset_name)
+    def build_train_loader(cls, cfg: CfgNode, mapper: Mapper | None = None) -> DataLoader:
+        """Builds Detectron2's loader over a stream of images whose place a checkpoint has.
+
+        Args:
+            cfg: a config.
+            mapper: in place of that of ``build_mapper``.
+        """
+        images_per_gpu = images_per_micro_batch(cfg, comm.get_world_size())
+        return build_train_loader(cfg, images_per_gpu, mapper or cls.build_mapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(
+        cls, cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None
+    ) -> DataLoader:
+        """Builds Detectron2's loader; an image that cannot be read raises ``BadImageError``.
+
+        Args:
+            cfg: a config.
+            dataset_name: a registered data set.
+            mapper: in place of that of ``build_mapper``.
+        """
+        return build_test_loader(cfg, dataset_name, mapper or cls.build_mapper(cfg, False))
 
     @classmethod
     def build_evaluator(

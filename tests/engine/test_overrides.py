@@ -6,10 +6,12 @@ import signal
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetMapper
 from detectron2.engine import HookBase, hooks
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from megdet_d2.data.stream import find_stream
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.checkpoint import Checkpointer
 from megdet_d2.engine.hooks import insert_before_savers
@@ -245,3 +247,31 @@ def test_the_former_name_of_backoff(coco, tmp_path):
     trainer = Trainer(cfg)
     with pytest.warns(DeprecationWarning, match="relief is now Trainer.progress.backoff"):
         assert trainer.relief is trainer.progress.backoff
+
+
+class Darker(DatasetMapper):
+    """A mapper of a user: half as bright, and marked."""
+
+    def __call__(self, entry):
+        mapped = super().__call__(entry)
+        return mapped | {"image": mapped["image"] // 2, "darker": self.is_train}
+
+
+class OwnMapper(Trainer):
+    @classmethod
+    def build_mapper(cls, cfg, is_train):
+        return Darker(cfg, is_train)
+
+
+def test_a_mapper_of_the_users_own_is_in_both_loaders(coco, tmp_path):
+    cfg = config(tmp_path, coco, "DATASETS.TEST", ("mixed",))
+    prepare_config(cfg)
+    stock = next(iter(Trainer.build_train_loader(cfg)))
+    own = next(iter(OwnMapper.build_train_loader(cfg)))
+    given = next(iter(Trainer.build_train_loader(cfg, mapper=Darker(cfg, True))))
+    for a, b, c in zip(stock, own, given, strict=True):
+        assert a["image_id"] == b["image_id"] == c["image_id"] and b["darker"] and c["darker"]
+        assert torch.equal(a["image"] // 2, b["image"]) and torch.equal(b["image"], c["image"])
+    assert find_stream(OwnMapper.build_train_loader(cfg)) is not None
+    assert next(iter(OwnMapper.build_test_loader(cfg, "mixed")))[0]["darker"] is False
+    assert "darker" not in next(iter(Trainer.build_test_loader(cfg, "mixed")))[0]
