@@ -4,16 +4,18 @@ import os
 
 import pytest
 
+from megdet_d2.ablation import local
 from tests.helpers.ablation import TABLE3
 from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
-    """Hides GPUs too, so that rows for 128 GPUs are not refused."""
+    """Hides GPUs too, so that rows for 128 GPUs are not refused; notices ends of scripts at once."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
