@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
-    """Hides GPUs too, so that rows for 128 GPUs are not refused; notices ends of scripts at once."""
+    """Hides GPUs, so that rows for 128 GPUs are not refused, and polls trainings often."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
