@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from megdet_d2._moved import renamed
+
 # Takes an entry of a data set, returns an input of the model, or None to draw another image.
 Mapper: TypeAlias = Callable[[dict], dict | None]
 
@@ -69,3 +71,6 @@ def find_invalid(mapped: dict[str, Any], num_classes: int | None) -> str:
         if len(wrong):
             return f"the class {int(wrong[0])} is none of the model's, 0 to {num_classes - 1}"
     return ""
+
+
+__getattr__ = renamed(__name__, find_fault="find_invalid")

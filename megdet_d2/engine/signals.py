@@ -105,4 +105,8 @@ def forwarded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-__getattr__ = renamed(__name__, agree="megdet_d2.engine.collectives.largest_over_processes")
+__getattr__ = renamed(
+    __name__,
+    agree="megdet_d2.engine.collectives.largest_over_processes",
+    shield_loader_worker="megdet_d2.data.stream.shield_loader_worker",
+)
