@@ -67,6 +67,11 @@ def configure_cgbn(model: nn.Module, cfg: CfgNode, images_per_gpu: int) -> nn.Mo
     set_accumulation_steps(bare, steps)
     if keys.IGNORE_PADDING:
         ignore_padding(bare)
+        if all(layer.valid_region is None for layer in cgbn_layers(bare)):
+            logger.warning(
+                "MODEL.CGBN.IGNORE_PADDING is True, but the model has no CGBN layer in a backbone "
+                "or a dense head, whose input is padded"
+            )
     else:
         count_padding(bare)
     if keys.FUSE_ACTIVATION:

@@ -218,6 +218,15 @@ def test_fusing_is_logged_once_and_nothing_to_fuse_is_a_warning(caplog):
     assert "MODEL.CGBN.FUSE_ACTIVATION is True, but the model has no ResNet block" in caplog.text
 
 
+def test_no_padding_to_ignore_is_a_warning(caplog):
+    cfg = tiny_config("MODEL.CGBN.IGNORE_PADDING", True)
+    configure_cgbn(CrossGPUBatchNorm(3), cfg, IMAGES_PER_GPU)
+    assert "MODEL.CGBN.IGNORE_PADDING is True, but the model has no CGBN layer" in caplog.text
+    caplog.clear()
+    configure_cgbn(build_stock(cfg), cfg, IMAGES_PER_GPU)
+    assert "IGNORE_PADDING" not in caplog.text
+
+
 def test_a_region_that_the_user_has_set_stays():
     from megdet_d2.norm.padding import ValidRegion
 
