@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from .config import load_config
 
 _HERE = Path(__file__).resolve().parent
-CONFIGS = next(path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir())
-"""The folder that holds the configs."""
+_IN_WHEEL = _HERE / "configs"
+CONFIGS = _IN_WHEEL if _IN_WHEEL.is_dir() else _HERE.parent / "configs"
+"""The folder that holds the configs; there is none where the package was copied without it."""
 
 
 def get_config_file(config_path: str) -> str:
@@ -79,4 +80,6 @@ def _no_config(name: str) -> str:
     ]
     similar = difflib.get_close_matches(name.removeprefix("configs/"), names)
     hint = f"Similar names are {', '.join(similar)}" if similar else f"All are below {CONFIGS}"
+    if not CONFIGS.is_dir():
+        hint = f"The configs are not installed: copy the folder configs to {CONFIGS}"
     return f"there is no config {name}, neither a file nor a config of megdet_d2. {hint}"

@@ -1,6 +1,10 @@
 """Configs by name, as Detectron2's model_zoo has its own."""
 
 import inspect
+import os
+import shutil
+import subprocess
+import sys
 
 import detectron2.model_zoo
 import pytest
@@ -64,3 +68,15 @@ def test_the_rows_of_a_table_by_its_name(name, tmp_path, monkeypatch):
     rows = read_rows(name)
     assert [row.config_file.parent for row in rows] == [CONFIGS / "ablations" / "table2"] * 5
     assert len(reduce_rows(rows, cores=2)) == 5
+
+
+def test_a_copy_without_configs_imports_and_says_so(tmp_path):
+    """Projects copy the package into their own tree."""
+    shutil.copytree(ROOT / "megdet_d2", tmp_path / "megdet_d2")
+    code = f"import megdet_d2\nmegdet_d2.model_zoo.get_config_file({NAME!r})"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert f"copy the folder configs to {tmp_path / 'configs'}" in result.stderr
