@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from megdet_d2.config import load_config
 from megdet_d2.report.run import Run
@@ -17,7 +16,7 @@ from megdet_d2.schedule.build import images_per_epoch
 
 from .job import Job
 from .results import Result
-from .rows import Row, differences
+from .rows import Row, differences, plain
 
 # Keys that do not change the result, or are different for each job.
 LEFT_OUT = (
@@ -45,12 +44,8 @@ def config_digest(row: Row) -> str:
     """
     keys = differences(load_config(), row.cfg)
     kept = {key: value for key, (_, value) in keys.items() if not key.startswith(LEFT_OUT)}
-    text = repr([(key, _plain(value)) for key, value in sorted(kept.items())])
+    text = repr([(key, plain(value)) for key, value in sorted(kept.items())])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class Ledger:

@@ -117,14 +117,15 @@ def differences(a: CfgNode, b: CfgNode) -> dict[str, tuple[Any, Any]]:
         one, other = a.get(key), b.get(key)
         if isinstance(one, CfgNode) and isinstance(other, CfgNode):
             found |= {f"{key}.{k}": v for k, v in differences(one, other).items()}
-        elif _plain(one) != _plain(other):
+        elif plain(one) != plain(other):
             found[key] = (one, other)
     return dict(sorted(found.items()))
 
 
-def _plain(value: Any) -> Any:
-    # A list becomes a tuple, or a tuple a list, when a config is written and read again.
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def plain(value: Any) -> Any:
+    """Returns a value of a config with lists in place of tuples."""
+    # A list may become a tuple, or a tuple a list, when a config is written and read again.
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read_list(source: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:

@@ -52,8 +52,8 @@ def finish(command):
 
 
 def start(command, output, until):
-    """Runs the command until a file is there, in a process group of its own; it itself."""
-    with open(Path(output, "said.txt"), "w") as said:  # a pipe that nobody reads would fill up
+    """Starts the command in a new process group, waits for a file, and returns the process."""
+    with open(Path(output, "said.txt"), "w") as said:  # a pipe without a reader fills up
         process = subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
         )
