@@ -35,7 +35,7 @@ detectron2:
 # On CPU processes everywhere, GPUs or none.
 demo: setup
 	CUDA_VISIBLE_DEVICES= $(PY) -W ignore train_net.py --config-file $(DEMO_CONFIG) --num-gpus 2 --dist-url auto OUTPUT_DIR $(DEMO_OUTPUT)
-	$(PY) -W ignore -m megdet_d2.cli report $(DEMO_OUTPUT)
+	$(PY) -W ignore -m megdet_cli report $(DEMO_OUTPUT)
 
 # What the reduced experiments start from, as the paper's do from ImageNet's (docs/experiments.md).
 backbone: setup

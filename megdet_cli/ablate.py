@@ -30,7 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--reduced",
         action="store_true",
-        help="train a small model on the embedded digits, on CPUs, with the ratios of the rows",
+        help="train a small detector on the embedded digits, on CPUs, with the ratios of the rows",
+    )
+    base = "configs/ablations/Base-study.yaml"
+    add(
+        "--reduced-base",
+        metavar="FILE",
+        type=Path,
+        default=Path(base),
+        help=f"the small detector of --reduced (default {base})",
     )
     cores = os.cpu_count() or 1
     add(

@@ -14,7 +14,7 @@ import megdet_d2
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.groups import ranks_per_group
 from tests.helpers.models import build_on_meta, load_config
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIG_FILES, CONFIGS
 from tests.helpers.schedules import GPUS_PER_MACHINE, LONG, NORMAL
 
 DETECTION, SEGMENTATION = "COCO-Detection", "COCO-InstanceSegmentation"
@@ -38,7 +38,7 @@ COCO = {
     f"{SEGMENTATION}/mask_rcnn_megdet_R50_FPN_b16_normal": (16, NORMAL[16], 1, FASTER),
     f"{SEGMENTATION}/mask_rcnn_megdet_R50_FPN_b256_normal": (256, NORMAL[256], 1, FASTER),
 }
-ALL = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+ALL = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIG_FILES)
 LEAVES = [name for name in ALL if not Path(name).name.startswith("Base-")]
 # The paper's tables and what varies them are in tests/ablation/test_configs.py.
 BUILT_HERE = [name for name in LEAVES if not name.startswith("ablations/")]

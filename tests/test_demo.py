@@ -18,7 +18,7 @@ def test_demo(tmp_path):
     assert f"DEMO_CONFIG := {CONFIG}" in makefile
     for command in (
         f"train_net.py --config-file {CONFIG} --num-gpus 2 --dist-url auto OUTPUT_DIR {tmp_path}",
-        f"-m megdet_d2.cli report {tmp_path}",
+        f"-m megdet_cli report {tmp_path}",
     ):
         result = subprocess.run(
             [sys.executable, "-W", "ignore", *command.split()],

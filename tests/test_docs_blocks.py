@@ -100,6 +100,7 @@ def test_command_lines_parse(block, tmp_path, monkeypatch):
         "pip install -e .[nothing]",
         "sbatch docs/launch/nothing.sbatch",
         "megdt report a",
+        "make demo NO_SUCH_VARIABLE=1",
         "for x in a; do make demo",
     ],
 )
@@ -143,8 +144,11 @@ def check(program: str, words: list[str]) -> None:
     elif program == "srun" and "train_net.py" in words:
         check_script(*words[words.index("train_net.py") :])
     elif program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert words and set(words) <= set(targets)
+        makefile = (ROOT / "Makefile").read_text()
+        known = re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+        variables = re.findall(r"^([A-Z_]+) \?= ", makefile, re.MULTILINE)
+        assert words and {word for word in words if "=" not in word} <= set(known)
+        assert {word.split("=")[0] for word in words if "=" in word} <= set(variables)
     elif program == "sbatch":
         assert (ROOT / words[-1]).is_file()
     elif program == "pip":

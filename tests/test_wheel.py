@@ -94,6 +94,9 @@ def test_a_table_by_its_name(run):
 
 def test_a_reduced_table_by_its_name(run):
     line = run("-m", "megdet_cli", "ablate", "table2", "--reduced", "--print", "--rows", "1*")
+    assert f"{run.site}/megdet_d2/configs/ablations/Base-study.yaml" in line
+    command = ["ablate", "table2", "--reduced", "--reduced-base", "ablations/Base-reduced.yaml"]
+    line = run("-m", "megdet_cli", *command, "--print", "--rows", "1*")
     assert f"{run.site}/megdet_d2/configs/ablations/Base-reduced.yaml" in line
 
 

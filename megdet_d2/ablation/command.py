@@ -126,7 +126,9 @@ def check_same(rows: list[Row], output: Path) -> None:
 def _read(args: argparse.Namespace, patterns: str) -> list[Row]:
     overrides = () if args.reduced else args.opts
     rows = read_rows(args.source, overrides, args.gpus_per_machine, patterns)
-    return reduce_rows(rows, args.cores // args.jobs, args.opts) if args.reduced else rows
+    if not args.reduced:
+        return rows
+    return reduce_rows(rows, args.cores // args.jobs, args.opts, args.reduced_base)
 
 
 def _check_flags(args: argparse.Namespace, on_cpu: bool) -> None:

@@ -1,5 +1,7 @@
 """Tests that every row of Tables 2 and 3 resolves to the paper's numbers at its world size."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,12 +9,13 @@ from detectron2.utils import comm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megdet_d2
+from megdet_d2.ablation.ledger import config_digest
 from megdet_d2.ablation.rows import read_rows
 from megdet_d2.norm import groups
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.configure import describe_norms
 from tests.helpers.models import build_on_meta, load_config
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, ROW_LISTS
 from tests.helpers.schedules import GPUS_PER_MACHINE, LONG, NORMAL
 
 # batch, factor on the learning rate, mmAP, hours
@@ -259,3 +262,52 @@ def test_the_study_detector_has_a_norm_after_every_convolution_of_backbone_and_f
     # A stem, two stages of two blocks with two convolutions and a shortcut each, FPN's 2 x 2.
     assert len(cgbn_layers(model)) == 1 + 2 * (2 * 2 + 1) + 2 * 2
     assert sum(p.numel() for p in model.parameters()) < 300_000
+
+
+# Of each list: rows, images of a training, most iterations.
+LISTS = {
+    "headline_bccd": (2, 70_400, 8_800),
+    "headline_bn_size": (12, 191_488, 5_984),
+    "headline_grid": (8, 95_744, 11_968),
+    "headline_iterations": (8, None, 23_936),
+    "headline_no_bn": (12, 23_936, 2_992),
+    "headline_range": (6, 47_872, 374),
+    "headline_rules": (8, 191_488, 1_496),
+}
+
+
+def test_every_list_of_the_headline_is_here():
+    assert [path.stem for path in ROW_LISTS] == sorted(LISTS)
+
+
+@pytest.mark.parametrize("path", ROW_LISTS, ids=lambda path: path.stem)
+def test_the_rows_of_a_list_train_on_equal_images_and_differ(path, monkeypatch):
+    monkeypatch.setattr("megdet_d2.ablation.rows.register_datasets", lambda cfg: None)
+    number, images, most = LISTS[path.stem]
+    rows = read_rows(path)
+    assert len(rows) == number and max(row.cfg.SOLVER.MAX_ITER for row in rows) == most
+    assert {row.images for row in rows} == ({images} if images else {r.images for r in rows})
+    assert len({config_digest(row) for row in rows}) == number
+    for row in rows:
+        steps = row.cfg.MEGDET.ACCUMULATION_STEPS
+        assert row.processes == 1, row.name
+        assert not row.bn_size or row.batch_size == steps * row.bn_size, row.name
+        assert row.cfg.SOLVER.MAX_ITER % row.cfg.TEST.EVAL_PERIOD == 0, row.name
+        if match := re.match(r"b(\d+)_", row.name):
+            assert row.batch_size == int(match[1]), row.name
+        if match := re.match(r"lr_(.+)", row.name):
+            assert row.cfg.SOLVER.BASE_LR == pytest.approx(float(match[1])), row.name
+        if match := re.match(r"warmup_(.+)", row.name):
+            assert row.cfg.SOLVER.WARMUP_ITERS == int(match[1]), row.name
+        if match := re.search(r"_bn(\d+)", row.name):
+            assert row.bn_size == int(match[1]), row.name
+
+
+def test_pairs_of_the_iterations_see_equal_images():
+    rows = {row.name: row for row in read_rows(CONFIGS / "ablations" / "headline_iterations.yaml")}
+    full = read_rows(CONFIGS / "ablations" / "headline", patterns="01_*")[0]
+    for part, share in {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16}.items():
+        small, large = rows[f"b8_{part}"], rows[f"b128_{part}"]
+        assert small.images == large.images == pytest.approx(full.images / share, rel=0.01)
+        lr = [row.cfg.SOLVER.BASE_LR for row in (small, large)]
+        assert lr == pytest.approx([0.02, 0.32])

@@ -1,10 +1,11 @@
 """Tests the reduction of rows to one machine: ratios stay, differences stay."""
 
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
-from megdet_d2.ablation.reduced import CARRIED, reduce_rows
+from megdet_d2.ablation.reduced import CARRIED, REDUCED_BASE, reduce_rows
 from megdet_d2.ablation.rows import read_rows
 from tests.helpers.ablation import TABLE3
 from tests.helpers.paths import ROOT
@@ -28,8 +29,13 @@ REDUCED = {
 }
 
 
-def test_reduced_rows_keep_the_papers_ratios():
-    full, reduced = read_rows(TABLE3), reduce_rows(read_rows(TABLE3), 2)
+OLD = Path("configs/ablations/Base-reduced.yaml")
+FOLDERS = ["table2", "bn_size", "warmup", "scaling", "algorithm", "placement"]
+
+
+@pytest.mark.parametrize(("base", "epoch"), [(REDUCED_BASE, 34_944), (OLD, 364)])
+def test_reduced_rows_keep_the_papers_ratios(base, epoch):
+    full, reduced = read_rows(TABLE3), reduce_rows(read_rows(TABLE3), 2, base=base)
     long = {"15": "06", "16": "07", "17": "09", "18": "11", "19": "13", "20": "14"}
     expected = REDUCED | {
         row.name: next(v for k, v in REDUCED.items() if k.startswith(long[row.name[:2]]))
@@ -48,24 +54,54 @@ def test_reduced_rows_keep_the_papers_ratios():
         # The decays are at the same fractions of the training, up to whole iterations.
         at = [[s / r.cfg.SOLVER.MAX_ITER for s in r.cfg.SOLVER.STEPS] for r in (a, b)]
         assert at[0] == pytest.approx(at[1], abs=0.02)
-        assert b.images <= 4004 + 2548 * b.name.endswith("long")
+        epochs = 18 if b.name.endswith("long") else 11
+        assert b.images == pytest.approx(epochs * epoch, rel=0.04)  # whole iterations
+        assert b.images <= epochs * epoch
         assert (b.paper_ap, b.paper_hours) == (a.paper_ap, a.paper_hours)
         assert b.cfg.DATASETS.TRAIN == ("megdet_digits_train",)
 
 
-@pytest.mark.parametrize(
-    "folder", ["table2", "bn_size", "warmup", "scaling", "algorithm", "placement"]
-)
-def test_reduced_rows_carry_all_that_the_rows_differ_in(folder):
+@pytest.mark.parametrize("base", [REDUCED_BASE, OLD], ids=["study", "old"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_reduced_rows_carry_all_that_the_rows_differ_in(folder, base):
     full = read_rows(f"configs/ablations/{folder}")
-    for a, b in zip(full, reduce_rows(read_rows(f"configs/ablations/{folder}"), 4), strict=True):
+    reduced = reduce_rows(full, 4, base=base)
+    for a, b in zip(full, reduced, strict=True):
         for key in CARRIED:
             assert attrgetter(key)(b.cfg) == attrgetter(key)(a.cfg), key
     distinct = {
         (row.batch_size, row.bn_size, *(str(attrgetter(key)(row.cfg)) for key in CARRIED))
-        for row in reduce_rows(read_rows(f"configs/ablations/{folder}"), 4)
+        for row in reduced
     }
     assert len(distinct) == len(full)
+
+
+def test_a_box_head_keeps_a_convolution_for_its_norm():
+    """Without a convolution the three rows of placement would be two detectors."""
+    reduced = reduce_rows(read_rows("configs/ablations/placement"), 2)
+    heads = [row.cfg.MODEL.ROI_BOX_HEAD for row in reduced]
+    assert [(h.NUM_CONV, h.CONV_DIM, h.NORM) for h in heads] == [
+        (1, 32, ""), (1, 32, ""), (1, 32, "CGBN"),
+    ]  # fmt: skip
+    plain = reduce_rows(read_rows(TABLE3, patterns="06*"), 2)[0]
+    assert plain.cfg.MODEL.ROI_BOX_HEAD.NUM_CONV == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "evaluations", "checkpoints"), [(REDUCED_BASE, 1, 1), (OLD, 3, 22)]
+)
+@pytest.mark.parametrize("words", [(), ("MEGDET.EPOCH_IMAGES", "1280")])
+def test_periods_are_in_epochs(base, evaluations, checkpoints, words):
+    """Also where the command line makes epochs shorter."""
+    for row in reduce_rows(read_rows(TABLE3, patterns="02*,06*,14*"), 2, words, base):
+        epoch = -(-row.cfg.MEGDET.EPOCH_IMAGES // row.batch_size)
+        assert row.cfg.TEST.EVAL_PERIOD == evaluations * epoch, row.name
+        assert row.cfg.SOLVER.CHECKPOINT_PERIOD == checkpoints * epoch, row.name
+
+
+def test_a_missing_base_is_named():
+    with pytest.raises(FileNotFoundError, match="there is no config Base-none.yaml"):
+        reduce_rows(read_rows(TABLE3, patterns="06*"), 2, base=Path("Base-none.yaml"))
 
 
 def test_more_cores_are_more_processes_a_group():
@@ -88,8 +124,11 @@ def test_a_size_that_cannot_be_halved_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "match"),
     [
-        ("challenge", "row 01_baseline: .*embedded data set: .* run it without --reduced"),
-        ("ohem", "row ohem: MODEL.ROI_HEADS.NAME is OHEMROIHeads, and --reduced has Standard"),
+        (
+            "challenge",
+            "row 01_baseline: .*data set of Base-study.yaml: .* run it without --reduced",
+        ),
+        ("ohem", "row ohem: MODEL.ROI_HEADS.NAME is OHEMROIHeads, and --reduced takes rows that"),
     ],
 )
 def test_rows_that_would_all_be_the_base_are_not_reduced(folder, match, tmp_path):

@@ -16,7 +16,7 @@ from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.modeling.tta import TrainedFlipMapperTTA, build_tta, check_tta
 from megdet_d2.report.run import Run
 from tests.helpers import training
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIG_FILES
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_refuses_before_training_what_would_fail_after_it(coco, overrides, messa
 def test_every_config_with_regions_aligns_them(coco, model):
     """Checks for ROIAlign [14] with the half-pixel correction of Detectron2's V2."""
     checked = 0
-    for path in sorted(CONFIGS.rglob("*.yaml")):
+    for path in CONFIG_FILES:
         cfg = get_cfg()
         megdet_d2.add_megdet_config(cfg)
         cfg.merge_from_file(str(path))
