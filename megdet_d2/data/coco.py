@@ -12,11 +12,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from megdet_d2._moved import renamed
+
+from .classes import check_num_classes, class_counts, class_keys
+
 logger = logging.getLogger(__name__)
 
 _EXAMPLE = '[["my_train", "train.json", "images/train"], ["my_val", "val.json", "images/val"]]'
 _NUMBER, _STRING, _ID = (int, float), (str,), (int, float, str)
-_NUM_CLASSES_OF = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
 # Names this module has registered, with what they stand for.
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -100,6 +103,7 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
             _check_files(f"DATASETS.{key} has {name!r}", name)
             if "thing_classes" in MetadataCatalog.get(name).as_dict():
                 classes[name] = list(MetadataCatalog.get(name).thing_classes)
+    _check_stuff(cfg, splits)
     if not classes:
         return
 
@@ -112,7 +116,14 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
                 f"DATASETS: the categories of {first!r} and {name!r} differ in {differ[:6]}; a "
                 "detector needs one list: give both the same names in the order of their ids"
             )
-    _check_num_classes(cfg, first, len(expected))
+    for key in class_keys(cfg, "thing"):
+        check_num_classes(cfg, "thing", key, first, [len(expected)])
+
+
+def _check_stuff(cfg: CfgNode, splits: Sequence[str]) -> None:
+    for key in class_keys(cfg, "stuff"):
+        for name in dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]):
+            check_num_classes(cfg, "stuff", key, name, class_counts(name, "stuff"))
 
 
 def _check_files(where: str, name: str) -> None:
@@ -284,17 +295,4 @@ def _check_images(where: str, root: str, files: list[str]) -> None:
             )
 
 
-def num_classes(cfg: CfgNode) -> int | None:
-    """Returns NUM_CLASSES of the model that ``cfg`` builds; None for models of other projects."""
-    key = _NUM_CLASSES_OF.get(cfg.MODEL.META_ARCHITECTURE)
-    return cfg.MODEL[key].NUM_CLASSES if key in cfg.MODEL else None
-
-
-def _check_num_classes(cfg: CfgNode, name: str, expected: int) -> None:
-    configured = num_classes(cfg)
-    if configured not in (None, expected):
-        key = _NUM_CLASSES_OF[cfg.MODEL.META_ARCHITECTURE]
-        raise ValueError(
-            f"MODEL.{key}.NUM_CLASSES is {configured}, but {name!r} has {expected} categories; "
-            f"set MODEL.{key}.NUM_CLASSES {expected}"
-        )
+__getattr__ = renamed(__name__, num_classes="megdet_d2.data.classes.num_classes")

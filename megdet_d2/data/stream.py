@@ -26,7 +26,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from .coco import num_classes
+from .classes import num_classes
 from .mapping import BadImageError, CheckedMapper, Mapper
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """The trainer: Detectron2's, with MegDet's norm and schedule, exact resumes and roll-backs."""
 
 import faulthandler
+import inspect
 import logging
 import os
 import sys
@@ -36,6 +37,7 @@ from .evaluation import build_evaluator, build_test_loader
 from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep, insert_before_savers
 from .launch import find_launcher, limit_waiting, may_restart
 from .metrics import cut_metrics
+from .model_classes import ReadsOfClasses, check_model_classes
 from .progress import Layout, TrainingProgress
 from .sample_ratio import SampleRecorder
 from .signals import StopOnSignal
@@ -73,10 +75,14 @@ class Trainer(DefaultTrainer):
         self._rolled_back_to = ""
         # Detectron2's constructor builds the hooks, before there is all that ours need.
         self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
+        model_reads = ReadsOfClasses(self.build_model)
+        self.build_model = model_reads  # type: ignore[method-assign]  # for this call alone
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
-        del self.build_hooks
+        del self.build_hooks, self.build_model
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
+        own_data = _overrides(type(self), "build_train_loader", "build_mapper")
+        check_model_classes(cfg, model_reads.keys, refuse=not own_data)
         self.progress = TrainingProgress(self)
         if cfg.MODEL.DEVICE == "cpu":
             finalize_ddp_buckets(self.model)
@@ -438,6 +444,14 @@ def _fit_bn_size(cfg: CfgNode) -> tuple[CfgNode, int]:
     cfg.defrost()
     cfg.MODEL.CGBN.BN_SIZE, cfg.MODEL.CGBN.CROSS_MACHINE = -1, False
     return cfg, 1
+
+
+def _overrides(trainer: type[Trainer], *methods: str) -> bool:
+    """Returns True if a subclass of ``Trainer`` redefines one of these methods."""
+    return any(
+        inspect.getattr_static(trainer, name) is not inspect.getattr_static(Trainer, name)
+        for name in methods
+    )
 
 
 def _works_again(hook: HookBase) -> bool:

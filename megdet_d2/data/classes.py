@@ -1,0 +1,78 @@
+"""The number of classes that a data set has, and that a config gives to its model."""
+
+from collections.abc import Collection
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+# Detectron2's architectures: their keys below MODEL, and whose classes each key counts.
+_KEYS = {
+    "GeneralizedRCNN": {"ROI_HEADS": "thing"},
+    "PanopticFPN": {"ROI_HEADS": "thing", "SEM_SEG_HEAD": "stuff"},
+    "SemanticSegmentor": {"SEM_SEG_HEAD": "stuff"},
+    "RetinaNet": {"RETINANET": "thing"},
+    "FCOS": {"FCOS": "thing"},
+}
+
+
+def class_keys(cfg: CfgNode, kind: str) -> list[str]:
+    """Returns the NUM_CLASSES keys that one of Detectron2's architectures reads.
+
+    Args:
+        kind: "thing" or "stuff".
+
+    Returns:
+        none for architectures of other projects, and for models without classes of this kind.
+    """
+    keys = _KEYS.get(cfg.MODEL.META_ARCHITECTURE, {})
+    return [
+        f"MODEL.{key}.NUM_CLASSES" for key, of in keys.items() if of == kind and key in cfg.MODEL
+    ]
+
+
+def value_of(cfg: CfgNode, key: str) -> int:
+    """Returns the value of a full key, such as MODEL.ROI_HEADS.NUM_CLASSES."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def num_classes(cfg: CfgNode) -> int | None:
+    """Returns the object classes of the model that ``cfg`` builds; None if that is unknown."""
+    return next((value_of(cfg, key) for key in class_keys(cfg, "thing")), None)
+
+
+def class_counts(name: str, kind: str) -> list[int]:
+    """Returns the numbers of "thing" or "stuff" classes that a data set's metadata allows.
+
+    The first is the usual one. Panoptic data sets may list all names as things, and map the ids of
+    some of them.
+
+    Returns:
+        none if Detectron2 does not know the classes, or not before it has loaded the data set.
+    """
+    metadata = MetadataCatalog.get(name).as_dict()
+    lists = [metadata.get(f"{kind}_classes")]
+    if kind == "thing":
+        lists.append(metadata.get("thing_dataset_id_to_contiguous_id"))
+    return list(dict.fromkeys(len(each) for each in lists if each))
+
+
+def check_num_classes(
+    cfg: CfgNode, kind: str, key: str, name: str, counts: Collection[int]
+) -> None:
+    """Checks that a key has one of the counts of a data set.
+
+    Args:
+        kind, key, name: "thing" or "stuff", a full NUM_CLASSES key, a data set.
+        counts: see ``class_counts``; an empty one allows every value.
+
+    Raises:
+        ValueError: it has another value. The last classes would train as background, or be unused.
+    """
+    value = value_of(cfg, key)
+    if counts and value not in counts:
+        expected, what = next(iter(counts)), "categories" if kind == "thing" else "stuff classes"
+        raise ValueError(
+            f"{key} is {value}, but {name!r} has {expected} {what}; set {key} {expected}"
+        )
