@@ -1,19 +1,28 @@
-"""The builders of an evaluation: the test loader, and the evaluator of a data set's type."""
+"""The builders of an evaluation: the test loader, and the evaluators of a data set's type."""
 
+import logging
 import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
 )
 from torch.utils.data import DataLoader
 
 from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
+
+from .panoptic import OutputEvaluator, PanopticEvaluator, load_labels, pq_library
+
+logger = logging.getLogger(__name__)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLoader:
@@ -28,9 +37,11 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLo
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_dir: str | None = None
 ) -> DatasetEvaluator:
-    """Builds the evaluator of the data set's type: COCO, LVIS or Pascal VOC.
+    """Builds the evaluator of the data set's type.
 
-    With several test sets each gets a folder of its name, since they would overwrite each other.
+    The types are COCO, COCO panoptic, LVIS, Pascal VOC, Cityscapes and semantic segmentation. A
+    panoptic set has PQ, mIoU and the AP of boxes and masks, each if the model returns it. With
+    several test sets each gets a folder of its name, since they would overwrite each other.
 
     Args:
         cfg: a config.
@@ -40,17 +51,51 @@ def build_evaluator(
     Raises:
         NotImplementedError: another type. Detectron2 then warns, and trains on.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = metadata.get("evaluator_type", None)
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
     if len(cfg.DATASETS.TEST) > 1:
         output_dir = os.path.join(output_dir, dataset_name)
-    if kind in ("coco", "coco_panoptic_seg"):
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
+    panoptic = kind == "coco_panoptic_seg"
+    built: list[DatasetEvaluator] = []
+    if kind == "sem_seg" or (panoptic and metadata.get("sem_seg_root", None)):
+        evaluator = SemSegEvaluator(
+            dataset_name, output_dir=output_dir, sem_seg_loading_fn=load_labels
+        )
+        built.append(OutputEvaluator(evaluator, "sem_seg"))
+    if kind == "coco" or (panoptic and metadata.get("json_file", None)):
+        sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        built.append(COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
+    if panoptic and pq_library():
+        built.append(OutputEvaluator(PanopticEvaluator(dataset_name, output_dir), "panoptic_seg"))
+    elif panoptic:
+        logger.warning(no_pq(dataset_name))
     if kind == "lvis":
-        return LVISEvaluator(dataset_name, output_dir=output_dir)
+        built.append(LVISEvaluator(dataset_name, output_dir=output_dir))
     if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise NotImplementedError(
+        built.append(PascalVOCDetectionEvaluator(dataset_name))
+    if kind == "cityscapes_instance":
+        built.append(CityscapesInstanceEvaluator(dataset_name))
+    if kind == "cityscapes_sem_seg":
+        built.append(CityscapesSemSegEvaluator(dataset_name))
+    if not built:
+        raise NotImplementedError(no_evaluator(dataset_name))
+    return built[0] if len(built) == 1 else DatasetEvaluators(built)
+
+
+def no_pq(dataset_name: str) -> str:
+    """Returns the warning for a panoptic set without a library that computes PQ."""
+    return (
+        f"DATASETS.TEST has {dataset_name!r}, a panoptic set, and neither hotcoco nor panopticapi "
+        "is installed: PQ is not reported, only what needs neither (mIoU, AP of boxes and masks); "
+        "pip install hotcoco"
+    )
+
+
+def no_evaluator(dataset_name: str) -> str:
+    """Returns the message for a data set whose type has no evaluator."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    return (
         f"DATASETS.TEST has {dataset_name!r} of evaluator_type {kind!r}; override "
         "Trainer.build_evaluator to evaluate it"
     )
