@@ -71,7 +71,7 @@ class OutputEvaluator(DatasetEvaluator):
 
 
 class PanopticEvaluator(COCOPanopticEvaluator):
-    """Detectron2's evaluator of PQ, which calls panopticapi, with hotcoco in its place."""
+    """An evaluator of PQ: Detectron2's, which calls panopticapi or in its place hotcoco."""
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Stores the segments of each image as a PNG file."""
