@@ -4,10 +4,20 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
-from .coco import check_datasets, register_coco
+from .coco import Inspection, check_datasets, inspect_coco, inspect_datasets, register_coco
 from .digits import register_digits
+from .finding import Finding
 
-__all__ = ["check_datasets", "register_coco", "register_datasets", "register_digits"]
+__all__ = [
+    "Finding",
+    "Inspection",
+    "check_datasets",
+    "inspect_coco",
+    "inspect_datasets",
+    "register_coco",
+    "register_datasets",
+    "register_digits",
+]
 
 
 def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
@@ -26,5 +36,5 @@ def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         num_val=digits.NUM_VAL,
         difficulty=digits.DIFFICULTY,
     )
-    register_coco(cfg.DATASETS.COCO)
+    register_coco(cfg.DATASETS.COCO, cfg.MODEL.MASK_ON)
     check_datasets(cfg, splits)

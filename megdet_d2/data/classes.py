@@ -70,9 +70,17 @@ def check_num_classes(
     Raises:
         ValueError: it has another value. The last classes would train as background, or be unused.
     """
+    fault = class_fault(cfg, kind, key, name, counts)
+    if fault:
+        raise ValueError("; ".join(fault))
+
+
+def class_fault(
+    cfg: CfgNode, kind: str, key: str, name: str, counts: Collection[int]
+) -> tuple[str, str] | None:
+    """Returns what ``check_num_classes`` raises as problem and fix; None if all is well."""
     value = value_of(cfg, key)
-    if counts and value not in counts:
-        expected, what = next(iter(counts)), "categories" if kind == "thing" else "stuff classes"
-        raise ValueError(
-            f"{key} is {value}, but {name!r} has {expected} {what}; set {key} {expected}"
-        )
+    if not counts or value in counts:
+        return None
+    expected, what = next(iter(counts)), "categories" if kind == "thing" else "stuff classes"
+    return f"{key} is {value}, but {name!r} has {expected} {what}", f"set {key} {expected}"

@@ -1,33 +1,49 @@
 """Registers the user's COCO json files of ``DATASETS.COCO``, and checks them before training."""
 
-import json
+import functools
 import logging
-import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
+import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from megdet_d2._moved import renamed
 
-from .classes import check_num_classes, class_counts, class_keys
+from .annotations import (
+    as_crowd,
+    find_annotation_faults,
+    read_json,
+    start_of_paths,
+    valid_mask,
+)
+from .classes import class_counts, class_fault, class_keys
+from .finding import Finding, raise_findings
+from .images import find_image_faults
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLE = '[["my_train", "train.json", "images/train"], ["my_val", "val.json", "images/val"]]'
-_NUMBER, _STRING, _ID = (int, float), (str,), (int, float, str)
 # Names this module has registered, with what they stand for.
 _registered: dict[str, tuple[str, str]] = {}
+# The content of training jsons that were checked, with the file's time and size.
+_parsed: dict[str, tuple[Any, dict]] = {}
 
 
-def register_coco(triples: Sequence[Sequence[str]]) -> None:
+def register_coco(triples: Sequence[Sequence[str]], masks: bool = True) -> None:
     """Registers every [name, annotation json, image root] in Detectron2's catalogs.
 
     A name that an earlier call registered is replaced.
+
+    Args:
+        triples: the value of ``DATASETS.COCO``.
+        masks: leaves out objects that have a segmentation without a valid polygon.
 
     Raises:
         ValueError: ``triples`` is not a list of triples of strings; a name occurs twice, or
@@ -58,12 +74,30 @@ def register_coco(triples: Sequence[Sequence[str]]) -> None:
     for name, json_file, image_root in triples:
         for catalog in (DatasetCatalog, MetadataCatalog):
             catalog.pop(name, None)
-        register_coco_instances(name, {}, json_file, image_root)
+        DatasetCatalog.register(
+            name, functools.partial(load_coco, name, json_file, image_root, masks)
+        )
+        MetadataCatalog.get(name).set(
+            json_file=json_file, image_root=image_root, evaluator_type="coco"
+        )
         _registered[name] = (json_file, image_root)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Inspection of one data set of the config: what is known and what is wrong."""
+
+    name: str
+    findings: list[Finding]
+    coco: dict | None = None  # the json's content; None where it cannot be read, or is not ours
+    classes: list[str] | None = None  # in the order of the ids; None where not known
+    objects: int | None = None  # those that training can learn from
 
 
 def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """Checks every COCO json that the config uses, before training can fail or go wrong.
+
+    Warnings are logged. All errors are raised together.
 
     Args:
         splits: the keys of ``DATASETS`` to check.
@@ -72,227 +106,282 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
         FileNotFoundError: a json, an image root or an image does not exist.
         ValueError: a data set is not registered; a json is not COCO; a key is missing, a value has
             another type, an id occurs twice; an image_id or category_id is unknown; a box is
-            invalid; the categories of two sets differ; NUM_CLASSES disagrees with them.
+            invalid; the categories of two sets differ; NUM_CLASSES disagrees with them; an image
+            cannot be opened, or has another size than the json says; no object is left to train on.
     """
-    known = set(DatasetCatalog.list())
-    classes: dict[str, list[str]] = {}  # by data set, in the order of the ids
+    raise_findings(f for dataset in inspect_datasets(cfg, splits) for f in dataset.findings)
+
+
+def inspect_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> list[Inspection]:
+    """Returns everything that is known of the registered data sets that the config uses.
+
+    Nothing is raised or logged. Findings of the config are in an ``Inspection`` of the name "".
+
+    Args:
+        splits: the keys of ``DATASETS`` that are in use.
+    """
+    uses: dict[str, list[str]] = {}  # the splits of each data set
     for key in splits:
         for name in cfg.DATASETS[key]:
-            if name not in known:
-                raise ValueError(
-                    f"DATASETS.{key} has {name!r}, which is not registered; DATASETS.COCO names "
-                    f"{[triple[0] for triple in cfg.DATASETS.COCO]}. Correct the name, or add a "
-                    f"triple: {_EXAMPLE}"
-                )
-            if name in classes:
-                continue
-            if name in _registered:
-                if cfg.MODEL.KEYPOINT_ON:
-                    raise ValueError(
-                        f"MODEL.KEYPOINT_ON is True, and DATASETS.COCO, which has {name!r}, has no "
-                        "place for the keypoints' names and flips; register the data set by "
-                        "detectron2.data.datasets.register_coco_instances, with metadata "
-                        "keypoint_names and keypoint_flip_map"
-                    )
-                evaluated = name in cfg.DATASETS.TEST
-                masks = cfg.INPUT.MASK_FORMAT if name in cfg.DATASETS.TRAIN else "bitmask"
-                if not cfg.MODEL.MASK_ON:
-                    masks = ""
-                classes[name] = _check_json(name, *_registered[name], evaluated, masks)
-                continue
-            _check_files(f"DATASETS.{key} has {name!r}", name)
-            if "thing_classes" in MetadataCatalog.get(name).as_dict():
-                classes[name] = list(MetadataCatalog.get(name).thing_classes)
-    _check_stuff(cfg, splits)
-    if not classes:
-        return
-
-    first, expected = next(iter(classes.items()))
-    for name, found in classes.items():
-        # Detectron2 numbers the classes in the order of the ids; the ids themselves may differ.
-        if found != expected:
-            differ = [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]]
-            raise ValueError(
-                f"DATASETS: the categories of {first!r} and {name!r} differ in {differ[:6]}; a "
-                "detector needs one list: give both the same names in the order of their ids"
-            )
-    for key in class_keys(cfg, "thing"):
-        check_num_classes(cfg, "thing", key, first, [len(expected)])
-
-
-def _check_stuff(cfg: CfgNode, splits: Sequence[str]) -> None:
+            uses.setdefault(name, []).append(key)
+    found = [_inspect(cfg, name, keys) for name, keys in uses.items()]
+    findings = []
+    classes = {item.name: item.classes for item in found if item.classes is not None}
+    if classes:
+        findings += _find_differences(classes)
+        first, expected = next(iter(classes.items()))
+        for key in class_keys(cfg, "thing"):
+            findings += _find_class_fault(cfg, "thing", key, first, [len(expected)])
     for key in class_keys(cfg, "stuff"):
-        for name in dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]):
-            check_num_classes(cfg, "stuff", key, name, class_counts(name, "stuff"))
-
-
-def _check_files(where: str, name: str) -> None:
-    """Checks that the json and the images of another plugin's or Detectron2's data set exist."""
-    metadata = MetadataCatalog.get(name).as_dict()
-    looks = {"json_file": PathManager.isfile, "image_root": PathManager.isdir}
-    if name.startswith("megdet_digits"):  # made when it is first loaded
-        return
-    for key, is_there in looks.items():
-        path = metadata.get(key)
-        if path and not is_there(path):
-            raise FileNotFoundError(
-                f"{where}, and its {key} {path!r} is not there; put it there, or set "
-                f"DETECTRON2_DATASETS to where the data sets are{_start()}"
+        for name in uses:
+            findings += _find_class_fault(cfg, "stuff", key, name, class_counts(name, "stuff"))
+    objects = [item.objects for item in found if "TRAIN" in uses[item.name]]
+    broken = any(finding.level == "error" for item in found for finding in item.findings)
+    if objects and not broken and not any(objects) and None not in objects:
+        findings.append(
+            Finding(
+                "error",
+                "no-objects",
+                f"DATASETS.TRAIN has {list(cfg.DATASETS.TRAIN)}",
+                "",
+                "none of its annotations is an object to train on: with iscrowd 0, an area, and in "
+                "its image",
+                "add annotations, or correct iscrowd and bbox",
             )
+        )
+    return [*found, Inspection("", findings)]
 
 
-def _check_json(
-    name: str, json_file: str, image_root: str, evaluated: bool, masks: str
-) -> list[str]:
-    """Returns the categories' names, in the order of their ids."""
+def _inspect(cfg: CfgNode, name: str, keys: list[str]) -> Inspection:
+    where = f"DATASETS.{keys[0]} has {name!r}"
+    if name not in DatasetCatalog.list():
+        problem = (
+            "a data set which is not registered; DATASETS.COCO names "
+            f"{[triple[0] for triple in cfg.DATASETS.COCO]}"
+        )
+        fix = f"Correct the name, or add a triple: {_EXAMPLE}"
+        return Inspection(name, [Finding("error", "unregistered", where, "", problem, fix)])
+    if name not in _registered:
+        metadata = MetadataCatalog.get(name).as_dict()
+        classes = metadata.get("thing_classes")
+        return Inspection(name, _find_missing_files(where, name), classes=classes and list(classes))
+    if cfg.MODEL.KEYPOINT_ON:
+        problem = (
+            f"MODEL.KEYPOINT_ON is True, and DATASETS.COCO, which has {name!r}, has no place for "
+            "the keypoints' names and flips"
+        )
+        fix = (
+            "register the data set by detectron2.data.datasets.register_coco_instances, with "
+            "metadata keypoint_names and keypoint_flip_map"
+        )
+        return Inspection(name, [Finding("error", "keypoints", "DATASETS", "", problem, fix)])
+    trained, evaluated = "TRAIN" in keys, name in cfg.DATASETS.TEST
+    masks = ""
+    if cfg.MODEL.MASK_ON:
+        masks = cfg.INPUT.MASK_FORMAT if name in cfg.DATASETS.TRAIN else "bitmask"
+    json_file, image_root = _registered[name]
     where = f"DATASETS.COCO {name!r}"
-    if not os.path.isdir(image_root):
-        raise FileNotFoundError(f"{where}: there is no image folder {image_root!r}{_start()}")
-    coco = read_coco(where, json_file, evaluated, masks)
-    _check_images(
-        f"{where}, {json_file!r}", image_root, [image["file_name"] for image in coco["images"]]
+    skip_bad = trained and not evaluated and cfg.MEGDET.SKIP_BAD_IMAGES
+    inspection = inspect_coco(
+        where,
+        json_file,
+        image_root,
+        trained=trained,
+        evaluated=evaluated,
+        masks=masks,
+        skip_bad=skip_bad,
     )
-    return [name for _, name in sorted((c["id"], c["name"]) for c in coco["categories"])]
+    return replace(inspection, name=name)
 
 
-def _start() -> str:
-    return f"; a relative path starts at the working directory, {os.getcwd()!r}"
+def inspect_coco(
+    where: str,
+    json_file: str,
+    image_root: str | None,
+    *,
+    trained: bool = True,
+    evaluated: bool = True,
+    masks: str = "",
+    skip_bad: bool = False,
+) -> Inspection:
+    """Returns everything that is wrong with an annotation json and its images.
+
+    Args:
+        where: the beginning of messages, such as "DATASETS.COCO 'my_train'".
+        json_file: the annotations.
+        image_root: the folder of the images; None to leave them unchecked.
+        trained: whether a training uses it.
+        evaluated: whether to check what pycocotools needs, too.
+        masks: the segmentation that every object needs: "polygon", or "bitmask" for polygons and
+            RLEs; "" for none.
+        skip_bad: training takes other images in place of bad ones.
+    """
+    coco, findings = read_json(where, json_file, annotated=trained)
+    objects = 0
+    images = []
+    if coco:
+        if trained:
+            _keep(json_file, coco)
+        faults, objects = find_annotation_faults(
+            where, json_file, coco, trained=trained, evaluated=evaluated, masks=masks
+        )
+        findings += faults
+        images = [row for row in coco["images"] if _is_image(row)]
+    if image_root is not None:
+        findings += find_image_faults(where, image_root, images, skip_bad)
+    classes = None
+    rows = coco.get("categories", [])
+    if rows and not any(f.rows == "categories" and f.level == "error" for f in findings):
+        classes = [name for _, name in sorted((row["id"], row["name"]) for row in rows)]
+    return Inspection("", findings, coco or None, classes, objects)
 
 
 def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "") -> dict:
     """Returns the content of an annotation json after checking it.
 
     Args:
-        where: the beginning of error messages.
-        evaluated: whether to check what pycocotools needs, too.
-        masks: the segmentation that every object needs: "polygon", or "bitmask" for polygons and
-            RLEs; "" for none.
+        where, json_file, evaluated, masks: see ``inspect_coco``. Images are not checked.
 
     Raises:
-        FileNotFoundError, ValueError: see ``check_datasets``; images are not checked.
+        FileNotFoundError, ValueError: see ``check_datasets``.
     """
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{where}: there is no annotation file {json_file!r}{_start()}")
-    with open(json_file) as file:
-        try:
-            coco = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{where}: {json_file!r} is not json ({error})") from None
-    for key in ("images", "annotations", "categories"):
-        rows = coco.get(key) if isinstance(coco, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(
-                f"{where}: {json_file!r} is not a COCO detection json: it has no list {key!r} of "
-                "objects; export the annotations as COCO instances"
-            )
-        if not rows and key != "annotations":
-            raise ValueError(f"{where}: {json_file!r} has no {key}; it needs one or more")
-    where = f"{where}, {json_file!r}"
-    _check_keys(where, "categories", coco["categories"], {"id": _NUMBER, "name": _STRING})
-    of_image = {"id": _ID, "file_name": _STRING, "height": _NUMBER, "width": _NUMBER}
-    _check_keys(where, "images", coco["images"], of_image)
-    of_annotation: dict[str, tuple[type, ...]]
-    of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
-    if evaluated:  # pycocotools needs them, and ids for an array; Detectron2's training does not
-        of_annotation |= {"id": _NUMBER, "area": _NUMBER, "iscrowd": _NUMBER}
-    if masks:
-        of_annotation |= {"segmentation": (list, dict)}
-    _check_keys(where, "annotations", coco["annotations"], of_annotation)
+    inspection = inspect_coco(
+        where, json_file, None, trained=False, evaluated=evaluated, masks=masks
+    )
+    raise_findings(inspection.findings)
+    assert inspection.coco is not None
+    return inspection.coco
 
-    categories = dict(sorted((c["id"], c["name"]) for c in coco["categories"]))
-    images = {image["id"] for image in coco["images"]}
-    _check_annotations(where, coco["annotations"], images, categories)
-    if masks:
-        _check_masks(where, coco["annotations"], evaluated, masks)
-    if evaluated and any(annotation["id"] == 0 for annotation in coco["annotations"]):
-        logger.warning(
-            f"{where}: pycocotools takes the annotation id 0 for no match, and that object for "
-            "missed; number annotations from 1 for the exact AP"
+
+def _is_image(row: dict) -> bool:
+    names = isinstance(row.get("file_name"), str)
+    return names and all(isinstance(row.get(key), (int, float)) for key in ("width", "height"))
+
+
+def _find_missing_files(where: str, name: str) -> list[Finding]:
+    """Returns the json and the image root that another data set names and that do not exist."""
+    metadata = MetadataCatalog.get(name).as_dict()
+    looks = {"json_file": PathManager.isfile, "image_root": PathManager.isdir}
+    if name.startswith("megdet_digits"):  # made when it is first loaded
+        return []
+    fix = f"put it there, or set DETECTRON2_DATASETS to where the data sets are; {start_of_paths()}"
+    return [
+        Finding(
+            "error",
+            "missing-file",
+            where,
+            "",
+            f"its {key} {metadata[key]!r} is not there",
+            fix,
         )
-    return coco
+        for key, is_there in looks.items()
+        if metadata.get(key) and not is_there(metadata[key])
+    ]
 
 
-def _check_keys(where: str, what: str, rows: list[dict], types: dict[str, tuple]) -> None:
-    """Checks that every row has these keys, values of these types, and a unique id."""
-    seen = set()
-    for i, row in enumerate(rows):
-        at = f"{where}: {what}[{i}]"
-        for key, allowed in types.items():
-            if key not in row:
-                raise ValueError(f"{at} has no {key!r}; add it")
-            if not isinstance(row[key], allowed):
-                names = " or ".join(kind.__name__ for kind in allowed)
-                raise ValueError(f"{at} has {key} {row[key]!r}; make it {names}")
-        if row["id"] in seen:
-            raise ValueError(f"{at} has the id {row['id']!r}, as an earlier one; ids stand once")
-        seen.add(row["id"])
+def _find_differences(classes: dict[str, list[str]]) -> list[Finding]:
+    first, expected = next(iter(classes.items()))
+    findings = []
+    for name, found in classes.items():
+        # Detectron2 numbers the classes in the order of the ids; the ids themselves may differ.
+        if found != expected:
+            differ = [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]]
+            problem = f"the categories of {first!r} and {name!r} differ in {differ[:6]}"
+            fix = "a detector needs one list: give both the same names in the order of their ids"
+            findings.append(Finding("error", "categories-differ", "DATASETS", "", problem, fix))
+    return findings
 
 
-def _check_annotations(where: str, annotations: list, images: set, categories: dict) -> None:
-    for i, annotation in enumerate(annotations):
-        at = f"{where}: annotations[{i}]"
-        if annotation["image_id"] not in images:
-            raise ValueError(
-                f"{at} has image_id {annotation['image_id']!r}, which no image has; add the image, "
-                "or remove the annotation"
-            )
-        if annotation["category_id"] not in categories:
-            raise ValueError(
-                f"{at} has category_id {annotation['category_id']}, which is none of the "
-                f"categories' {list(categories)[:20]}; add the category, or correct the annotation"
-            )
-        box = annotation["bbox"]
-        numbers = all(isinstance(side, _NUMBER) and math.isfinite(side) for side in box)
-        if len(box) != 4 or not numbers or box[2] < 0 or box[3] < 0:
-            raise ValueError(
-                f"{at} has bbox {box}; make it COCO's [x, y, width, height] in pixels, width and "
-                "height not below 0"
-            )
-        if annotation.get("ignore"):
-            raise ValueError(
-                f"{at} has ignore {annotation['ignore']}, which Detectron2 refuses; mark it "
-                "iscrowd 1 instead, or remove it"
-            )
+def _find_class_fault(
+    cfg: CfgNode, kind: str, key: str, name: str, counts: Sequence[int]
+) -> list[Finding]:
+    fault = class_fault(cfg, kind, key, name, counts)
+    return [Finding("error", "num-classes", "DATASETS", "", *fault)] if fault else []
 
 
-def _check_masks(where: str, annotations: list, evaluated: bool, masks: str) -> None:
-    for i, annotation in enumerate(annotations):
-        at = f"{where}: annotations[{i}]"
-        mask = annotation["segmentation"]
-        if not mask:
-            raise ValueError(
-                f"{at} has an empty segmentation, and MODEL.MASK_ON is True; add the object's "
-                "mask, or set MODEL.MASK_ON False"
-            )
-        if isinstance(mask, dict):
-            if masks == "polygon" and not annotation.get("iscrowd"):
-                raise ValueError(
-                    f"{at} has an RLE for a segmentation, and INPUT.MASK_FORMAT is 'polygon'; set "
-                    "INPUT.MASK_FORMAT bitmask"
-                )
-            continue
-        for part in mask:
-            # In training Detectron2 leaves out what has too few points.
-            if not isinstance(part, list) or (evaluated and (len(part) < 6 or len(part) % 2)):
-                raise ValueError(
-                    f"{at} has {part} in its segmentation, which is no polygon; give each three "
-                    "points or more, [[x1, y1, x2, y2, x3, y3], ...]"
-                )
+# --- loading -------------------------------------------------------------------------------------
 
 
-def _check_images(where: str, root: str, files: list[str]) -> None:
-    # One listing per folder: asking for each of 118,000 files is slow on a network file system.
-    listings: dict[str, set[str]] = {}
-    for name in files:
-        folder, base = os.path.split(os.path.join(root, name))
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if base not in listings[folder]:
-            missing = sum(not os.path.isfile(os.path.join(root, f)) for f in files)
-            raise FileNotFoundError(
-                f"{where}: {missing} of {len(files)} images are not in {root!r}; the first is "
-                f"{name!r}. Correct the image root, or the file_name entries"
-            )
+def _keep(json_file: str, coco: dict) -> None:
+    """Keeps a training json's content from its check to the loader, since parsing takes long."""
+    _parsed[json_file] = (_stamp(json_file), coco)
+
+
+def forget_parsed() -> None:
+    """Removes the contents of the training jsons, which only the start needs, from memory."""
+    _parsed.clear()
+
+
+def _stamp(json_file: str) -> tuple[int, int]:
+    status = os.stat(PathManager.get_local_path(json_file))
+    return status.st_mtime_ns, status.st_size
+
+
+def load_coco(name: str, json_file: str, image_root: str, masks: bool = True) -> list[dict]:
+    """Returns the entries of a COCO json, as Detectron2's ``load_coco_json``.
+
+    Unlike it, it reads ``iscrowd`` null and "0" as 0; with ``masks`` False, it keeps objects whose
+    segmentation is not valid; and it takes a json that was just checked from memory.
+
+    Args:
+        name: the data set, whose metadata gets the classes.
+        json_file: the annotations.
+        image_root: the folder of the images.
+        masks: leaves out objects that have a segmentation without a valid polygon.
+    """
+    stamp, coco = _parsed.get(json_file, (None, {}))
+    if stamp != _stamp(json_file):
+        coco, findings = read_json(f"DATASETS.COCO {name!r}", json_file, annotated=False)
+        raise_findings(findings)
+    categories = {row["id"]: row["name"] for row in coco["categories"]}
+    to_class = {key: i for i, key in enumerate(sorted(categories))}
+    MetadataCatalog.get(name).set(
+        thing_classes=[categories[key] for key in to_class],
+        thing_dataset_id_to_contiguous_id=to_class,
+    )
+    objects: dict[Any, list[dict]] = {row["id"]: [] for row in coco["images"]}
+    left_out = 0
+    for row in coco.get("annotations", []):
+        entry = {
+            "bbox": row["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": to_class[row["category_id"]],
+        }
+        if "iscrowd" in row:
+            entry["iscrowd"] = as_crowd(row)
+        if row.get("segmentation"):
+            segmentation = valid_mask(row["segmentation"])
+            if segmentation is not None:
+                entry["segmentation"] = _compress(segmentation)
+            elif masks:
+                left_out += 1
+                continue
+        if row.get("keypoints"):
+            # COCO's keypoints are indices of pixels, and Detectron2's are their centres.
+            entry["keypoints"] = [
+                value + 0.5 if i % 3 != 2 else value for i, value in enumerate(row["keypoints"])
+            ]
+        objects[row["image_id"]].append(entry)
+    if left_out:
+        logger.warning(
+            f"DATASETS.COCO {name!r}: {left_out} objects have no valid polygon and are left out"
+        )
+    return [
+        {
+            "file_name": os.path.join(image_root, row["file_name"]),
+            "height": row["height"],
+            "width": row["width"],
+            "image_id": row["id"],
+            "annotations": objects[row["id"]],
+        }
+        for row in sorted(coco["images"], key=lambda row: row["id"])
+    ]
+
+
+def _compress(mask: Any) -> Any:
+    if isinstance(mask, dict) and isinstance(mask["counts"], list):
+        return mask_util.frPyObjects(mask, *mask["size"])
+    return mask
 
 
 __getattr__ = renamed(__name__, num_classes="megdet_d2.data.classes.num_classes")

@@ -27,6 +27,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .classes import num_classes
+from .coco import forget_parsed
 from .mapping import BadImageError, CheckedMapper, Mapper
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,7 @@ def build_train_loader(
             Detectron2's ``DatasetMapper``.
     """
     chosen = d2_build._train_loader_from_config(cfg, mapper=mapper)
+    forget_parsed()
     chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
     chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
     if isinstance(chosen["dataset"], IterableDataset):

@@ -219,6 +219,7 @@ def _count_images(cfg: CfgNode) -> int:
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
             if cfg.MODEL.KEYPOINT_ON
             else 0,
+            check_consistency=False,  # logs the class table, which the training loader does
         )
     )
 

@@ -205,7 +205,7 @@ def test_a_set_of_detectron2s_has_to_be_there_and_is_left_to_it(tmp_path):
         (images, "image_root", images.mkdir),
     ):
         message = refusal(cfg, FileNotFoundError)
-        assert_says(message, f"DATASETS.TEST has 'theirs', and its {key} '{path}' is not there")
+        assert_says(message, f"DATASETS.TEST has 'theirs': its {key} '{path}' is not there")
         assert_says(message, "DETECTRON2_DATASETS")
         make()
     check(cfg)
@@ -219,7 +219,7 @@ def test_coco_itself_has_to_be_there(tmp_path, monkeypatch):
     if os.path.isfile(file):
         pytest.skip("it is there")
     message = refusal(cfg, FileNotFoundError)
-    assert_says(message, f"DATASETS.TEST has 'coco_2017_val', and its json_file '{file}' is not")
+    assert_says(message, f"DATASETS.TEST has 'coco_2017_val': its json_file '{file}' is not")
 
 
 def evaluate_perfect_predictions(name, output_dir):

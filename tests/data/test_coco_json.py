@@ -5,6 +5,7 @@ import os
 
 import pytest
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import load_coco_json
 
 from megdet_d2.data import check_datasets, register_coco
 from tests.helpers.coco_data import HEIGHT, WIDTH, assert_says, check, coco_config, refusal
@@ -15,22 +16,22 @@ pytestmark = pytest.mark.usefixtures("clean_catalogs")
 def test_a_missing_json_is_named(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal(coco_config([train]), FileNotFoundError)
-    assert_says(message, "DATASETS.COCO 'my_train'", f"no annotation file '{train.path}'")
+    assert_says(message, "DATASETS.COCO 'my_train'", str(train.path), "no annotation file")
     assert_says(message, "a relative path starts at", str(tmp_path))
 
 
 def test_a_missing_image_root_is_named(train):
     train.write().root = train.root / "nowhere"
     message = refusal(coco_config([train]), FileNotFoundError)
-    assert_says(message, "DATASETS.COCO 'my_train'", f"no image folder '{train.root}'", "relative")
+    assert_says(
+        message, "DATASETS.COCO 'my_train'", str(train.root), "no such image folder", "relative"
+    )
 
 
 def test_a_missing_image_is_named_and_counted(train):
     (train.root / "9.png").unlink()
     message = refusal(coco_config([train.write()]), FileNotFoundError)
-    assert_says(
-        message, "'my_train'", f"1 of 2 images are not in '{train.root}'", "first is '9.png'"
-    )
+    assert_says(message, "'my_train'", f"1 of 2 images are not in '{train.root}': id 9 '9.png'")
     assert_says(message, "Correct the image root, or the file_name")
 
 
@@ -46,7 +47,7 @@ def test_images_in_folders_are_found(train):
 def test_what_is_not_json_is_refused(train):
     train.path.write_text("<annotation>")
     message = refusal(coco_config([train]))
-    assert_says(message, "DATASETS.COCO 'my_train'", f"'{train.path}' is not json", "line 1")
+    assert_says(message, "DATASETS.COCO 'my_train'", f"'{train.path}': it is not json", "line 1")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,11 @@ def test_an_empty_list_is_refused(train, key):
 def test_a_missing_key_is_refused(val, rows, key):
     del val.json[rows][1][key]
     message = refusal(coco_config(test=[val.write()]))
-    assert_says(message, "'my_val'", str(val.path), f"{rows}[1] has no '{key}'; add it")
+    assert_says(
+        message, "'my_val'", str(val.path), f"1 of {len(val.json[rows])} {rows} have no '{key}'"
+    )
+    row = val.json[rows][1]
+    assert_says(message, f"id {row['id']}" if "id" in row else f"{rows}[1]", f"add '{key}'")
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
@@ -110,20 +115,22 @@ def test_what_only_the_evaluation_needs_may_be_missing_in_training(train, key):
 )
 def test_a_value_of_another_type_is_refused(train, rows, key, value, types):
     train.json[rows][1][key] = value
+    label = f"id {train.json[rows][1]['id']!r}"
     message = refusal(coco_config([train.write()]))
-    assert_says(message, "'my_train'", f"{rows}[1] has {key} {value!r}; make it {types}")
+    assert_says(message, "'my_train'", f"{rows} have a '{key}' that is not {types}: {label}")
+    assert_says(message, f"({value!r}); make it {types}")
 
 
 def test_an_unknown_category_id_is_refused(train):
     train.json["annotations"][2]["category_id"] = 4
     message = refusal(coco_config([train.write()]))
-    assert_says(message, "'my_train'", "annotations[2] has category_id 4", "[3, 7, 90]", "add the")
+    assert_says(message, "'my_train'", "[3, 7, 90]: id 3 in '9.png' (4)", "add the category")
 
 
 def test_an_unknown_image_id_is_refused(train):
     train.json["annotations"][1]["image_id"] = 6
     message = refusal(coco_config([train.write()]))
-    assert_says(message, "'my_train'", "annotations[1] has image_id 6", "no image has", "add the")
+    assert_says(message, "'my_train'", "1 of 3 annotations", "no image has: id 2 (6)", "add the")
 
 
 @pytest.mark.parametrize(
@@ -133,33 +140,38 @@ def test_an_unknown_image_id_is_refused(train):
 def test_a_bad_box_is_refused(train, box):
     train.json["annotations"][0]["bbox"] = box
     message = refusal(coco_config([train.write()]))
-    assert_says(message, "'my_train'", f"annotations[0] has bbox {box}", "[x, y, width, height]")
+    assert_says(message, "'my_train'", f"id 1 in '5.png' ({box})", "[x, y, width, height]")
 
 
 @pytest.mark.parametrize("rows", ["images", "categories", "annotations"])
 def test_an_id_that_stands_twice_is_refused(train, rows):
     train.json[rows][1]["id"] = again = train.json[rows][0]["id"]
     message = refusal(coco_config([train.write()]))
-    assert_says(message, "'my_train'", f"{rows}[1] has the id {again}", "earlier", "once")
+    assert_says(
+        message, "'my_train'", f"{rows} have the id of an earlier one: id {again}", "its own id"
+    )
 
 
 def test_ignore_is_refused_as_in_detectron2(train):
     train.json["annotations"][0]["ignore"] = 1
     train.write()
-    assert_says(refusal(coco_config([train])), "annotations[0] has ignore 1", "iscrowd 1 instead")
+    message = refusal(coco_config([train]))
+    assert_says(message, "have 'ignore'", "id 1 in '5.png' (1)", "iscrowd 1 instead")
     with pytest.raises(AssertionError, match="ignore"):
-        DatasetCatalog.get("my_train")
+        load_coco_json(str(train.path), str(train.root), "stock_train")
 
 
 def test_masks_are_asked_for_where_they_are_trained(train):
     cfg = coco_config([train.write()])
     check(cfg)
     cfg.MODEL.MASK_ON = True
-    assert_says(refusal(cfg), "'my_train'", "annotations[0] has no 'segmentation'")
+    assert_says(refusal(cfg), "'my_train'", "3 of 3 annotations have no 'segmentation'")
     for annotation in train.json["annotations"]:
         annotation["segmentation"] = []  # as exports of boxes have it
     train.write()
-    assert_says(refusal(cfg), "'my_train'", "annotations[0] has an empty segmentation", "MASK_ON")
+    assert_says(
+        refusal(cfg), "'my_train'", "3 of 3 annotations have an empty", "id 1 in", "MASK_ON"
+    )
 
 
 def with_masks(data, mask):
@@ -174,7 +186,9 @@ def test_an_rle_is_for_bitmasks_in_training_and_for_crowds(train, val):
     cfg = coco_config([with_masks(train, rle)])
     cfg.MODEL.MASK_ON = True
     message = refusal(cfg)
-    assert_says(message, "'my_train'", "annotations[1] has an RLE", "INPUT.MASK_FORMAT bitmask")
+    assert_says(
+        message, "'my_train'", "have an RLE", "id 2 in '5.png'", "INPUT.MASK_FORMAT bitmask"
+    )
     cfg.INPUT.MASK_FORMAT = "bitmask"
     check(cfg)
     cfg.INPUT.MASK_FORMAT = "polygon"
@@ -195,7 +209,7 @@ def test_what_is_no_polygon_is_refused_where_it_is_evaluated(val, mask, part):
     check(cfg)
     cfg.MODEL.MASK_ON = True
     message = refusal(cfg)
-    assert_says(message, "'my_val'", f"annotations[1] has {part}", "no polygon", "three points")
+    assert_says(message, "'my_val'", f"id 2 in '5.png' ({part}", "no polygon", "three points")
 
 
 def test_keypoints_are_refused_without_their_names(train):
@@ -210,7 +224,9 @@ def test_ids_that_are_no_numbers_are_for_training_alone(train, val):
         for annotation in data.json["annotations"]:
             annotation["id"] = f"a{annotation['id']}"
     check(coco_config([train.write()]))
-    assert_says(refusal(coco_config(test=[val.write()])), "'my_val'", "annotations[0] has id 'a")
+    assert_says(
+        refusal(coco_config(test=[val.write()])), "'my_val'", "have a 'id' that is not int", "'a1'"
+    )
 
 
 def test_only_the_splits_in_use_are_read(train, val):

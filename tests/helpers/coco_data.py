@@ -76,4 +76,4 @@ def refusal(cfg, error=ValueError):
 
 def assert_says(message, *parts):
     for part in parts:
-        assert part in message
+        assert part in message, f"{part!r} is not in {message!r}"
