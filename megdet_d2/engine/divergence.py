@@ -1,19 +1,19 @@
 """Divergence of a training: noticed by all processes in one step, so that all can roll back."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from megdet_d2._moved import renamed
 
 from .collectives import largest_over_processes
+from .hooks import StepObserver
 
 ON_DIVERGENCE = ("stop", "half_lr", "longer_warmup")
 # Seconds in which all processes that fail in the same forward have to report it.
@@ -33,7 +33,7 @@ class DivergenceError(FloatingPointError):
     """An error in every process, with the same message: a loss or a gradient was not finite."""
 
 
-class DivergenceGuard(HookBase):
+class DivergenceGuard(StepObserver):
     """Raises ``DivergenceError`` in all processes when a loss or a gradient of any is not finite.
 
     It acts after each backward, before the optimizer steps and metrics are written. So neither the
@@ -55,8 +55,20 @@ class DivergenceGuard(HookBase):
         self._images: list[str] = []
         self._losses: list[tuple[str, Tensor]] = []
         self._group: Any = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
-        model.register_forward_pre_hook(self._note_images)
-        model.register_forward_hook(self._note_losses)
+        self._model = model
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[None]:
+        """Collects the images that the model takes, and the losses that it returns."""
+        handles = [
+            self._model.register_forward_pre_hook(self._note_images),
+            self._model.register_forward_hook(self._note_losses),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _note_images(self, model: nn.Module, inputs: tuple) -> None:
         if model.training:

@@ -1,9 +1,10 @@
 """Hooks around the training step: layers out of step, scalars, skipped images, their order."""
 
+import contextlib
 import difflib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ logger = logging.getLogger(__name__)
 PERIOD = 20
 
 _SAVERS = (hooks.PeriodicCheckpointer, hooks.BestCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+
+
+class StepObserver(HookBase):
+    """The base of hooks that watch the model's forward, and only during a training step.
+
+    Between steps the model has nothing of them. So it can be copied and saved, and a forward that
+    is no part of the training, such as that of a validation loss, is not watched.
+    """
+
+    def observe(self) -> contextlib.AbstractContextManager:
+        """Returns a context that watches the model, and leaves nothing on it."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def observed_step(registered: Iterable[HookBase]) -> Iterator[None]:
+    """Lets all ``StepObserver`` hooks among ``registered`` watch the step inside of a ``with``."""
+    with contextlib.ExitStack() as contexts:
+        for hook in registered:
+            if isinstance(hook, StepObserver):
+                contexts.enter_context(hook.observe())
+        yield
 
 
 class StopOutOfStep(HookBase):
@@ -111,7 +134,7 @@ class BatchScalars(HookBase):
             )
 
 
-class CountSkippedImages(HookBase):
+class CountSkippedImages(StepObserver):
     """Logs the images that ``MEGDET.SKIP_BAD_IMAGES`` skipped, and counts them over all processes.
 
     The metric ``skipped_images`` is their number since training began or was resumed.
@@ -122,7 +145,16 @@ class CountSkippedImages(HookBase):
 
     def __init__(self, model: nn.Module):
         self._count = 0
-        self._handle = model.register_forward_pre_hook(self._note)
+        self._model = model
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[None]:
+        """Collects the images that the model takes."""
+        handle = self._model.register_forward_pre_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _note(self, model: nn.Module, inputs: tuple) -> None:
         for image in inputs[0] if model.training else ():
@@ -135,10 +167,6 @@ class CountSkippedImages(HookBase):
         if is_due(self.trainer, PERIOD):
             count = sum(comm.all_gather(self._count))
             self.trainer.storage.put_scalar("skipped_images", count, smoothing_hint=False)
-
-    def after_train(self) -> None:
-        """Removes the hook from the model."""
-        self._handle.remove()
 
 
 def insert_before_savers(built: Sequence[HookBase], ours: Sequence[HookBase]) -> list[HookBase]:

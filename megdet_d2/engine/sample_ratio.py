@@ -5,20 +5,20 @@ negatives; of the anchors that train the RPN, or of the proposals that train the
 are recorded, in percent.
 """
 
+import contextlib
 import csv
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .hooks import is_due
+from .hooks import StepObserver, is_due
 
 # epoch: {mini-batch: the paper's ratio in percent}
 PAPER = {1: {16: 5.58, 256: 9.82}, 6: {16: 11.77, 256: 16.11}, 12: {16: 16.59, 256: 16.91}}
@@ -65,7 +65,7 @@ def ratios(sums: Sequence[float]) -> tuple[float, float]:
     )
 
 
-class SampleRecorder(HookBase):
+class SampleRecorder(StepObserver):
     """Records Table 1 while a two-stage detector trains. Register it in every process.
 
     Every ``period`` iterations it writes the scalars samples/{rpn,rcnn}_{ratio,mean_ratio} of the
@@ -98,24 +98,34 @@ class SampleRecorder(HookBase):
         self._epoch: list[list[float]] = _nothing()
         self._since: list[list[float]] = _nothing()  # the last scalars
         self._lines: list[list[float]] = []
-        self._restore: list[Callable[[], None]] = []
+        self._observed: list[tuple[nn.Module, str, Callable]] = []
 
     def before_train(self) -> None:
-        """Starts to observe the labels of the model's anchors and proposals."""
+        """Finds the methods that label the model's anchors and proposals."""
+        self._observed = []
         model = self.trainer.model
         model = getattr(model, "module", model)  # out of DDP
         generator: Any = getattr(model, "proposal_generator", None)
         heads: Any = getattr(model, "roi_heads", None)
         # Only these methods have the labels of one image; Detectron2 logs a mean over the process's
-        # images. They are replaced on these two objects until the end of training.
+        # images. They are replaced on these two objects during each step.
         if hasattr(generator, "label_and_sample_anchors"):
-            self._observe("rpn", generator, "label_and_sample_anchors", _anchor_labels)
+            self._wrap("rpn", generator, "label_and_sample_anchors", _anchor_labels)
         if hasattr(heads, "label_and_sample_proposals"):
             classes = heads.num_classes
             read = functools.partial(_proposal_labels, num_classes=classes)
-            self._observe("rcnn", heads, "label_and_sample_proposals", read)
+            self._wrap("rcnn", heads, "label_and_sample_proposals", read)
 
-    def _observe(self, stage: str, module: nn.Module, name: str, read: Callable) -> None:
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[None]:
+        """Counts the labels that the model's methods return."""
+        with contextlib.ExitStack() as restore:
+            for module, name, observed in self._observed:
+                restore.callback(_put_back, module, name, vars(module).get(name))
+                setattr(module, name, observed)
+            yield
+
+    def _wrap(self, stage: str, module: nn.Module, name: str, read: Callable) -> None:
         method = getattr(module, name)
 
         @functools.wraps(method)
@@ -127,15 +137,14 @@ class SampleRecorder(HookBase):
                 self._pending[stage] = self._pending.get(stage, 0) + sums
             return result
 
-        setattr(module, name, observed)
-        self._restore.append(functools.partial(delattr, module, name))
+        self._observed.append((module, name, observed))
 
     def after_step(self) -> None:
         """Reduces and writes, where a period or an epoch ends."""
         done = self.trainer.iter + 1
         is_last = done >= self.trainer.max_iter
         ends_epoch = self._epochs(done) != self._epochs(done - 1)
-        if not self._restore:
+        if not self._observed:
             return
         if ends_epoch or is_due(self.trainer, self._period, self._checkpoint_period):
             self.reduce()
@@ -143,12 +152,6 @@ class SampleRecorder(HookBase):
             self._write_scalars()
         if ends_epoch or (is_last and any(sums[0] for sums in self._epoch)):
             self._write_epoch(self._epochs(done - 1) + 1)
-
-    def after_train(self) -> None:
-        """Puts the model's methods back."""
-        for restore in self._restore:
-            restore()
-        self._restore.clear()
 
     def _epochs(self, done: int) -> int:
         """Returns the whole epochs in ``done`` iterations."""
@@ -211,6 +214,14 @@ def read_samples(run: str | Path) -> list[dict[str, float]]:
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]  # whole lines
     return [{key: float(value) for key, value in row.items()} for row in rows]
+
+
+def _put_back(module: nn.Module, name: str, own: Any) -> None:
+    # ``own`` is a method that a project has set on this object; usually the class has it.
+    if own is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, own)
 
 
 def _nothing() -> list[list[float]]:

@@ -34,7 +34,13 @@ from .checkpoint import Checkpointer, GatherStatistics, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
 from .evaluation import build_evaluator, build_test_loader
-from .hooks import BatchScalars, CountSkippedImages, StopOutOfStep, insert_before_savers
+from .hooks import (
+    BatchScalars,
+    CountSkippedImages,
+    StopOutOfStep,
+    insert_before_savers,
+    observed_step,
+)
 from .launch import find_launcher, limit_waiting, may_restart
 from .metrics import cut_metrics
 from .model_classes import ReadsOfClasses, check_model_classes
@@ -143,7 +149,8 @@ class Trainer(DefaultTrainer):
         faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
         try:
             self.progress.seed_step()
-            super().run_step()
+            with observed_step([self._guard, *self._hooks]):
+                super().run_step()
             self.progress.count_step()
         except DivergenceError:
             raise

@@ -53,7 +53,8 @@ class GradientNoise(HookBase):
         hooks.insert(0, self)
         # |g_i - ḡ|² of this process and |ḡ|², (2,) float64 on the device, per bucket and step.
         self._parts: list[Tensor] = []
-        model.register_comm_hook(self, _compare_with_mean)
+        # The list alone: DDP keeps it on the model, which has to stay fit for copies.
+        model.register_comm_hook(self._parts, _compare_with_mean)
 
     def after_step(self) -> None:
         """Counts the step; writes the scalars when they are due."""
@@ -76,7 +77,7 @@ class GradientNoise(HookBase):
 
 
 def _compare_with_mean(
-    noise: GradientNoise, bucket: dist.GradBucket
+    parts: list[Tensor], bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
     local = bucket.buffer().clone()  # the reduction is in place
 
@@ -85,7 +86,7 @@ def _compare_with_mean(
         mean = mean[0] if isinstance(mean, (list, tuple)) else mean
         deviation = (local - mean).double().square().sum()
         # A list, because gloo may call this in several threads; append is atomic.
-        noise._parts.append(torch.stack([deviation, mean.double().square().sum()]))
+        parts.append(torch.stack([deviation, mean.double().square().sum()]))
         return mean
 
     world = dist.group.WORLD

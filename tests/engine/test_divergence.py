@@ -122,8 +122,9 @@ def test_an_overflow_that_a_scaler_skips_is_no_divergence(scaled):
         precision=torch.bfloat16,
     )  # fmt: skip
     trainer = accumulate(stock, 2)
-    trainer.register_hooks([DivergenceGuard(model)])
-    with EventStorage():
+    guard = DivergenceGuard(model)
+    trainer.register_hooks([guard])
+    with EventStorage(), guard.observe():
         if scaled:
             trainer.run_step()
             assert scaler.get_scale() == 512

@@ -8,6 +8,7 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from megdet_d2.engine.hooks import observed_step
 from megdet_d2.engine.sample_ratio import (
     COLUMNS,
     PAPER,
@@ -79,6 +80,14 @@ def make_batch(images, generator):
     return [image() for _ in range(images)]
 
 
+class ObservingTrainer(SimpleTrainer):
+    """Lets the hooks watch each step, as megdet_d2's Trainer does."""
+
+    def run_step(self):
+        with observed_step(self._hooks):
+            super().run_step()
+
+
 def train(rank, output, iterations, images_per_epoch, period, state=None, start=0, saves=0):
     """Trains rank + 1 images a step, so that a mean over processes is no mean over images."""
     torch.manual_seed(rank)
@@ -86,7 +95,7 @@ def train(rank, output, iterations, images_per_epoch, period, state=None, start=
     model = build_model(tiny_config(*(word for key in norms for word in (key, "BN"))))
     generator = torch.Generator().manual_seed(rank)
     batches = [make_batch(rank + 1, generator) for _ in range(iterations)][start:]
-    trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1e-4))
+    trainer = ObservingTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1e-4))
     images = sum(len(batch) for batch in batches[:1])
     recorder = SampleRecorder(output, 3, images_per_epoch, saves, period)
     if state:
