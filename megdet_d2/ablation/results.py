@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 from megdet_d2.report.run import Run
-from megdet_d2.report.style import make_figure, tidy
+from megdet_d2.report.style import make_figure, save_figure, tidy
 
 from .equivalence import ALPHA, assess_equivalence, wilson_interval
 from .job import Job
@@ -243,9 +243,9 @@ def plot(summary: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(title, loc="left")
         axes.set_xlabel("box AP (%)")
         tidy(axes)
-    panels[0].set_yticks(y, [line["row"] for line in summary])
+    panels[0].set_yticks(y, [line["row"] for line in summary], parse_math=False)
     panels[0].set_ylim(len(summary) - 0.5, -0.5)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _cell(line: dict[str, Any], measure: str, digits: int, sign: str = "-") -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megdet_d2.config import load_config
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
-from megdet_d2.report.style import make_figure, tidy
+from megdet_d2.report.style import make_figure, save_figure, tidy
 
 from .estimate import WHOLE, Fit, fit, measure_pairs
 
@@ -180,4 +180,4 @@ def plot(fits: Mapping[str, Fit], path: Path) -> None:
         tidy(axes)
     figure.legend(frameon=False, fontsize=8, title="slope", loc="outside right upper")
     update.set_ylim(bottom=0)
-    figure.savefig(path)
+    save_figure(figure, path)

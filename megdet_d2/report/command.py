@@ -38,6 +38,9 @@ def run(args: argparse.Namespace) -> None:
         mark = f"_{number}" if len(runs) > 1 else ""
         curves = plot_curves(each.path, output / f"curves{mark}.png")
         sections.append((f"{label}: learning rate, losses, AP", curves))
+        if not each.cfg.DATASETS.TEST:
+            sections.append((f"{label}: detections", "DATASETS.TEST is empty: none to draw"))
+            continue
         try:
             picture = draw_detections(each.path, output / f"detections{mark}.png", args.images)
         except (FileNotFoundError, ValueError) as error:

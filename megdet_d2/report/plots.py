@@ -17,7 +17,7 @@ from megdet_d2.engine.sample_ratio import PAPER, STAGES, read_samples
 from megdet_d2.schedule.build import images_per_epoch
 
 from .run import SKIP_COUNTERS, Run, existing, labels, read_config, read_metrics
-from .style import make_figure, tidy
+from .style import make_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,8 +67,7 @@ def plot_curves(run: str | Path, path: Path) -> Path:
         if rows and len(keys) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     panels[-1].set_xlabel(at.replace("_", " "))
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_accuracy(runs: Sequence[Run], path: Path) -> Path:
@@ -102,8 +101,7 @@ def plot_accuracy(runs: Sequence[Run], path: Path) -> Path:
         axes.locator_params(axis="x", nbins=6)
         tidy(axes)
     over_hours.legend(frameon=False)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_samples(runs: Sequence[Run], path: Path) -> Path | None:
@@ -136,8 +134,7 @@ def plot_samples(runs: Sequence[Run], path: Path) -> Path | None:
         axes.set_ylim(bottom=0)
         tidy(axes)
     panels[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def plot_health(runs: Sequence[Run], path: Path) -> Path:
@@ -157,14 +154,14 @@ def plot_health(runs: Sequence[Run], path: Path) -> Path:
         tidy(axes)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_detections(run: str | Path, path: Path, num_images: int = 8) -> Path:
     """Draws the first test images, each with its ground truth and with its detections.
 
-    Returns ``path``. Detections below ``SCORE_THRESHOLD`` are left out.
+    Returns ``path``. Detections below ``SCORE_THRESHOLD`` are left out. If all are, as early in a
+    training, the best are drawn: as many as there are objects in the images, or one per image.
 
     Raises:
         FileNotFoundError: the run has no config.yaml, or no results of an evaluation.
@@ -188,6 +185,13 @@ def draw_detections(run: str | Path, path: Path, num_images: int = 8) -> Path:
     # Results have the category ids of the annotation json; Detectron2 counts classes from 0.
     to_class = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
 
+    drawn_ids = {image["image_id"] for image in images}
+    scores = sorted((r["score"] for r in results if r["image_id"] in drawn_ids), reverse=True)
+    threshold = SCORE_THRESHOLD
+    if scores and scores[0] < threshold:
+        objects = sum(len(image.get("annotations", [])) for image in images)
+        threshold = scores[: max(objects, len(images))][-1]
+
     columns = 2 * min(2, len(images))
     rows = -(-2 * len(images) // columns)
     aspect = max(image["height"] / image["width"] for image in images)
@@ -201,15 +205,14 @@ def draw_detections(run: str | Path, path: Path, num_images: int = 8) -> Path:
         for box in image.get("annotations", []):
             xywh = BoxMode.convert(box["bbox"], box["bbox_mode"], BoxMode.XYWH_ABS)
             _draw_box(truth, xywh, box["category_id"], names[box["category_id"]])
-        detections.set_title(f"detections, score >= {SCORE_THRESHOLD}", fontsize=9)
+        detections.set_title(f"detections, score >= {threshold:.3g}", fontsize=9)
         detections.imshow(pixels)
         for result in results:
-            if result["image_id"] == image["image_id"] and result["score"] >= SCORE_THRESHOLD:
+            if result["image_id"] == image["image_id"] and result["score"] >= threshold:
                 index = to_class.get(result["category_id"], result["category_id"])
                 label = f"{names[index]}  {result['score']:.2f}"
                 _draw_box(detections, result["bbox"], index, label)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_box(axes: "Axes", xywh: Sequence[float], index: int, label: str) -> None:

@@ -61,9 +61,9 @@ def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """Returns the training rows and the evaluation rows of a run's metrics.json, both in order.
 
     A resumed or repeated training appends to the file. Its rows replace earlier ones from where it
-    starts. If rows have images_seen, as ``Trainer`` writes it, they are ordered by it, because
-    iterations count differently after a change of the mini-batch. Evaluations then get images_seen
-    here.
+    starts. A second training in the same folder replaces all. If rows have images_seen, as
+    ``Trainer`` writes it, they are ordered by it, because iterations count differently after a
+    change of the mini-batch. Evaluations then get images_seen here.
 
     Raises:
         FileNotFoundError: there is no metrics.json.
@@ -82,7 +82,13 @@ def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     for row in parsed:
         # A row is both if an evaluation coincides with a logged iteration.
         is_eval = any(key.endswith("bbox/AP") for key in row)
-        for rows, belongs in ((train_rows, "total_loss" in row), (eval_rows, is_eval)):
+        is_train = "total_loss" in row
+        if is_train:
+            # Evaluations of the replaced rows are gone, also if this part has none there.
+            restarts = bool(train_rows) and not _comes_before(train_rows[0], row)
+            while eval_rows and (restarts or _comes_before(row, eval_rows[-1])):
+                eval_rows.pop()
+        for rows, belongs in ((train_rows, is_train), (eval_rows, is_eval)):
             while belongs and rows and not _comes_before(rows[-1], row):
                 rows.pop()
             rows += [row] * belongs

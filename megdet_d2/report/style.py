@@ -1,5 +1,6 @@
 """Makes figures that need no display and look alike."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 def make_figure(width: float, height: float) -> "Figure":
     """Returns an empty figure, ``width`` and ``height`` in hundreds of pixels.
 
-    It is made without pyplot, so it needs no display; ``savefig`` writes PNG files by Agg.
+    It is made without pyplot, so it needs no display; ``save_figure`` writes PNG files by Agg.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -20,6 +21,22 @@ def make_figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError('The report needs matplotlib: run  pip install -e ".[demo]"') from error
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Writes a PNG file and returns ``path``.
+
+    Names of classes, files and runs are drawn as they are: a ``$`` in them begins no formula.
+    """
+    from matplotlib.text import Text
+
+    axis = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = {label for each in axis for label in each.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if text not in ticks:  # powers of ten are formulas
+            text.set_parse_math(False)
+    figure.savefig(path)
+    return path
 
 
 def tidy(axes: "Axes") -> None:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from megdet_d2.engine.sample_ratio import PAPER, STAGES, read_samples
@@ -73,8 +74,18 @@ def summarize(run: str | Path) -> str:
         if key.endswith("bbox/AP")
     ]
     log = run / "log.txt"
-    times = re.findall(r"Total training time: (.+?) \(", log.read_text()) if log.is_file() else []
-    lines += [f"Training took {time} (h:mm:ss), evaluation included." for time in times[-1:]]
+    lines += _training_time(run, log)
     lines.append(f"Numbers:  {run / 'metrics.json'}, {log}")
     lines.append(f"Scalars:  {Path(sys.executable).parent / 'tensorboard'} --logdir {run}")
     return "\n".join(lines)
+
+
+def _training_time(run: Path, log: Path) -> list[str]:
+    """Returns a line with the time of the training, those before its resumes included."""
+    seconds = Run.read(run).hours() * 3600
+    if seconds > 0:
+        time = timedelta(seconds=round(seconds))
+        return [f"Training took {time} (h:mm:ss), without evaluations."]
+    # Without times in metrics.json. The log has one line per start that came to its end.
+    times = re.findall(r"Total training time: (.+?) \(", log.read_text()) if log.is_file() else []
+    return [f"Training took {times[0]} (h:mm:ss), evaluation included."] if len(times) == 1 else []

@@ -4,6 +4,7 @@ import builtins
 
 import numpy as np
 import pytest
+from detectron2.data import MetadataCatalog
 
 from megdet_d2.report import plots, tables
 from megdet_d2.report.run import Run
@@ -52,11 +53,57 @@ def test_detections_are_drawn_beside_the_truth(run):
 
 
 def test_detections_below_the_threshold_are_not_drawn(run):
+    first, *others = read_results(run)
+    write_results(run, [first])
+    alone = pixels(plots.draw_detections(run, run / "detections.png"))
+    write_results(run, [first, *(result | {"score": 0.49} for result in others)])
+    assert np.array_equal(pixels(plots.draw_detections(run, run / "detections.png")), alone)
+
+
+def test_if_all_scores_are_low_the_best_are_drawn_and_the_title_says_from_which_score(
+    run, monkeypatch
+):
+    """Otherwise every panel would be blank, as early in a training."""
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_box", lambda axes, box, index, label: drawn.append(label))
     results = read_results(run)
-    write_results(run, [])
-    empty = pixels(plots.draw_detections(run, run / "detections.png"))
-    write_results(run, [result | {"score": 0.49} for result in results])
-    assert np.array_equal(pixels(plots.draw_detections(run, run / "detections.png")), empty)
+    low = [result | {"score": 0.3} for result in results]
+    lower = [result | {"score": 0.2} for result in results] * 3
+    write_results(run, [*lower, *low])
+    titles = titles_of(plots.draw_detections, run, run / "detections.png", 4)
+    assert sum("0.30" in label for label in drawn) == len(results) > 0
+    assert not any("0.20" in label for label in drawn)
+    assert "detections, score >= 0.3" in titles
+
+
+def titles_of(draw, *args):
+    """Returns the titles of all panels of a figure."""
+    titles = []
+    save = plots.save_figure
+
+    def look(figure, path):
+        titles.extend(axes.get_title() for axes in figure.axes)
+        return save(figure, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save_figure", look)
+        draw(*args)
+    return titles
+
+
+@pytest.mark.parametrize("name", [r"$\frac{a$", "$x$", "a$b", r"\$5 $"])
+def test_a_dollar_in_the_name_of_a_class_or_a_run_is_a_character(run, tmp_path, name):
+    metadata = MetadataCatalog.get("megdet_digits_val")
+    names = metadata.thing_classes
+    picture = plots.draw_detections(run, tmp_path / "plain.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "register_datasets", lambda cfg: None)
+        patch.setitem(metadata.__dict__, "thing_classes", [name] * len(names))
+        drawn = pixels(plots.draw_detections(run, tmp_path / "named.png"))
+    assert drawn.shape == pixels(picture).shape
+    folder = write_run(tmp_path / name.replace("\\", ""))
+    assert plots.plot_accuracy([Run.read(folder)] * 2, tmp_path / "accuracy.png").is_file()
+    assert plots.plot_curves(folder, tmp_path / "curves.png").is_file()
 
 
 def test_labels_are_the_names_of_the_jsons_category_ids(run, monkeypatch):

@@ -142,3 +142,19 @@ def test_runs_are_told_apart_by_their_paths(tmp_path):
     runs = [Run.read(write_run(tmp_path / name / "seed1")) for name in ("b16", "b256")]
     assert labels(runs) == ["b16/seed1", "b256/seed1"]
     assert labels(runs[:1]) == ["seed1"]
+
+
+def test_a_second_training_in_the_same_folder_replaces_the_first(tmp_path):
+    """The first was evaluated more often: its AP would look like those of the second."""
+    folder = write_run(tmp_path / "a")
+    metrics = folder / "metrics.json"
+    first = metrics.read_text()
+    train_rows = [line for line in first.splitlines(keepends=True) if "total_loss" in line]
+    early = '{"iteration": 9, "bbox/AP": 5.0}\n'
+    metrics.write_text(early + first + "".join(train_rows[:2]))
+    run = Run.read(folder)
+    assert run.series("time")[0].tolist() == [20, 40]
+    assert run.evaluations()[0].tolist() == [] and run.final() is None
+    # A resume goes on from a later iteration, and keeps what came before.
+    metrics.write_text(early + first + "".join(train_rows[2:]))
+    assert Run.read(folder).evaluations()[0].tolist() == [10, 50]
