@@ -83,11 +83,8 @@ def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         # A row is both if an evaluation coincides with a logged iteration.
         is_eval = any(key.endswith("bbox/AP") for key in row)
         is_train = "total_loss" in row
-        if is_train:
-            # Evaluations of the replaced rows are gone, also if this part has none there.
-            restarts = bool(train_rows) and not _comes_before(train_rows[0], row)
-            while eval_rows and (restarts or _comes_before(row, eval_rows[-1])):
-                eval_rows.pop()
+        if is_train and train_rows and not _comes_before(train_rows[0], row):
+            eval_rows.clear()  # a training from the start, perhaps evaluated at other iterations
         for rows, belongs in ((train_rows, is_train), (eval_rows, is_eval)):
             while belongs and rows and not _comes_before(rows[-1], row):
                 rows.pop()

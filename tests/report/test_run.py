@@ -157,4 +157,4 @@ def test_a_second_training_in_the_same_folder_replaces_the_first(tmp_path):
     assert run.evaluations()[0].tolist() == [] and run.final() is None
     # A resume goes on from a later iteration, and keeps what came before.
     metrics.write_text(early + first + "".join(train_rows[2:]))
-    assert Run.read(folder).evaluations()[0].tolist() == [10, 50]
+    assert Run.read(folder).evaluations()[0].tolist() == [10, 50, 110]
