@@ -222,7 +222,7 @@ class GatherStatistics(HookBase):
 
     def after_train(self) -> None:
         """Gathers once more after a training that all processes have completed."""
-        if self.trainer.iter >= self.trainer.max_iter:
+        if self.trainer.has_finished:
             self._checkpointer.gather()
 
 

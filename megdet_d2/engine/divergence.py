@@ -60,6 +60,7 @@ class DivergenceGuard(StepObserver):
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
         """Collects the images that the model takes, and the losses that it returns."""
+        self._images, self._losses = [], []  # an own step may never check those of the last one
         handles = [
             self._model.register_forward_pre_hook(self._note_images),
             self._model.register_forward_hook(self._note_losses),

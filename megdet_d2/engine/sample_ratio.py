@@ -8,6 +8,7 @@ are recorded, in percent.
 import contextlib
 import csv
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,9 @@ class SampleRecorder(StepObserver):
     They are reduced over the processes only then and before a periodic checkpoint, which holds
     them: ten numbers. For a detector of one stage nothing is recorded.
 
+    Only an update's images count, and each once: no forward between two updates or under
+    ``no_grad``, such as that of a validation loss, and no second forward of the same update.
+
     Args:
         output_dir: folder in which the main process writes samples.csv.
         batch_size: images per iteration, over all processes.
@@ -95,6 +99,7 @@ class SampleRecorder(StepObserver):
         self._period = period
         self._checkpoint_period = checkpoint_period
         self._pending: dict[str, Tensor] = {}
+        self._left: dict[str, int] = {}  # images of this update and process that are not counted
         self._epoch: list[list[float]] = _nothing()
         self._since: list[list[float]] = _nothing()  # the last scalars
         self._lines: list[list[float]] = []
@@ -118,7 +123,9 @@ class SampleRecorder(StepObserver):
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
-        """Counts the labels that the model's methods return."""
+        """Counts the labels that the model's methods return for the images of one update."""
+        images = math.ceil(self._batch_size / comm.get_world_size())
+        self._left = {stage: images for stage in STAGES}
         with contextlib.ExitStack() as restore:
             for module, name, observed in self._observed:
                 restore.callback(_put_back, module, name, vars(module).get(name))
@@ -131,8 +138,9 @@ class SampleRecorder(StepObserver):
         @functools.wraps(method)
         def observed(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            labels = read(result)
+            labels = read(result)[: self._left.get(stage, 0)] if torch.is_grad_enabled() else []
             if labels:
+                self._left[stage] -= len(labels)
                 sums = count_samples(labels)
                 self._pending[stage] = self._pending.get(stage, 0) + sums
             return result

@@ -1,5 +1,6 @@
 """The trainer: Detectron2's, with MegDet's norm and schedule, exact resumes and roll-backs."""
 
+import contextlib
 import faulthandler
 import inspect
 import logging
@@ -43,6 +44,7 @@ from .hooks import (
 )
 from .launch import find_launcher, limit_waiting, may_restart
 from .metrics import cut_metrics
+from .minibatch import MiniBatchCheck
 from .model_classes import ReadsOfClasses, check_model_classes
 from .progress import Layout, TrainingProgress
 from .sample_ratio import SampleRecorder
@@ -79,6 +81,8 @@ class Trainer(DefaultTrainer):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         self._rolled_back_to = ""
+        self._completed = 0  # updates, with those before a resume
+        self._observing = contextlib.ExitStack()  # of an update
         # Detectron2's constructor builds the hooks, before there is all that ours need.
         self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
         model_reads = ReadsOfClasses(self.build_model)
@@ -95,6 +99,7 @@ class Trainer(DefaultTrainer):
         # Again, since an overridden build_model may not have. One forward is one micro-batch.
         configure_cgbn(self.model, cfg, self.layout.images_per_gpu)
         self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
+        self._mini_batch = MiniBatchCheck(self.layout, type(self).__name__)
         self._guard = DivergenceGuard(self.model)
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self.checkpointer = self.build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
@@ -111,6 +116,11 @@ class Trainer(DefaultTrainer):
     def images_seen(self) -> int:
         """The images that all updates so far have taken."""
         return self.progress.images_seen
+
+    @property
+    def has_finished(self) -> bool:
+        """Returns True if all updates have been made, with the hooks after each."""
+        return self._completed >= self.max_iter
 
     @property
     def relief(self) -> ScheduleBackoff:
@@ -138,7 +148,7 @@ class Trainer(DefaultTrainer):
                 self._roll_back(error)
 
     def run_step(self) -> None:
-        """Makes one update, with random numbers from the seed, the images and the process.
+        """Makes one update.
 
         If it takes longer than twice ``MEGDET.TIMEOUT``, prints all stacks and ends the process.
 
@@ -148,10 +158,7 @@ class Trainer(DefaultTrainer):
         # A last resort for waits that no other limit ends, such as a stopped loader worker.
         faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
         try:
-            self.progress.seed_step()
-            with observed_step([self._guard, *self._hooks]):
-                super().run_step()
-            self.progress.count_step()
+            super().run_step()
         except DivergenceError:
             raise
         except FloatingPointError as error:  # of a forward, such as the RPN's
@@ -159,8 +166,31 @@ class Trainer(DefaultTrainer):
         finally:
             faulthandler.cancel_dump_traceback_later()
 
+    def before_step(self) -> None:
+        """Calls the hooks, and prepares the update that ``run_step`` makes, also an overridden one.
+
+        All random numbers of an update follow from the seed, the images and the process.
+        """
+        super().before_step()
+        self._mini_batch.begin(self._trainer)
+        self.progress.seed_step()
+        self._observing.enter_context(observed_step([self._guard, *self._hooks]))
+
+    def after_step(self) -> None:
+        """Counts the update's images, and calls the hooks.
+
+        Raises:
+            ValueError: in the first update, if it has taken other images than the config says.
+        """
+        self._observing.close()
+        self._mini_batch.end()
+        self.progress.count_step()
+        super().after_step()
+        self._completed = self.iter + 1
+
     def before_train(self) -> None:
         """Calls the hooks, and saves a checkpoint for roll-backs that come before any other."""
+        self._completed = self.start_iter
         super().before_train()
         self.progress.restore_scalars()
         if self.start_iter == 0 and self.cfg.MEGDET.ON_DIVERGENCE != "stop":
@@ -171,7 +201,8 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """Calls the hooks, but evaluates nothing where a step failed, perhaps in one process."""
-        if self.iter < self.max_iter:
+        self._observing.close()
+        if not self.has_finished:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         super().after_train()
 

@@ -375,3 +375,23 @@ def test_a_bad_key_is_named(coco, tmp_path, key, value, said):
 
     with pytest.raises(ValueError, match=f"MEGDET.{key} is .*{said}"):
         prepare_config(config(tmp_path, coco, f"MEGDET.{key}", value))
+
+
+class NotFinite(HookBase):
+    """A validation loss that is NaN."""
+
+    def after_step(self):
+        batch = next(iter(self.trainer.data_loader))
+        weights = self.trainer.model.roi_heads.box_predictor.loss_weight
+        with torch.no_grad():
+            weights["loss_cls"] = float("nan")
+            assert self.trainer.model(batch)["loss_cls"].isnan()
+            weights["loss_cls"] = 1.0
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_the_trainings(coco, tmp_path):
+    def validate(trainer):
+        trainer.register_hooks([NotFinite()])
+
+    result = train(0, str(tmp_path), coco, ("TEST.EVAL_PERIOD", 0), fault=validate)
+    assert result["images_seen"] == 48 and max(result["loss"]) == 5

@@ -8,6 +8,7 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.hooks import observed_step
 from megdet_d2.engine.sample_ratio import (
     COLUMNS,
@@ -17,6 +18,7 @@ from megdet_d2.engine.sample_ratio import (
     ratios,
     read_samples,
 )
+from tests.helpers import training
 from tests.helpers.models import tiny_config
 
 COUNTERS = {
@@ -162,3 +164,69 @@ def test_without_epochs_there_are_scalars_alone(tmp_path):
     _, latest, reductions, _ = train(0, str(tmp_path), 3, None, 2)
     assert len(latest) == 4 and reductions == [1, 2]
     assert read_samples(tmp_path) == []
+
+
+class ValidationLoss(HookBase):
+    """As many projects have it: the loss of other images, in training mode, on each process."""
+
+    def __init__(self, images, where, grad):
+        self._batch = make_batch(images, torch.Generator().manual_seed(7))
+        for image in self._batch:
+            image["instances"].gt_classes.zero_()
+        self._grad = grad
+        setattr(self, where, self._forward)
+
+    def _forward(self):
+        with torch.set_grad_enabled(self._grad):
+            sum(float(loss.detach()) for loss in self.trainer.model(self._batch).values())
+
+
+class Sharpness(Trainer):
+    """Passes every batch through the model twice, as sharpness-aware minimisation does."""
+
+    def run_step(self):
+        batch = next(self._trainer._data_loader_iter)
+        for _ in range(2):
+            self.optimizer.zero_grad()
+            sum(self.model(batch).values()).backward()
+        self._trainer.after_backward()
+        self.optimizer.step()
+
+
+def recorded(rank, output, coco, kind=Trainer, hook=None, overrides=()):
+    cfg = training.config(output, coco, *overrides)
+    prepare_config(cfg)
+    trainer = kind(cfg)
+    if hook:
+        trainer.register_hooks([ValidationLoss(*hook)])
+    trainer.resume_or_load(False)
+    trainer.train()
+    return read_samples(output)
+
+
+@pytest.mark.parametrize("hook", [
+    (3, "after_step", False), (3, "after_step", True), (3, "before_step", False),
+    (3, "before_step", True), (8, "before_step", True),
+])  # fmt: skip
+def test_other_forwards_are_not_counted(coco, tmp_path, hook):
+    """Their images change the running statistics only, as in Detectron2, and no sample."""
+    alone = recorded(0, str(tmp_path / "alone"), coco)
+    beside = recorded(0, str(tmp_path / "beside"), coco, Trainer, hook)
+    assert [line["images"] for line in beside] == [line["images"] for line in alone] == [24, 24]
+    # The first update's labels do not depend on running statistics at all.
+    for key in ("rpn_positives", "rpn_negatives"):
+        assert [line[key] for line in beside] == [line[key] for line in alone]
+
+
+@pytest.mark.parametrize("overrides", [(), ("MODEL.SUBLINEAR.ENABLED", True,
+    "MODEL.SUBLINEAR.STAGES", ("rpn", "roi_heads"))])  # fmt: skip
+def test_each_image_of_an_update_counts_once(coco, tmp_path, overrides):
+    lines = recorded(0, str(tmp_path / "twice"), coco, Sharpness, None, overrides)
+    assert [line["images"] for line in lines] == [24, 24]
+
+
+def test_other_forwards_on_two_processes(pool2, coco, tmp_path):
+    hook = (2, "after_step", False)
+    lines = pool2.run(recorded, str(tmp_path), coco, Trainer, hook,
+                      ("MEGDET.ACCUMULATION_STEPS", 2), timeout=120)[0]  # fmt: skip
+    assert [line["images"] for line in lines] == [24, 24]
