@@ -76,6 +76,7 @@ def evaluate(
     Returns:
         the results of each task, as ``Trainer.test``.
     """
+    trainer.check_evaluators(cfg)
     model = trainer.build_model(cfg)
     checkpointer = WeightsOnlyCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -24,6 +24,13 @@ from .panoptic import OutputEvaluator, PanopticEvaluator, load_labels, pq_librar
 
 logger = logging.getLogger(__name__)
 
+NO_PQ = (
+    "it is a panoptic set, and neither hotcoco nor panopticapi is installed: PQ is not reported, "
+    "only what needs neither (mIoU, AP of boxes and masks)",
+    "pip install hotcoco",
+)
+"""Problem and fix where no library computes PQ."""
+
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLoader:
     """Builds Detectron2's test loader; an image that cannot be read raises ``BadImageError``."""
@@ -69,7 +76,7 @@ def build_evaluator(
     if panoptic and pq_library():
         built.append(OutputEvaluator(PanopticEvaluator(dataset_name, output_dir), "panoptic_seg"))
     elif panoptic:
-        logger.warning(no_pq(dataset_name))
+        logger.warning(f"DATASETS.TEST {dataset_name!r}: {'; '.join(NO_PQ)}")
     if kind == "lvis":
         built.append(LVISEvaluator(dataset_name, output_dir=output_dir))
     if kind == "pascal_voc":
@@ -81,15 +88,6 @@ def build_evaluator(
     if not built:
         raise NotImplementedError(no_evaluator(dataset_name))
     return built[0] if len(built) == 1 else DatasetEvaluators(built)
-
-
-def no_pq(dataset_name: str) -> str:
-    """Returns the warning for a panoptic set without a library that computes PQ."""
-    return (
-        f"DATASETS.TEST has {dataset_name!r}, a panoptic set, and neither hotcoco nor panopticapi "
-        "is installed: PQ is not reported, only what needs neither (mIoU, AP of boxes and masks); "
-        "pip install hotcoco"
-    )
 
 
 def no_evaluator(dataset_name: str) -> str:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from megdet_d2._moved import renamed
+from megdet_d2.data.finding import raise_findings
 from megdet_d2.data.mapping import Mapper
 from megdet_d2.data.stream import build_train_loader
 from megdet_d2.memory import checkpoint_stages
@@ -31,6 +32,7 @@ from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch, images_per_micro_batch
 
 from .accumulation import accumulate
+from .check_evaluation import inspect_evaluation
 from .checkpoint import Checkpointer, GatherStatistics, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
@@ -93,6 +95,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         own_data = _overrides(type(self), "build_train_loader", "build_mapper")
         check_model_classes(cfg, model_reads.keys, refuse=not own_data)
+        self.check_evaluators(cfg)
         self.progress = TrainingProgress(self)
         if cfg.MODEL.DEVICE == "cpu":
             finalize_ddp_buckets(self.model)
@@ -434,6 +437,18 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_dir)
 
     # --- evaluation ------------------------------------------------------------------------------
+
+    @classmethod
+    def check_evaluators(cls, cfg: CfgNode) -> None:
+        """Checks what the evaluators need, which would else be found after the training.
+
+        A subclass with its own ``build_evaluator`` or ``test`` is not checked.
+
+        Raises:
+            FileNotFoundError, ValueError: an evaluation of DATASETS.TEST would fail.
+        """
+        if not _overrides(cls, "build_evaluator", "test"):
+            raise_findings(inspect_evaluation(cfg))
 
     @classmethod
     def test(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megdet_d2.cli import main
 from megdet_d2.engine import prepare_config
 from megdet_d2.report import command as report
 from megdet_d2.report.run import Run
@@ -58,3 +59,34 @@ def test_detections_of_the_first_test_set_are_drawn(two_test_sets):
         two_test_sets[0], two_test_sets[0] / "detections.png", num_images=2
     )
     assert picture.stat().st_size > 10_000
+
+
+@pytest.fixture
+def test_dev(tmp_path):
+    """A training evaluated on a set without annotations, as of a challenge; and on one with."""
+    coco = training.write_images(tmp_path, images=8)
+    content = json.loads(Path(coco[0][1]).read_text())
+    del content["annotations"]
+    (tmp_path / "dev.json").write_text(json.dumps(content))
+    return [*coco, ["dev", str(tmp_path / "dev.json"), coco[0][2]]]
+
+
+@pytest.mark.parametrize("sets", [("dev",), ("dev", "mixed"), ("mixed", "dev")])
+def test_a_test_set_without_annotations_has_results_and_no_ap(test_dev, tmp_path, sets):
+    output = tmp_path / "out"
+    rows = training.train(0, str(output), test_dev, ("DATASETS.TEST", sets))["rows"]
+    folder = "inference/dev" if len(sets) > 1 else "inference"
+    assert {image for image, *_ in training.read_detections(output, folder)} == set(range(1, 9))
+    prefix = "mixed/bbox/AP" if len(sets) > 1 else "none"
+    assert [key for key in rows[-1] if key.endswith("bbox/AP")] == [prefix] * (len(sets) - 1)
+
+
+def test_a_run_on_a_set_without_annotations_has_a_page(test_dev, tmp_path):
+    pytest.importorskip("matplotlib", reason="the report needs the demo extra")
+    output = tmp_path / "out"
+    training.train(0, str(output), test_dev, ("DATASETS.TEST", ("dev",)))
+    (output / "config.yaml").write_text(
+        training.config(output, test_dev, "DATASETS.TEST", ("dev",)).dump()
+    )
+    main(["report", str(output), "--images", "1"])
+    assert (output / "detections.png").is_file()

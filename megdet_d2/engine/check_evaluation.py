@@ -1,0 +1,228 @@
+"""Checks what an evaluation needs before training, since it would fail after it."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.utils.file_io import PathManager
+
+from megdet_d2.data.finding import Finding
+
+from .evaluation import NO_PQ, no_evaluator
+from .panoptic import pq_library
+
+_COCO_KEYPOINTS = 17  # pycocotools has their sigmas
+_FREQUENCIES = ("r", "c", "f")
+
+
+def inspect_evaluation(cfg: CfgNode) -> list[Finding]:
+    """Returns what makes an evaluation by ``build_evaluator`` fail, or leave out a number.
+
+    Args:
+        cfg: its data sets are registered, and their files are there.
+    """
+    return [
+        finding
+        for name in cfg.DATASETS.TEST
+        for finding in _INSPECTIONS.get(_type_of(name), _find_no_evaluator)(cfg, name)
+    ]
+
+
+def _type_of(name: str) -> str | None:
+    return MetadataCatalog.get(name).get("evaluator_type", None)
+
+
+def _find_no_evaluator(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    where, _, fix = no_evaluator(name).partition("; ")
+    yield Finding("warning", "no-evaluator", where, "", "it is not evaluated", fix)
+
+
+def _find_nothing(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    yield from ()
+
+
+# --- keypoints -----------------------------------------------------------------------------------
+
+
+def _inspect_coco(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    if cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg):
+        content = _annotated(name)
+        if content is not None:
+            yield from _find_keypoint_faults(cfg, name, content["annotations"])
+
+
+def _is_rcnn(cfg: CfgNode) -> bool:
+    kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(kind, type) and issubclass(kind, GeneralizedRCNN)
+
+
+def _find_keypoint_faults(cfg: CfgNode, name: str, annotations: list[dict]) -> Iterator[Finding]:
+    where, file = f"DATASETS.TEST {name!r}", MetadataCatalog.get(name).json_file
+    expected, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    if len(sigmas or [0] * _COCO_KEYPOINTS) != expected:
+        yield Finding(
+            "error",
+            "keypoint-sigmas",
+            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values"
+            + ("" if sigmas else ", which stands for COCO's 17"),
+            "",
+            f"{key} is {expected}",
+            f"give {expected} sigmas, such as [{', '.join(['0.05'] * min(expected, 4))}"
+            f"{', ...' if expected > 4 else ''}], or correct {key}",
+        )
+    elif any(not sigma > 0 for sigma in sigmas):
+        yield Finding(
+            "error",
+            "keypoint-sigmas",
+            f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}",
+            "",
+            "a sigma is not above 0",
+            "give the standard deviation of each keypoint, relative to the object's scale",
+        )
+    for wanted, wrong, problem, fix in (
+        ("keypoints", lambda a: len(a["keypoints"]) != 3 * expected,
+         f"have another number of keypoints than {key}, {expected}",
+         f"give x, y and visibility of each, or correct {key}"),
+        ("num_keypoints", lambda a: False, "", ""),
+    ):  # fmt: skip
+        missing = [a for a in annotations if wanted not in a]
+        if missing:
+            yield _of_rows(
+                "keypoints-missing", where, file, "annotations", missing, annotations,
+                f"have no {wanted!r}, which pycocotools needs in each",
+                "add it, with keypoints of 0, 0, 0 where none is labelled",
+            )  # fmt: skip
+        faulty = [a for a in annotations if wanted in a and wrong(a)]
+        if faulty:
+            yield _of_rows(
+                "keypoints-number", where, file, "annotations", faulty, annotations, problem, fix,
+                [f"{len(a['keypoints']) / 3:g}" for a in faulty],
+            )  # fmt: skip
+
+
+# --- LVIS ----------------------------------------------------------------------------------------
+
+
+def _inspect_lvis(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    where = f"DATASETS.TEST {name!r}"
+    if not importlib.util.find_spec("lvis"):
+        yield Finding(
+            "error",
+            "missing-library",
+            where,
+            "",
+            "it is evaluated by the package lvis, which is not installed",
+            "pip install lvis",
+        )
+    content = _annotated(name)
+    if content is None:
+        return
+    file = MetadataCatalog.get(name).json_file
+    for rows, key, is_right, kind in (
+        ("images", "neg_category_ids", _is_list, "a list of category ids that are not in it"),
+        ("images", "not_exhaustive_category_ids", _is_list,
+         "a list of category ids of which not all objects are labelled"),
+        ("categories", "frequency", _FREQUENCIES.__contains__, "'r', 'c' or 'f'"),
+    ):  # fmt: skip
+        faulty = [row for row in content[rows] if not is_right(row.get(key))]
+        if faulty:
+            yield _of_rows(
+                f"lvis-{key.replace('_', '-')}", where, file, rows, faulty, content[rows],
+                f"have no {key!r} as LVIS's evaluation needs it",
+                f"add it, {kind}; or register the set as COCO (evaluator_type 'coco')",
+            )  # fmt: skip
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+# --- panoptic ------------------------------------------------------------------------------------
+
+
+def _inspect_panoptic(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    where = f"DATASETS.TEST {name!r}"
+    metadata = MetadataCatalog.get(name).as_dict()
+    yield from _find_missing(where, metadata, "panoptic_json", "panoptic_root", "sem_seg_root")
+    if not pq_library():
+        yield Finding("warning", "missing-library", where, "", *NO_PQ)
+    if metadata.get("json_file"):
+        yield from _inspect_coco(cfg, name)
+
+
+def _inspect_semantic(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    metadata = MetadataCatalog.get(name).as_dict()
+    yield from _find_missing(f"DATASETS.TEST {name!r}", metadata, "sem_seg_root")
+
+
+def _find_missing(where: str, metadata: dict, *keys: str) -> Iterator[Finding]:
+    for key in keys:
+        path = metadata.get(key)
+        is_there = PathManager.isfile if key.endswith("_json") else PathManager.isdir
+        if path and not is_there(path):
+            yield Finding(
+                "error",
+                "missing-file",
+                where,
+                str(path),
+                f"its {key} is not there",
+                "put it there, or correct the path where the data set is registered",
+            )
+
+
+# --- Cityscapes ----------------------------------------------------------------------------------
+
+
+def _inspect_cityscapes(cfg: CfgNode, name: str) -> Iterator[Finding]:
+    if not importlib.util.find_spec("cityscapesscripts"):
+        yield Finding(
+            "error",
+            "missing-library",
+            f"DATASETS.TEST {name!r}",
+            "",
+            "it is evaluated by the package cityscapesscripts, which is not installed",
+            "pip install cityscapesscripts",
+        )
+
+
+_INSPECTIONS = {
+    "coco": _inspect_coco,
+    "coco_panoptic_seg": _inspect_panoptic,
+    "sem_seg": _inspect_semantic,
+    "lvis": _inspect_lvis,
+    "pascal_voc": _find_nothing,
+    "cityscapes_instance": _inspect_cityscapes,
+    "cityscapes_sem_seg": _inspect_cityscapes,
+}
+
+
+def _annotated(name: str) -> dict | None:
+    """Returns the content of a set's json; None if it is not there or has no annotations."""
+    path = MetadataCatalog.get(name).get("json_file", None)
+    if not path or not PathManager.isfile(path):
+        return None
+    with PathManager.open(path) as file:
+        content = json.load(file)
+    return content if content.get("annotations") else None
+
+
+def _of_rows(
+    kind: str,
+    where: str,
+    file: str,
+    rows: str,
+    faulty: list[dict],
+    all_rows: list[dict],
+    problem: str,
+    fix: str,
+    values: list[str] | None = None,
+) -> Finding:
+    return Finding(
+        "error", kind, where, file, problem, fix, rows=rows, num_rows=len(all_rows),
+        ids=tuple(row.get("id") for row in faulty), values=tuple(values or ()),
+    )  # fmt: skip
