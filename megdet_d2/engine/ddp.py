@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 import detectron2.engine.defaults as d2_defaults
 from detectron2.config import CfgNode
@@ -25,6 +26,46 @@ def finalize_ddp_buckets(model: nn.Module) -> None:
     if isinstance(model, DistributedDataParallel):
         model.reducer._push_all_rebuilt_params()
         model.reducer._rebuild_buckets()
+
+
+def summed_parameters(model: nn.Module) -> list[str]:
+    """Returns the names of the parameters whose gradients DDP sums, in its order; none without DDP.
+
+    Args:
+        model: as it is called in training. Call it right after DDP was built, because DDP keeps
+            those that were trained then.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return []
+    return [
+        name
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and name not in model.parameters_to_ignore
+    ]
+
+
+def parameters_without_gradient(model: nn.Module, summed: Sequence[str]) -> list[str]:
+    """Returns the parameters whose gradients DDP has missed on this process in the last backward.
+
+    Without them DDP can neither finish here, nor on the processes that have them and wait.
+
+    Args:
+        model: as it is called in training.
+        summed: see ``summed_parameters``.
+
+    Returns:
+        names; none if DDP has finished, looks for unused parameters, or is not used.
+    """
+    check = getattr(model, "_check_reducer_finalized", None)  # not on older versions of torch
+    if check is None:
+        return []
+    try:
+        check()
+    except RuntimeError as error:
+        found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", str(error))
+        indices = [int(number) for number in re.findall(r"\d+", found[1])] if found else []
+        return [summed[i] for i in indices] or [f"some parameters ({error})"]
+    return []
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megdet_d2._moved import renamed
 
 from .collectives import largest_over_processes
+from .ddp import parameters_without_gradient, summed_parameters
 from .hooks import StepObserver
 
 ON_DIVERGENCE = ("stop", "half_lr", "longer_warmup")
@@ -56,6 +57,7 @@ class DivergenceGuard(StepObserver):
         self._losses: list[tuple[str, Tensor]] = []
         self._group: Any = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._model = model
+        self._summed = summed_parameters(model)
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
@@ -81,7 +83,23 @@ class DivergenceGuard(StepObserver):
             self._losses += [(name, loss.detach().float()) for name, loss in losses.items()]
 
     def after_backward(self) -> None:
-        """Checks losses and gradients, and raises ``DivergenceError`` if any is not finite."""
+        """Checks losses and gradients.
+
+        Raises:
+            DivergenceError: in all processes, if any is not finite.
+            RuntimeError: in this process, if its loss does not depend on all trained parameters.
+                The other processes wait for their gradients.
+        """
+        missing = parameters_without_gradient(self._model, self._summed)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise RuntimeError(
+                f"Rank {comm.get_rank()} has no gradient for {', '.join(missing[:5])}{more} in "
+                f"iteration {self.trainer.iter}: its losses do not depend on them, and DDP on the "
+                f"other ranks waits for them. Images: {', '.join(self._images)}. Every rank has to "
+                "use all trained parameters in every step: add 0 times the sum of an unused output "
+                "to a loss, or freeze parameters that no rank needs before the trainer is built"
+            )
         self._raise_together(*self._find_nonfinite())
 
     def join(self, error: FloatingPointError) -> NoReturn:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .functional import ALGORITHMS, Normalization, dense, statistics
-from .groups import SELF, BNGroup, SelfGroup
+from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
 
 
@@ -37,8 +37,9 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         affine: learn γ and β.
         track_running_stats: keep running statistics for evaluation.
         process_group: the processes to normalise over: a ``ProcessGroup``, ``SELF`` for this
-            process alone, or None for all, as in ``nn.SyncBatchNorm``. The layer keeps its name
-            only, so that it can be deep-copied and pickled.
+            process alone, or None for all, as in ``nn.SyncBatchNorm``. All means a private
+            group, since DDP uses torch's ``WORLD``. The layer keeps its name only, so that it can
+            be deep-copied and pickled.
         algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
 
     Attributes:
@@ -101,7 +102,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     @process_group.setter
     def process_group(self, group: BNGroup) -> None:
         # Stored with the name, because torch.compile cannot look up a group.
-        if group is None:
+        if group is None or group is dist.group.WORLD:  # DDP uses WORLD, so the layers do not
             self._group_name, self._group_size = None, None
         elif isinstance(group, SelfGroup):
             self._group_name, self._group_size = "", 1
@@ -123,10 +124,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         """Returns the name of the group to reduce over; "" for a group of one process."""
         if self.group_size() == 1:
             return ""
-        if self._group_name:
-            return self._group_name
-        world: Any = dist.group.WORLD
-        return world.group_name
+        return self._group_name or world_group_name()
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalises x, then adds ``residual`` and applies ReLU on demand.

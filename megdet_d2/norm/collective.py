@@ -66,7 +66,8 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
         raise OutOfStepError(
             f"CGBN layer {layer}, {direction}: the all-reduce over the {process_group.size()} "
             "processes of its group failed: another process has ended, or is in other code. "
-            f"{_RULE} The backend reports: {error}"
+            f"{_RULE} DDP and other code must not use the layers' group. The backend reports: "
+            f"{error}"
         ) from error
     if message.is_cuda:
         total, squares = message[length], message[length + 1]

@@ -1,13 +1,19 @@
 """The process groups for a BN size, the number of images that share statistics (MegDet Table 3).
 
 A group is a run of consecutive ranks. So it stays inside one machine (§3.3) if its size divides the
-number of processes there. All processes create the groups in the same order, before training. No
-layer creates a group in its forward.
+number of processes there. All processes create the groups in the same order, before training.
+
+DDP has no part in these groups. It reduces gradients on torch's default group, in an order that
+differs between processes where one of them does not use a parameter.
 """
 
+from datetime import timedelta
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
+
+from .collective import OutOfStepError
 
 
 class SelfGroup:
@@ -62,5 +68,36 @@ def consecutive_group(size: int) -> BNGroup:
     if key not in _cache:
         # A new group even for the whole world. DDP reduces on the default group in backward, and a
         # layer's reduction there would wait for it.
-        _cache[key], _ = dist.new_subgroups(size)
+        _cache[key], _ = dist.new_subgroups(size, timeout=_world_timeout())
     return _cache[key]
+
+
+@torch.compiler.assume_constant_result
+def world_group_name() -> str:
+    """Returns the name of the group of all processes that layers without a group use.
+
+    The first call creates it, so every process has to make that call. A layer calls it in forward,
+    which they all run. A constructor may run on one process alone.
+
+    Raises:
+        OutOfStepError: the group is not there yet, and other processes do not create it in time.
+    """
+    try:
+        group = consecutive_group(dist.get_world_size())
+    except RuntimeError as error:
+        raise OutOfStepError(
+            "CGBN: the processes could not form the group of a layer without process_group: "
+            "another process has ended, or is in other code. Every process has to run the same "
+            f"layers in the same order. The backend reports: {error}"
+        ) from error
+    assert isinstance(group, dist.ProcessGroup)  # of one process, layers do not ask
+    return group.group_name
+
+
+def _world_timeout() -> timedelta | None:
+    # torch gives new groups the default limit, and not that of init_process_group.
+    world = dist.group.WORLD
+    try:
+        return world._get_backend(world._device_types[-1]).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # a backend, or an older torch, that does not say it
+        return None

@@ -60,6 +60,11 @@ KILLED = "was ended by SIGKILL|Connection closed by peer|another process has end
         ("while_saving", KILLED),
         ("hung", "timed out|Timed out"),
         ("worker_stopped", "Timeout|Timed out|timed out"),
+        (
+            "unused_on_one_rank",
+            r"Rank 1 has no gradient for roi_heads\.box_predictor\.cls_score\.weight, "
+            r"roi_heads\.box_predictor\.cls_score\.bias in iteration 3.*\d+\.png, ",
+        ),
         ("rpn_of_one_rank", "diverged in iteration 3, on rank 1 alone: Predicted boxes.*png"),
     ],
 )

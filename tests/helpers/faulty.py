@@ -89,6 +89,15 @@ def rpn_of_one_rank(trainer):
     in_forward(trainer, fail)
 
 
+def unused_on_one_rank(trainer):
+    """Makes the losses of rank 1 independent of a layer, as a branch for empty images does."""
+
+    def detach(module, inputs, output):
+        return (output[0].detach(), output[1]) if is_due(trainer) else output
+
+    trainer.checkpointer.model.roi_heads.box_predictor.register_forward_hook(detach)
+
+
 def error_in_evaluation(trainer):
     def fail():
         raise RuntimeError("out of luck")

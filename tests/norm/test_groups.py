@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import megdet_d2
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
@@ -67,3 +69,66 @@ def test_impossible_bn_size_names_the_nearest():
         ranks_per_group(2, 16, 2)
     with pytest.raises(ValueError, match="FrozenBN"):
         ranks_per_group(0, 2, 8)
+
+
+class Branches(nn.Module):
+    """Two stems, of which one may stay unused; then norms and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+        self.norm, self.conv, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x, both):
+        h = self.first(x) + self.second(x) if both else self.first(x)
+        h = self.last(self.conv(self.norm(h).relu())).relu()
+        return self.head(h.mean((2, 3))).square().mean()
+
+
+def run_with_unused_parameters(rank, group):
+    torch.manual_seed(0)
+    if rank == 0:
+        with torch.random.fork_rng():
+            megdet_d2.convert_cgbn(Branches())  # of one process alone, to count its flops
+    model = megdet_d2.convert_cgbn(Branches(), {"none": None, "world": dist.group.WORLD}[group])
+    # Small buckets, so that the sums of gradients begin early.
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.001)
+    x = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(rank))
+    for _ in range(3):
+        ddp.zero_grad()
+        ddp(x, both=rank == 0).backward()
+    return x, {name: p.grad for name, p in model.named_parameters()}, model.state_dict()
+
+
+@pytest.mark.parametrize("group", ["none", "world"])
+def test_ddp_may_sum_in_another_order_than_the_layers(pool2, group):
+    """DDP sums what a rank does not use first there, and last on the others."""
+    results = pool2.run(run_with_unused_parameters, group)
+    torch.manual_seed(0)
+    whole = Branches()
+    for name, tensor in whole.state_dict().items():
+        if "num" not in name and "running" not in name:
+            assert torch.equal(tensor, results[0][2][name])
+    # Both stems as one batch: the second one adds to the first image pair alone.
+    x = torch.cat([x for x, _, _ in results])
+    h = whole.first(x) + torch.cat([whole.second(x[:2]), torch.zeros(2, 8, 8, 8)])
+    h = whole.last(whole.conv(whole.norm(h).relu())).relu()
+    whole.head(h.mean((2, 3))).square().mean().backward()
+    for _, gradients, _ in results:
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def run_world_group(rank):
+    layer = CrossGPUBatchNorm(2)
+    layer(torch.full((1, 2, 1, 2), float(rank)))
+    name = layer._sync_name()
+    assert name == CrossGPUBatchNorm(2, process_group=dist.group.WORLD)._sync_name()
+    assert name != dist.group.WORLD.group_name
+    group = dist.distributed_c10d._resolve_process_group(name)
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_the_group_of_all_is_private_and_waits_as_long_as_torchs(pool2):
+    assert pool2.run(run_world_group) == [60.0, 60.0]
