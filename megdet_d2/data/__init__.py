@@ -20,11 +20,17 @@ __all__ = [
 ]
 
 
-def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+def register_datasets(
+    cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST"), images: bool = True
+) -> list[Inspection]:
     """Registers the data sets of ``DATASETS.COCO`` and ``DATASETS.DIGITS``; checks those in use.
 
     Args:
         splits: the keys of ``DATASETS`` that are in use.
+        images: whether to look for the image files and into their headers.
+
+    Returns:
+        what is known of each data set, see ``inspect_datasets``.
 
     Raises:
         ValueError, FileNotFoundError: see ``check_datasets``.
@@ -37,4 +43,4 @@ def register_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -
         difficulty=digits.DIFFICULTY,
     )
     register_coco(cfg.DATASETS.COCO, cfg.MODEL.MASK_ON)
-    check_datasets(cfg, splits)
+    return check_datasets(cfg, splits, images)

@@ -72,11 +72,11 @@ def find_annotation_faults(
     trained: bool,
     evaluated: bool,
     masks: str = "",
-) -> tuple[list[Finding], int]:
-    """Returns what is wrong in the content of a COCO json, and the number of usable objects.
+) -> tuple[list[Finding], int, int]:
+    """Returns what is wrong in the content of a COCO json, and what training takes from it.
 
-    An object is usable if training can learn from it: it is no crowd, has an area, and is inside
-    its image.
+    That is the number of usable objects, and of images that have an object. An object is no crowd;
+    it is usable if it has an area and is inside its image.
 
     Args:
         where: the key and the name of the data set, for the findings.
@@ -88,7 +88,7 @@ def find_annotation_faults(
             RLEs; "" for none.
     """
     check = _Check(where, json_file, coco, trained, evaluated, masks)
-    return check.findings, check.objects
+    return check.findings, check.objects, check.images
 
 
 def as_crowd(annotation: dict) -> Any:
@@ -155,6 +155,7 @@ class _Check:
         if masks:
             rows = self._check_masks(rows, trained, evaluated, masks)
         objects = [row for row in rows if not row.get("iscrowd")]
+        self.images = len({row["image_id"] for row in objects})
         self._check_boxes(objects)
         if trained and not any(finding.level == "error" for finding in self.findings):
             self._check_unused(categories, objects)

@@ -26,6 +26,7 @@ from .annotations import (
 from .classes import class_counts, class_fault, class_keys
 from .finding import Finding, raise_findings
 from .images import find_image_faults
+from .mapping import Mapper, reads_8_bits
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ _EXAMPLE = '[["my_train", "train.json", "images/train"], ["my_val", "val.json", 
 _registered: dict[str, tuple[str, str]] = {}
 # The content of training jsons that were checked, with the file's time and size.
 _parsed: dict[str, tuple[Any, dict]] = {}
+# Findings about images of a data set that only the mapper decides.
+left_to_mapper: dict[str, list[Finding]] = {}
 
 
 def register_coco(triples: Sequence[Sequence[str]], masks: bool = True) -> None:
@@ -72,6 +75,7 @@ def register_coco(triples: Sequence[Sequence[str]], masks: bool = True) -> None:
             )
         names.add(name)
     for name, json_file, image_root in triples:
+        left_to_mapper.pop(name, None)
         for catalog in (DatasetCatalog, MetadataCatalog):
             catalog.pop(name, None)
         DatasetCatalog.register(
@@ -92,15 +96,27 @@ class Inspection:
     coco: dict | None = None  # the json's content; None where it cannot be read, or is not ours
     classes: list[str] | None = None  # in the order of the ids; None where not known
     objects: int | None = None  # those that training can learn from
+    images: int | None = None  # those that have an object, though perhaps not a usable one
+
+    @property
+    def by_mapper(self) -> list[Finding]:
+        """The findings of which the mapper decides whether they are faults."""
+        return [finding for finding in self.findings if finding.by_mapper]
 
 
-def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+def check_datasets(
+    cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST"), images: bool = True
+) -> list[Inspection]:
     """Checks every COCO json that the config uses, before training can fail or go wrong.
 
     Warnings are logged. All errors are raised together.
 
     Args:
         splits: the keys of ``DATASETS`` to check.
+        images: whether to look for the image files and into their headers.
+
+    Returns:
+        what is known of each data set.
 
     Raises:
         FileNotFoundError: a json, an image root or an image does not exist.
@@ -109,22 +125,46 @@ def check_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> N
             invalid; the categories of two sets differ; NUM_CLASSES disagrees with them; an image
             cannot be opened, or has another size than the json says; no object is left to train on.
     """
-    raise_findings(f for dataset in inspect_datasets(cfg, splits) for f in dataset.findings)
+    found = inspect_datasets(cfg, splits, images)
+    left_to_mapper.update({item.name: item.by_mapper for item in found if item.by_mapper})
+    raise_findings(finding for item in found for finding in item.findings)
+    return found
 
 
-def inspect_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> list[Inspection]:
+def refuse_unreadable(names: Sequence[str], mapper: Mapper) -> None:
+    """Refuses data sets whose images ``check_datasets`` has left to the mapper.
+
+    Args:
+        names: data sets.
+        mapper: what reads their images; one of the user's may read any.
+
+    Raises:
+        ValueError: Detectron2's mapper cannot read them, or only wrongly.
+    """
+    if reads_8_bits(mapper):
+        raise_findings(
+            replace(finding, by_mapper=False)
+            for name in names
+            for finding in left_to_mapper.get(name, [])
+        )
+
+
+def inspect_datasets(
+    cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST"), images: bool = True
+) -> list[Inspection]:
     """Returns everything that is known of the registered data sets that the config uses.
 
     Nothing is raised or logged. Findings of the config are in an ``Inspection`` of the name "".
 
     Args:
         splits: the keys of ``DATASETS`` that are in use.
+        images: whether to look for the image files and into their headers.
     """
     uses: dict[str, list[str]] = {}  # the splits of each data set
     for key in splits:
         for name in cfg.DATASETS[key]:
             uses.setdefault(name, []).append(key)
-    found = [_inspect(cfg, name, keys) for name, keys in uses.items()]
+    found = [_inspect(cfg, name, keys, images) for name, keys in uses.items()]
     findings = []
     classes = {item.name: item.classes for item in found if item.classes is not None}
     if classes:
@@ -152,13 +192,11 @@ def inspect_datasets(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) ->
     return [*found, Inspection("", findings)]
 
 
-def _inspect(cfg: CfgNode, name: str, keys: list[str]) -> Inspection:
+def _inspect(cfg: CfgNode, name: str, keys: list[str], images: bool) -> Inspection:
     where = f"DATASETS.{keys[0]} has {name!r}"
     if name not in DatasetCatalog.list():
-        problem = (
-            "a data set which is not registered; DATASETS.COCO names "
-            f"{[triple[0] for triple in cfg.DATASETS.COCO]}"
-        )
+        where += ", which is not registered"
+        problem = f"DATASETS.COCO names {[triple[0] for triple in cfg.DATASETS.COCO]}"
         fix = f"Correct the name, or add a triple: {_EXAMPLE}"
         return Inspection(name, [Finding("error", "unregistered", where, "", problem, fix)])
     if name not in _registered:
@@ -185,7 +223,7 @@ def _inspect(cfg: CfgNode, name: str, keys: list[str]) -> Inspection:
     inspection = inspect_coco(
         where,
         json_file,
-        image_root,
+        image_root if images else None,
         trained=trained,
         evaluated=evaluated,
         masks=masks,
@@ -217,12 +255,12 @@ def inspect_coco(
         skip_bad: training takes other images in place of bad ones.
     """
     coco, findings = read_json(where, json_file, annotated=trained)
-    objects = 0
+    objects = with_objects = 0
     images = []
     if coco:
         if trained:
             _keep(json_file, coco)
-        faults, objects = find_annotation_faults(
+        faults, objects, with_objects = find_annotation_faults(
             where, json_file, coco, trained=trained, evaluated=evaluated, masks=masks
         )
         findings += faults
@@ -233,7 +271,7 @@ def inspect_coco(
     rows = coco.get("categories", [])
     if rows and not any(f.rows == "categories" and f.level == "error" for f in findings):
         classes = [name for _, name in sorted((row["id"], row["name"]) for row in rows)]
-    return Inspection("", findings, coco or None, classes, objects)
+    return Inspection("", findings, coco or None, classes, objects, with_objects)
 
 
 def read_coco(where: str, json_file: str, evaluated: bool = True, masks: str = "") -> dict:

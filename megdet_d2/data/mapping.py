@@ -1,12 +1,17 @@
 """Checks images and annotations while they load; an error names the image."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from detectron2.data import DatasetMapper
+from PIL import Image
 
 from megdet_d2._moved import renamed
+
+from .images import depth_fault
 
 # Takes an entry of a data set, returns an input of the model, or None to draw another image.
 Mapper: TypeAlias = Callable[[dict], dict | None]
@@ -34,6 +39,7 @@ class CheckedMapper:
     def __init__(self, mapper: Mapper, num_classes: int | None = None):
         self._mapper = mapper
         self._num_classes = num_classes
+        self._reads_8_bits = reads_8_bits(mapper)
 
     def __call__(self, entry: dict) -> dict | None:
         name = entry.get("file_name") or f"image {entry.get('image_id', '?')}"
@@ -48,9 +54,30 @@ class CheckedMapper:
         except Exception as error:  # PIL alone raises OSError, ValueError, SyntaxError and more
             raise BadImageError(f"{name}: {type(error).__name__}: {error}") from error
         fault = find_invalid(mapped, self._num_classes) if mapped is not None else ""
+        if self._reads_8_bits:
+            fault = fault or _find_depth_fault(name)
         if fault:
             raise BadImageError(f"{name}: {fault}")
         return mapped
+
+
+def reads_8_bits(mapper: Mapper) -> bool:
+    """Returns True if Detectron2 reads the images, which cuts values above 255."""
+    return type(mapper).__call__ is DatasetMapper.__call__
+
+
+def _find_depth_fault(path: str) -> str:
+    # A JPEG has 8 bits, and most images are JPEGs.
+    if path.lower().endswith((".jpg", ".jpeg")) or not os.path.isfile(path):
+        return ""
+    with Image.open(path) as image:
+        fault = depth_fault(image)
+    if not fault:
+        return ""
+    return (
+        f"it has more than 8 bits per channel ({fault}), and Detectron2 reads values above 255 as "
+        "255; convert it to 8 bits, or read it by a mapper of Trainer.build_mapper"
+    )
 
 
 def find_invalid(mapped: dict[str, Any], num_classes: int | None) -> str:

@@ -27,7 +27,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .classes import num_classes
-from .coco import forget_parsed
+from .coco import forget_parsed, refuse_unreadable
 from .mapping import BadImageError, CheckedMapper, Mapper
 
 logger = logging.getLogger(__name__)
@@ -229,6 +229,7 @@ def build_train_loader(
     """
     chosen = d2_build._train_loader_from_config(cfg, mapper=mapper)
     forget_parsed()
+    refuse_unreadable(cfg.DATASETS.TRAIN, chosen["mapper"])
     chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
     chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
     if isinstance(chosen["dataset"], IterableDataset):

@@ -11,7 +11,9 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from megdet_d2.data import register_datasets
+from megdet_d2.data import Inspection, register_datasets
+from megdet_d2.data.coco import left_to_mapper
+from megdet_d2.data.finding import raise_findings
 from megdet_d2.memory import check_stages
 from megdet_d2.modeling.tta import check_tta
 from megdet_d2.norm.configure import group_ranks
@@ -23,6 +25,7 @@ from megdet_d2.schedule.build import (
     scale_config,
 )
 
+from .advice import count_images, find_schedule_faults
 from .divergence import ON_DIVERGENCE
 from .launch import limit_waiting
 from .same_config import check_same_config
@@ -68,11 +71,12 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     check_stages(cfg.MODEL.SUBLINEAR.STAGES)
     check_tta(cfg)
     if eval_only:
-        register_datasets(cfg, ("TEST",))
+        _register_datasets(cfg, ("TEST",))
         return ""
     refuse_solver_overrides(cfg, opts)
-    register_datasets(cfg)
+    found = _register_datasets(cfg, ("TRAIN", "TEST"))
     schedule = scale_config(cfg)
+    raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
     if uses_cgbn(cfg):
         world_size = comm.get_world_size()
         scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
@@ -80,6 +84,27 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
         # Only for its error: the groups are made when there is a model.
         group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
     return schedule
+
+
+def _register_datasets(cfg: CfgNode, splits: Sequence[str]) -> list[Inspection]:
+    """Registers and checks the data sets; one process of each machine looks at the images.
+
+    Raises:
+        FileNotFoundError, ValueError: in every process, what the first of them has found.
+    """
+    alone = comm.get_world_size() == 1
+    first = alone or comm._LOCAL_PROCESS_GROUP is None or comm.get_local_rank() == 0
+    found, error = [], None
+    try:
+        found = register_datasets(cfg, splits, images=first)
+    except (FileNotFoundError, ValueError) as refused:
+        error = refused
+    left = {item.name: item.by_mapper for item in found if item.by_mapper}
+    for other_error, other_left in comm.all_gather((error, left)):
+        if other_error is not None:
+            raise error or other_error
+        left_to_mapper.update(other_left)
+    return found
 
 
 def _check_faults(cfg: CfgNode) -> None:

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
 )
 from torch.utils.data import DataLoader
 
+from megdet_d2.data.coco import refuse_unreadable
 from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
 
@@ -34,6 +35,7 @@ NO_PQ = (
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLoader:
     """Builds Detectron2's test loader; an image that cannot be read raises ``BadImageError``."""
+    refuse_unreadable([dataset_name], mapper)
     loader = build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(mapper))
     if loader.num_workers:
         loader.timeout = cfg.MEGDET.TIMEOUT

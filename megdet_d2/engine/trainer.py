@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from megdet_d2._moved import renamed
+from megdet_d2.data.coco import forget_parsed, refuse_unreadable
 from megdet_d2.data.finding import raise_findings
 from megdet_d2.data.mapping import Mapper
 from megdet_d2.data.stream import build_train_loader
@@ -96,6 +97,9 @@ class Trainer(DefaultTrainer):
         own_data = _overrides(type(self), "build_train_loader", "build_mapper")
         check_model_classes(cfg, model_reads.keys, refuse=not own_data)
         self.check_evaluators(cfg)
+        forget_parsed()  # also where the loader is another one than ours
+        if not _overrides(type(self), "build_test_loader"):  # before the training, not after it
+            refuse_unreadable(cfg.DATASETS.TEST, self.build_mapper(cfg, False))
         self.progress = TrainingProgress(self)
         if cfg.MODEL.DEVICE == "cpu":
             finalize_ddp_buckets(self.model)

@@ -1,0 +1,71 @@
+"""Advice on a schedule that does not fit the number of training images."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+
+from megdet_d2.data import Finding, Inspection
+
+_FEW = 300  # iterations; a detector learns little in fewer, even from good weights
+_FACTOR = 2  # between the images of an epoch and those that there are
+
+
+def count_images(cfg: CfgNode, inspections: Sequence[Inspection]) -> int | None:
+    """Returns the images of ``DATASETS.TRAIN`` as Detectron2 filters them; None if not known.
+
+    Args:
+        cfg: a config.
+        inspections: from ``inspect_datasets``.
+    """
+    known = {item.name: item for item in inspections}
+    count = 0
+    for name in cfg.DATASETS.TRAIN:
+        item = known.get(name)
+        if item is None or item.coco is None or item.images is None:
+            return None
+        filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        count += item.images if filtered else len(item.coco["images"])
+    return count
+
+
+def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
+    """Returns warnings about a resolved schedule that is short, or made for another data set.
+
+    Args:
+        cfg: a config that ``scale_config`` has resolved.
+        num_images: images of the training set; None if that is not known.
+    """
+    findings = []
+    keys, batch_size = cfg.MEGDET, cfg.SOLVER.IMS_PER_BATCH
+    images = f"DATASETS.TRAIN has {num_images} images"
+
+    def warn(kind: str, where: str, problem: str, fix: str) -> None:
+        findings.append(Finding("warning", kind, where, "", problem, fix))
+
+    epoch = keys.EPOCH_IMAGES
+    if num_images and epoch and not 1 / _FACTOR <= epoch / num_images <= _FACTOR:
+        warn(
+            "epoch-images",
+            f"MEGDET.EPOCH_IMAGES is {epoch}",
+            f"{images} to train on, so each epoch is {epoch / num_images:.3g} times the data",
+            "set MEGDET.EPOCH_IMAGES 0 to count them",
+        )
+    if num_images and batch_size > num_images:
+        warn(
+            "batch-size",
+            f"SOLVER.IMS_PER_BATCH is {batch_size}",
+            f"{images} to train on, so a mini-batch has some of them several times",
+            f"set SOLVER.IMS_PER_BATCH to {num_images} or less",
+        )
+    iterations = cfg.SOLVER.MAX_ITER
+    if keys.POLICY and iterations < _FEW:
+        epochs = keys.EPOCHS or iterations * batch_size / (epoch or num_images or batch_size)
+        warn(
+            "few-iterations",
+            f"MEGDET.POLICY is {keys.POLICY!r}",
+            f"its {epochs:.3g} epochs are {iterations} iterations of {batch_size} images, and a "
+            f"detector learns little in fewer than {_FEW}",
+            "lower SOLVER.IMS_PER_BATCH, or train longer: MEGDET.POLICY custom with MEGDET.EPOCHS "
+            f"{epochs * _FEW / iterations:.3g} or more, and MEGDET.DECAY_EPOCHS and DECAY_FACTORS",
+        )
+    return findings
