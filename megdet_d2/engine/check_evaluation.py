@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,10 +11,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
+from megdet_d2.data.classes import class_fault, class_keys
 from megdet_d2.data.finding import Finding
 
 from .evaluation import NO_PQ, no_evaluator
 from .panoptic import pq_library
+
+CLASS_FAULTS = ("num-classes", "categories-differ")
+"""Kinds of findings that are none where a mapper merges classes."""
 
 _COCO_KEYPOINTS = 17  # pycocotools has their sigmas
 _FREQUENCIES = ("r", "c", "f")
@@ -45,14 +50,51 @@ def _find_nothing(cfg: CfgNode, name: str) -> Iterator[Finding]:
     yield from ()
 
 
-# --- keypoints -----------------------------------------------------------------------------------
-
-
 def _inspect_coco(cfg: CfgNode, name: str) -> Iterator[Finding]:
-    if cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg):
-        content = _annotated(name)
-        if content is not None:
-            yield from _find_keypoint_faults(cfg, name, content["annotations"])
+    # Sets of DATASETS.COCO have been checked, and those that are loaded know their classes.
+    checked = {triple[0] for triple in cfg.DATASETS.COCO}
+    lazy = "thing_classes" not in MetadataCatalog.get(name).as_dict() and name not in checked
+    keypoints = cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg)
+    content = _read(name) if lazy or keypoints else None
+    if content is None:
+        return
+    if lazy and content.get("categories"):
+        yield from _find_class_faults(cfg, name, content["categories"])
+    if keypoints and content.get("annotations"):
+        yield from _find_keypoint_faults(cfg, name, content["annotations"])
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+def _find_class_faults(cfg: CfgNode, name: str, categories: list[dict]) -> Iterator[Finding]:
+    """Yields what makes an AP wrong: Detectron2 numbers classes in the order of the ids."""
+    if not all("id" in row and "name" in row for row in categories):
+        return  # Detectron2 will name the key
+    classes = [row["name"] for row in sorted(categories, key=lambda row: row["id"])]
+    where = f"DATASETS.TEST {name!r}"
+    for key in class_keys(cfg, "thing"):
+        if fault := class_fault(cfg, "thing", key, name, [len(classes)]):
+            yield Finding("error", "num-classes", where, "", *fault)
+            return
+    for train in cfg.DATASETS.TRAIN:
+        expected = MetadataCatalog.get(train).as_dict().get("thing_classes")
+        if not expected or list(expected) == classes:
+            continue
+        differ = [pair for pair in zip_longest(expected, classes) if pair[0] != pair[1]]
+        # With other names in the same places, such as "Cat" for "cat", the AP can be right.
+        certain = len(expected) != len(classes) or set(expected) == set(classes)
+        yield Finding(
+            "error" if certain else "warning",
+            "categories-differ",
+            where,
+            "",
+            f"its categories differ from those of {train!r} in {differ[:6]}",
+            "give both the same names in the order of their ids",
+        )
+
+
+# --- keypoints -----------------------------------------------------------------------------------
 
 
 def _is_rcnn(cfg: CfgNode) -> bool:
@@ -119,8 +161,8 @@ def _inspect_lvis(cfg: CfgNode, name: str) -> Iterator[Finding]:
             "it is evaluated by the package lvis, which is not installed",
             "pip install lvis",
         )
-    content = _annotated(name)
-    if content is None:
+    content = _read(name)
+    if not content or not content.get("annotations"):  # a challenge's set: results, and no AP
         return
     file = MetadataCatalog.get(name).json_file
     for rows, key, is_right, kind in (
@@ -157,7 +199,18 @@ def _inspect_panoptic(cfg: CfgNode, name: str) -> Iterator[Finding]:
 
 def _inspect_semantic(cfg: CfgNode, name: str) -> Iterator[Finding]:
     metadata = MetadataCatalog.get(name).as_dict()
-    yield from _find_missing(f"DATASETS.TEST {name!r}", metadata, "sem_seg_root")
+    where = f"DATASETS.TEST {name!r}"
+    yield from _find_missing(where, metadata, "sem_seg_root")
+    missing = [key for key in ("stuff_classes", "ignore_label") if key not in metadata]
+    if missing:
+        yield Finding(
+            "error",
+            "missing-metadata",
+            where,
+            "",
+            f"its metadata has no {' and no '.join(missing)}, which mIoU needs",
+            f"MetadataCatalog.get({name!r}).set(stuff_classes=[...], ignore_label=255)",
+        )
 
 
 def _find_missing(where: str, metadata: dict, *keys: str) -> Iterator[Finding]:
@@ -190,7 +243,7 @@ def _inspect_cityscapes(cfg: CfgNode, name: str) -> Iterator[Finding]:
         )
 
 
-_INSPECTIONS = {
+_INSPECTIONS: dict[str | None, Callable[[CfgNode, str], Iterator[Finding]]] = {
     "coco": _inspect_coco,
     "coco_panoptic_seg": _inspect_panoptic,
     "sem_seg": _inspect_semantic,
@@ -201,14 +254,13 @@ _INSPECTIONS = {
 }
 
 
-def _annotated(name: str) -> dict | None:
-    """Returns the content of a set's json; None if it is not there or has no annotations."""
+def _read(name: str) -> dict | None:
+    """Returns the content of a set's json; None if it is not there."""
     path = MetadataCatalog.get(name).get("json_file", None)
     if not path or not PathManager.isfile(path):
         return None
     with PathManager.open(path) as file:
-        content = json.load(file)
-    return content if content.get("annotations") else None
+        return json.load(file)
 
 
 def _of_rows(

@@ -30,7 +30,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         FileNotFoundError: there is no such config.
         ValueError: the file is not valid, or an override is not.
     """
-    return load_config(_find(args.config_file), args.opts)
+    return load_config(find_config(args.config_file), args.opts)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -53,7 +53,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     dumped = Path(cfg.OUTPUT_DIR, "config.yaml")
     trained = dumped.read_bytes() if args.eval_only and dumped.is_file() else None
-    config_file = str(_find(args.config_file) or "")  # default_setup prints the file
+    config_file = str(find_config(args.config_file) or "")  # default_setup prints the file
     default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": config_file}))
     if trained is not None and comm.is_main_process():
         dumped.write_bytes(trained)  # an evaluation leaves keys unresolved that a training resolves
@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     launch(main, args, timeout=read_config(args).MEGDET.TIMEOUT)
 
 
-def _find(config_file: str) -> str | Path | None:
+def find_config(config_file: str) -> str | Path | None:
+    """Returns the path of a config, which may be the name of one of ours; None for ""."""
     if not config_file or "://" in config_file:
         return config_file or None
     return model_zoo.find(config_file)

@@ -204,18 +204,24 @@ def draw_detections(run: str | Path, path: Path, num_images: int = 8) -> Path:
         truth.imshow(pixels)
         for box in image.get("annotations", []):
             xywh = BoxMode.convert(box["bbox"], box["bbox_mode"], BoxMode.XYWH_ABS)
-            _draw_box(truth, xywh, box["category_id"], names[box["category_id"]])
+            draw_box(truth, xywh, box["category_id"], names[box["category_id"]])
         detections.set_title(f"detections, score >= {threshold:.3g}", fontsize=9)
         detections.imshow(pixels)
         for result in results:
             if result["image_id"] == image["image_id"] and result["score"] >= threshold:
                 index = to_class.get(result["category_id"], result["category_id"])
                 label = f"{names[index]}  {result['score']:.2f}"
-                _draw_box(detections, result["bbox"], index, label)
+                draw_box(detections, result["bbox"], index, label)
     return save_figure(figure, path)
 
 
-def _draw_box(axes: "Axes", xywh: Sequence[float], index: int, label: str) -> None:
+def draw_box(axes: "Axes", xywh: Sequence[float], index: int, label: str) -> None:
+    """Draws a box with its label above it, in the colour of a class.
+
+    Args:
+        xywh: left, top, width, height.
+        index: the number of the class.
+    """
     x, y, width, height = xywh
     colour = f"C{index % 10}"
     corners_x, corners_y = [x, x + width, x + width, x, x], [y, y, y + height, y + height, y]

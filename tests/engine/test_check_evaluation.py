@@ -152,7 +152,8 @@ def test_annotations_without_keypoints_are_named_by_their_ids(write, tmp_path):
     "overrides, change",
     [
         (("MODEL.KEYPOINT_ON", False), add_keypoints),
-        (("MODEL.META_ARCHITECTURE", "RetinaNet"), add_keypoints),  # it finds no keypoints
+        # It finds no keypoints.
+        (("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 1), add_keypoints),
         (("DATASETS.TEST", ()), add_keypoints),
         ((), lambda content: content.pop("annotations")),  # challenge test-dev
     ],
@@ -171,6 +172,52 @@ def test_an_own_evaluator_is_not_checked(faces, tmp_path):
     cfg = keypoint_config(tmp_path, [])
     prepare_config(cfg)
     Own(cfg)
+
+
+# --- classes -------------------------------------------------------------------------------------
+
+
+def three_classes(*names):
+    def change(content):
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "names, level",
+    [
+        (("cat", "dog", "owl"), None),
+        (("dog", "cat", "owl"), "error"),  # the AP of one class would be that of another
+        (("cat", "dog"), "error"),
+        (("cat", "dog", "owl", "pig"), "error"),
+        (("Cat", "dog", "owl"), "warning"),  # the AP can be right
+    ],
+)
+def test_a_test_set_of_other_classes_is_named_before_the_training(write, tmp_path, names, level):
+    write("animals_train", three_classes("cat", "dog", "owl"))
+    write("animals_val", three_classes(*names))
+    cfg = training.config(tmp_path / "out", [])
+    cfg.merge_from_list([
+        "DATASETS.TRAIN", ("animals_train",), "DATASETS.TEST", ("animals_val",),
+        "MODEL.ROI_HEADS.NUM_CLASSES", 3, "SOLVER.IMS_PER_BATCH", 2,
+    ])  # fmt: skip
+    prepare_config(cfg)
+    if level == "error":
+        with pytest.raises(ValueError, match="animals_val"):
+            Trainer(cfg)
+        return
+    Trainer(cfg)
+    assert [f.level for f in inspect_evaluation(cfg)] == [level] * bool(level)
+
+
+def test_a_checkpoint_of_another_number_of_classes_is_not_evaluated(write, tmp_path):
+    write("animals_val", three_classes("cat", "dog", "owl"))
+    cfg = training.config(tmp_path / "out", [], "DATASETS.TEST", ("animals_val",))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    prepare_config(cfg, eval_only=True)
+    with pytest.raises(ValueError, match="NUM_CLASSES is 2, but 'animals_val' has 3 categories"):
+        evaluate(cfg)
 
 
 # --- LVIS ----------------------------------------------------------------------------------------
@@ -231,6 +278,14 @@ def test_a_panoptic_set_without_files_or_library_is_named(tmp_path, monkeypatch)
         assert [f.fix for f in warnings] == ["pip install hotcoco"]
     finally:
         unregister_panoptic("streets")
+
+
+def test_a_semantic_set_without_its_classes_is_named(write, tmp_path):
+    write("labels", evaluator_type="sem_seg")
+    cfg = training.config(tmp_path, [], "DATASETS.TEST", ("labels",))
+    (finding,) = inspect_evaluation(cfg)
+    assert "no stuff_classes and no ignore_label" in str(finding)
+    assert finding.fix.startswith("MetadataCatalog.get('labels').set(stuff_classes=")
 
 
 def test_a_type_without_an_evaluator_is_a_warning_before_the_training(write, tmp_path, caplog):

@@ -65,7 +65,7 @@ def test_if_all_scores_are_low_the_best_are_drawn_and_the_title_says_from_which_
 ):
     """Otherwise every panel would be blank, as early in a training."""
     drawn = []
-    monkeypatch.setattr(plots, "_draw_box", lambda axes, box, index, label: drawn.append(label))
+    monkeypatch.setattr(plots, "draw_box", lambda axes, box, index, label: drawn.append(label))
     results = read_results(run)
     low = [result | {"score": 0.3} for result in results]
     lower = [result | {"score": 0.2} for result in results] * 3
@@ -108,7 +108,7 @@ def test_a_dollar_in_the_name_of_a_class_or_a_run_is_a_character(run, tmp_path, 
 
 def test_labels_are_the_names_of_the_jsons_category_ids(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "_draw_box", lambda axes, box, index, label: drawn.append(label))
+    monkeypatch.setattr(plots, "draw_box", lambda axes, box, index, label: drawn.append(label))
     plots.draw_detections(run, run / "detections.png", num_images=4)
     truth = sorted(label for label in drawn if "." not in label)
     assert truth and truth == sorted(label.split()[0] for label in drawn if "." in label)
