@@ -1,14 +1,15 @@
 """The layer ``CrossGPUBatchNorm``, and functions over all such layers of a model."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from .collective import find_group
 from .functional import ALGORITHMS, Normalization, dense, statistics
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
@@ -28,7 +29,12 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     The layer is a plain batch norm in evaluation, in one process, and before a process group
     exists. In training each forward makes one collective (two with "two_pass"), and each backward
     makes one. So all processes of the group have to run the layer. A process without images runs
-    it on an empty input.
+    it on an empty input. A backward with ``create_graph`` makes three, and can be differentiated to
+    any order.
+
+    In evaluation the layer can be scripted, traced and exported as ``nn.BatchNorm2d`` can. For
+    ``torch.fx`` it is a leaf, as torch's own layers are. In training ``torch.func``, forward-mode
+    gradients, ``torch.jit.trace`` and ONNX work in one process, and raise an error in several.
 
     Args:
         num_features: C, the channels of the input.
@@ -36,11 +42,13 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         momentum: weight of a mini-batch in the running statistics; None averages all mini-batches.
         affine: learn γ and β.
         track_running_stats: keep running statistics for evaluation.
-        process_group: the processes to normalise over: a ``ProcessGroup``, ``SELF`` for this
-            process alone, or None for all, as in ``nn.SyncBatchNorm``. All means a private
-            group, since DDP uses torch's ``WORLD``. The layer keeps its name only, so that it can
-            be deep-copied and pickled.
-        algorithm: "one_reduce", or "two_pass" for the paper's two reductions.
+        process_group: the processes to normalise over: a ``ProcessGroup``, a ``DeviceMesh`` of one
+            dimension, ``SELF`` for this process alone, or None for all, as in ``nn.SyncBatchNorm``.
+            All means a private group, since DDP uses torch's ``WORLD``. The layer keeps its name
+            only, so that it can be deep-copied and pickled.
+        algorithm: "one_reduce", or "two_pass" for the paper's two reductions. Use "two_pass" for
+            float64 values whose mean is more than 10⁴ deviations from zero.
+        bias: learn β, if ``affine``.
 
     Attributes:
         accumulation_steps: k, the forwards per update of the parameters; 1 by default. Each forward
@@ -55,11 +63,16 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     Raises:
         OutOfStepError: the processes of the group are in different layers; see ``collective``.
         ValueError: the algorithm is unknown; this process is not in the process group; the input is
-            not 2-D to 5-D; on CPU, the whole mini-batch has one value per channel.
-        RuntimeError: the gradient is differentiated a second time, which is not supported.
+            not 2-D to 5-D; ε is not positive in training; on CPU, the whole mini-batch has one
+            value per channel.
+        RuntimeError: the process group does not exist any more; a scripted layer is in training; a
+            layer in training over several processes is traced, exported to ONNX, or transformed.
     """
 
-    reverts_to: type[nn.Module] = nn.BatchNorm2d  # the class that ``revert_cgbn`` puts in place
+    # The class that ``revert_cgbn`` gives the layer. TorchScript cannot read an annotation of it.
+    reverts_to = nn.BatchNorm2d
+    num_batches_skipped: Tensor | None
+    __jit_unused_properties__ = ["process_group"]
 
     def __init__(
         self,
@@ -72,23 +85,42 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         algorithm: str = "one_reduce",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        if not bias:
+            self.register_parameter("bias", None)
         if algorithm not in ALGORITHMS:
             raise ValueError(
                 f"CrossGPUBatchNorm: algorithm is {algorithm!r}; use one of {', '.join(ALGORITHMS)}"
             )
-        skipped = torch.zeros((), dtype=torch.int64, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self.set_up(process_group, algorithm)
+
+    def set_up(self, process_group: BNGroup, algorithm: str = "one_reduce") -> None:
+        """Sets the attributes that a plain batch norm does not have, to their values at the start.
+
+        Args:
+            process_group, algorithm: as in the class.
+        """
         self.algorithm = algorithm
         self.process_group = process_group
+        tracked = self.num_batches_tracked
+        skipped = None if tracked is None else torch.zeros_like(tracked)
+        self.register_buffer("num_batches_skipped", skipped, persistent=False)
         self.accumulation_steps = 1
         self.valid_region: ValidRegion | None = None
         # Until name_layers is called. A number would not do, because a process may build layers
         # that the others do not have.
-        self.name = f"unnamed ({num_features} channels)"
+        self.name = f"unnamed ({self.num_features} channels)"
+
+    def tear_down(self) -> None:
+        """Removes the attributes that ``set_up`` has set, before a change of the class."""
+        del self.num_batches_skipped, self.accumulation_steps, self.valid_region
+        del self.algorithm, self._group_name, self._group_size, self.name
+        vars(self).pop("reverts_to", None)
 
     @property
     def process_group(self) -> BNGroup:
@@ -97,11 +129,13 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             return None
         if self._group_name == "":
             return SELF
-        return _resolve_process_group(cast(Any, self._group_name))
+        return find_group(self._group_name, self.name)
 
     @process_group.setter
     def process_group(self, group: BNGroup) -> None:
         # Stored with the name, because torch.compile cannot look up a group.
+        if isinstance(group, DeviceMesh):
+            group = _group_of_mesh(group)
         if group is None or group is dist.group.WORLD:  # DDP uses WORLD, so the layers do not
             self._group_name, self._group_size = None, None
         elif isinstance(group, SelfGroup):
@@ -111,8 +145,13 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
                 "CrossGPUBatchNorm: this process is not in the given process group; "
                 "give each process the group that it is in"
             )
-        else:
+        elif isinstance(group, dist.ProcessGroup):
             self._group_name, self._group_size = group.group_name, group.size()
+        else:
+            raise TypeError(
+                f"CrossGPUBatchNorm: process_group is {group!r}; give a ProcessGroup (from "
+                "torch.distributed.new_group), a DeviceMesh of one dimension, SELF or None"
+            )
 
     def group_size(self) -> int:
         """Returns the number of processes that share the statistics; 1 without a process group."""
@@ -136,29 +175,91 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             residual: x's shape and dtype; or None.
             relu: returns max(0, ·) of the sum.
         """
+        if torch.jit.is_scripting():
+            if self.training:
+                raise RuntimeError(
+                    "CrossGPUBatchNorm is in training mode, which TorchScript does not support: "
+                    "call eval(), or call megdet_d2.revert_cgbn(model) before torch.jit.script"
+                )
+            return self._evaluate(x, residual, relu)
+        proxy: Any = x
+        if isinstance(proxy, fx.Proxy):  # a leaf of the traced graph, as torch's own layers are
+            tracer: Any = proxy.tracer
+            given = (residual, relu) if relu else () if residual is None else (residual,)
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (proxy, *given), {}
+            )
         self._check_input_dim(x)
         if not self.training:
-            batch_statistics = self.running_mean is None
-            y = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics,
-                0.0, self.eps,
-            )  # fmt: skip
-            y = y if residual is None else y + residual
-            return F.relu(y) if relu else y
+            return self._evaluate(x, residual, relu)
+        if self.eps <= 0:
+            raise ValueError(f"CrossGPUBatchNorm: eps is {self.eps}; in training give it above 0")
+        if (self.running_mean is None) != (self.running_var is None):
+            raise ValueError(
+                f"CGBN layer {self.name}: one of running_mean and running_var is None; set both or "
+                "neither"
+            )
         momentum = self.momentum
         if momentum is not None and self.accumulation_steps > 1:
             momentum = 1 - (1 - momentum) ** (1 / self.accumulation_steps)
-        x = dense(x)
-        valid = None if self.valid_region is None else self.valid_region.mask(x)
         group = self._sync_name()
+        valid = None if self.valid_region is None else self.valid_region.mask(x)
+        if _needs_torch_operators():
+            return self._train_by_torch(x, residual, relu, momentum, group, valid)
+        # As in torch's batch norm, the flag also works on a layer in use.
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats:
+            buffers = None, None, None
+        skipped = self.num_batches_skipped if self.track_running_stats else None
+        x = dense(x)
         mean, var, count = statistics(
-            x.detach(), valid, self.running_mean, self.running_var, self.num_batches_tracked,
-            self.num_batches_skipped, momentum, group, self.algorithm, self.name,
-        )  # fmt: skip
-        invstd = torch.rsqrt(var + self.eps)
-        return Normalization.apply(
-            x, self.weight, self.bias, residual, valid, mean, invstd, count, relu, group, self.name
+            x.detach(), valid, *buffers, skipped, momentum, group, self.algorithm, self.name
         )
+        return Normalization.apply(
+            x, self.weight, self.bias, residual, valid, mean, var, count, self.eps, relu, group,
+            self.name,
+        )  # fmt: skip
+
+    def _evaluate(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            self.running_mean is None and self.running_var is None, 0.0, self.eps,
+        )  # fmt: skip
+        return _activate(y, residual, relu)
+
+    def _train_by_torch(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        momentum: float | None,
+        group: str,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Returns the output in training by torch's own batch norm, which all of torch knows.
+
+        Raises:
+            RuntimeError: the layer normalises over several processes, or leaves out padding.
+        """
+        if group or valid is not None:
+            what = "leaves out padding" if not group else "normalises over several processes"
+            raise RuntimeError(
+                f"CGBN layer {self.name} is in training mode and {what}, which torch.func, "
+                "forward-mode gradients, torch.jit.trace and ONNX do not support: call eval(), or "
+                "call megdet_d2.revert_cgbn(model) first"
+            )
+        running_mean, running_var = self.running_mean, self.running_var
+        factor = momentum or 0.0
+        if not self.track_running_stats:
+            running_mean = running_var = None
+        elif self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = 1 / float(self.num_batches_tracked)
+        y = F.batch_norm(
+            x, running_mean, running_var, self.weight, self.bias, True, factor, self.eps
+        )
+        return _activate(y, residual, relu)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if not 2 <= x.dim() <= 5:
@@ -168,6 +269,29 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
                 f"CrossGPUBatchNorm: expected {self.num_features} channels, got {x.shape[1]}"
             )
 
+    def reset_running_stats(self) -> None:
+        """Sets back the running statistics and both counts of mini-batches."""
+        super().reset_running_stats()
+        skipped = getattr(self, "num_batches_skipped", None)  # missing in the base's constructor
+        if skipped is not None:
+            skipped.zero_()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CrossGPUBatchNorm":
+        """Keeps ``num_batches_skipped``: no checkpoint restores it after ``to_empty``."""
+        old = self.num_batches_skipped
+        super()._apply(*args, **kwargs)
+        new = self.num_batches_skipped
+        if new is not None and new is not old and not new.is_meta:
+            new.zero_() if old is None or old.is_meta else new.copy_(old)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps ``num_batches_skipped`` on the device of the others, also with ``assign``."""
+        super()._load_from_state_dict(*args, **kwargs)
+        skipped, tracked = self.num_batches_skipped, self.num_batches_tracked
+        if skipped is not None and tracked is not None and skipped.device != tracked.device:
+            self.num_batches_skipped = torch.zeros_like(tracked)
+
     def extra_repr(self) -> str:
         """Returns the arguments for ``repr``, with the process group and the algorithm."""
         group = {None: "world", "": "self"}.get(self._group_name, self._group_name)
@@ -175,6 +299,41 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         if self.accumulation_steps > 1:
             text += f", accumulation_steps={self.accumulation_steps}"
         return text
+
+
+def _activate(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+# Older torch does not have it.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def _needs_torch_operators() -> bool:
+    """Returns True in code that knows torch's operators only, and not those of this package."""
+    if torch.compiler.is_compiling():
+        return _is_exporting() and torch.onnx.is_in_onnx_export()
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"CrossGPUBatchNorm: process_group is a DeviceMesh of {mesh.ndim} dimensions "
+            f"{mesh.mesh_dim_names or ''}; give one of them, for example mesh['dp'], or its group"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            "CrossGPUBatchNorm: this process is not in the given DeviceMesh; "
+            "give each process a mesh that it is in"
+        )
+    return mesh.get_group()
 
 
 def cgbn_layers(model: nn.Module) -> list[CrossGPUBatchNorm]:

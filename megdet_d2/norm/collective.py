@@ -44,13 +44,14 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
         parts: float64 vectors, of the same sizes on every process.
 
     Raises:
+        RuntimeError: the group does not exist any more, see ``find_group``.
         OutOfStepError: on CPU, on every process: the processes are in different layers or
             directions, or the collective fails or times out. On CUDA ``raise_if_out_of_step``
             raises a mismatch later, and NCCL's watchdog ends a process that waits too long.
     """
     if not group:
         return parts
-    process_group = _resolve_process_group(cast(Any, group))
+    process_group = find_group(group, layer)
     sizes = [part.numel() for part in parts]
     used = sum(sizes)
     length = 2 * ROOM * max(1, -(-(used - 1) // (2 * ROOM))) + 1
@@ -81,6 +82,22 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
         if process_group.size() * squares != total**2:
             _raise(process_group, layer, direction)
     return message[:used].split(sizes)
+
+
+def find_group(name: str, layer: str) -> dist.ProcessGroup:
+    """Returns the process group of that name.
+
+    Raises:
+        RuntimeError: there is none. It was destroyed, or the layer comes from another program.
+    """
+    try:
+        return _resolve_process_group(cast(Any, name))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise RuntimeError(
+            f"CGBN layer {layer}: its process group {name!r} does not exist (any more). It was "
+            "destroyed, or the layer was saved by another program. Assign layer.process_group, or "
+            "call megdet_d2.set_bn_size(model, bn_size, images_per_gpu)."
+        ) from error
 
 
 def raise_if_out_of_step() -> None:

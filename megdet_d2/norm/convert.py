@@ -1,118 +1,156 @@
-"""Replaces the batch norms of whole models by ``CrossGPUBatchNorm``, and back."""
+"""Turns the batch norms of whole models into ``CrossGPUBatchNorm``, and back.
 
-from collections.abc import Callable
+A layer changes its class and stays the same object. So it keeps its parameters, buffers, hooks,
+parametrizations and attributes, and whoever refers to it still does.
+"""
+
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from .batch_norm import CrossGPUBatchNorm, name_layers
 from .groups import BNGroup
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Classes whose ``forward`` only normalises, by the class that defines it. NaiveSyncBatchNorm is
 # Detectron2's.
 _NORMALIZERS = {"_BatchNorm", "SyncBatchNorm", "NaiveSyncBatchNorm"}
-_HOOK_TABLES = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_FROZEN = "FrozenBatchNorm2d"  # Detectron2's, torchvision's, and copies of them
 
 
 def convert_cgbn(
     model: nn.Module, process_group: BNGroup = None, include_frozen: bool = False
 ) -> nn.Module:
-    """Replaces every batch norm of ``model`` by a ``CrossGPUBatchNorm`` with the same state.
+    """Turns every batch norm of ``model`` into a ``CrossGPUBatchNorm``, in place.
 
-    Parameters stay the same objects, so an optimizer built before still holds them.
+    Layers keep all that they hold, so an optimizer built before still has their parameters.
 
     Args:
-        model: converted in place, unless the model itself is a batch norm.
+        model: a model, or a batch norm.
         process_group: of all converted layers, see ``CrossGPUBatchNorm``; None for all processes.
-        include_frozen: also converts Detectron2's ``FrozenBatchNorm2d``, whose γ and β then train.
+        include_frozen: also converts the ``FrozenBatchNorm2d`` of Detectron2 and torchvision, whose
+            γ and β then train.
 
     Returns:
-        the model, or the layer that replaces it.
+        the model.
 
     Raises:
-        ValueError: a batch norm's class overrides ``forward``, for an activation say. The model is
-            then unchanged.
+        ValueError: a layer cannot be converted: it does more than normalise, it does not know its
+            channels yet (``LazyBatchNorm2d``), or it is frozen and has no ε. The message names the
+            layer. The model is then unchanged.
     """
+    layers = []
     for name, layer in model.named_modules():
-        owner = type(layer).forward.__qualname__.rpartition(".")[0]
-        if _is_batch_norm(layer) and owner not in _NORMALIZERS:
-            raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__}, whose forward may do more than "
-                "normalise, and the conversion would lose that; replace it by a plain batch norm "
-                "and separate layers for the rest"
-            )
+        if isinstance(layer, CrossGPUBatchNorm):
+            continue
+        if isinstance(layer, _BatchNorm):
+            _check_plain(name, layer)
+        elif include_frozen and _is_frozen(layer):
+            _check_frozen(name, layer)
+        else:
+            continue
+        layers.append(layer)
+    CrossGPUBatchNorm(1, process_group=process_group)  # raises the error for a wrong group
 
-    def convert(layer: Any) -> nn.Module:
-        frozen = include_frozen and type(layer).__name__ == "FrozenBatchNorm2d"
-        if not (frozen or _is_batch_norm(layer)):
-            return layer
-        new = CrossGPUBatchNorm(
-            layer.num_features,
-            layer.eps,
-            getattr(layer, "momentum", 0.1),
-            getattr(layer, "affine", True),
-            getattr(layer, "track_running_stats", True),
-            process_group,
-        )
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
-            new.reverts_to = type(layer)
-        return _move_state(layer, new)
-
-    return name_layers(_replace(model, convert))
+    for layer in layers:
+        _convert(layer, process_group)
+    return name_layers(model)
 
 
 def revert_cgbn(model: nn.Module) -> nn.Module:
-    """Replaces every ``CrossGPUBatchNorm`` of ``model`` by a plain batch norm, in place.
+    """Turns every ``CrossGPUBatchNorm`` of ``model`` into a plain batch norm, in place.
 
-    The plain one is ``nn.BatchNorm2d``, or the 1-D or 3-D batch norm that ``convert_cgbn``
-    replaced. Use it for export, and for code that does not support process groups.
+    The plain one has the class from before ``convert_cgbn``, or is a ``nn.BatchNorm2d``. Use it for
+    export, and for code that does not support process groups.
+
+    Args:
+        model: a model, or a ``CrossGPUBatchNorm``.
 
     Returns:
-        the model, or the layer that replaces it.
+        the model.
+
+    Raises:
+        ValueError: a layer does more than normalise: its class or the layer overrides ``forward``.
+            The message names the layer. The model is then unchanged.
     """
+    layers = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, CrossGPUBatchNorm):
+            if type(layer).forward is not CrossGPUBatchNorm.forward or "forward" in vars(layer):
+                raise ValueError(_does_more(name, layer))
+            layers.append(layer)
+    for layer in layers:
+        plain = layer.reverts_to
+        layer.tear_down()
+        _change_class(layer, plain)
+    return model
 
-    def revert(layer: nn.Module) -> nn.Module:
-        if not isinstance(layer, CrossGPUBatchNorm):
-            return layer
-        new = layer.reverts_to(
-            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+
+def _convert(layer: Any, process_group: BNGroup) -> None:
+    if not isinstance(layer, _BatchNorm):
+        _unfreeze(layer)
+        plain: type[nn.Module] = nn.BatchNorm2d
+    else:
+        plain = parametrize.type_before_parametrizations(layer)
+        if plain.forward is not _BatchNorm.forward:
+            plain = nn.BatchNorm2d  # of a synchronized batch norm
+    vars(layer).pop("process_group", None)  # of a SyncBatchNorm; here it is a property
+    _change_class(layer, CrossGPUBatchNorm)
+    layer.set_up(process_group)
+    layer.reverts_to = plain
+
+
+def _change_class(layer: nn.Module, to: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(layer):
+        # Each parametrized module has its own class, with a property for each such tensor.
+        own = {k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__")}
+        to = type(f"Parametrized{to.__name__}", (to,), own)
+    layer.__class__ = to
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return any(parent.__name__ == _FROZEN for parent in type(layer).__mro__)
+
+
+def _unfreeze(layer: Any) -> None:
+    """Gives a frozen batch norm the attributes of a batch norm; γ and β become parameters."""
+    layer.num_features = layer.running_var.numel()
+    layer.momentum, layer.affine, layer.track_running_stats = 0.1, True, True
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        if not isinstance(value, nn.Parameter):
+            delattr(layer, name)
+            layer.register_parameter(name, nn.Parameter(value.clone()))
+    if getattr(layer, "num_batches_tracked", None) is None:
+        count = torch.zeros((), dtype=torch.long, device=layer.running_var.device)
+        layer.register_buffer("num_batches_tracked", count)
+
+
+def _check_plain(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, LazyModuleMixin):
+        raise ValueError(
+            f"layer {name!r} is a {type(layer).__name__} that does not know its channels yet; run "
+            "the model once, on one image say, and convert it then"
         )
-        return _move_state(layer, new)
-
-    return _replace(model, revert)
-
-
-def _is_batch_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, _BATCH_NORMS) and not isinstance(layer, CrossGPUBatchNorm)
+    owner = type(layer).forward.__qualname__.rpartition(".")[0]
+    if owner not in _NORMALIZERS or "forward" in vars(layer):
+        raise ValueError(_does_more(name, layer))
 
 
-def _replace(module: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Applies ``convert`` to every layer, once even where the layer occurs in several places."""
-    converted: dict[nn.Module, nn.Module] = {}
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None:
-                if child not in converted:
-                    converted[child] = convert(child)
-                parent._modules[name] = converted[child]
-    return convert(module)
+def _check_frozen(name: str, layer: nn.Module) -> None:
+    if not hasattr(layer, "eps"):
+        raise ValueError(
+            f"layer {name!r} is a {type(layer).__name__} without eps; set layer.eps to the ε that "
+            "its forward adds to the variance"
+        )
 
 
-def _move_state(old: nn.Module, new: nn.Module) -> nn.Module:
-    for name in _STATE:
-        value: Any = getattr(old, name, None)
-        if value is None and name == "num_batches_tracked" and new.track_running_stats:
-            continue  # FrozenBatchNorm2d has no count, so new starts from 0
-        if isinstance(getattr(new, name), nn.Parameter) and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value.clone())
-        setattr(new, name, value)
-    for table in [name for name in vars(new) if name.endswith(_HOOK_TABLES)]:
-        # The table itself, not a copy, so that the handles still remove their hooks.
-        setattr(new, table, getattr(old, table))
-    if new.track_running_stats:
-        for name in ("num_batches_tracked", "num_batches_skipped"):
-            if getattr(new, name, None) is not None:
-                setattr(new, name, getattr(new, name).to(new.running_mean.device))
-    return new.train(old.training)
+def _does_more(name: str, layer: nn.Module) -> str:
+    return (
+        f"layer {name!r} is a {type(layer).__name__}, whose forward may do more than normalise, "
+        "and the conversion would lose that; replace it by a plain batch norm and separate layers "
+        "for the rest"
+    )

@@ -23,9 +23,10 @@ x has the shape (N, C, *), 2-D to 5-D, contiguous or channels_last, and any floa
 float32 for any other. The sums are sent as float64.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import aten, kernels
 from .collective import all_reduce
@@ -93,11 +94,14 @@ def statistics(
     Args:
         x: (N, C, *), this process's part B_i of the mini-batch. N may be 0.
         valid: bool, (N, 1, *), true at the values that belong to B; None if all do.
-        running_mean, running_var: (C,), updated in place, or None. They keep their values where the
-            mini-batch has fewer than two values per channel, or statistics that are not finite.
-        num_batches_tracked: counts the mini-batches that updated them.
-        num_batches_skipped: counts the mini-batches that had values and did not update them.
-        momentum: weight of the new statistics; None for the cumulative average.
+        running_mean, running_var: (C,), updated in place, or both None. They keep their values
+            where the mini-batch has fewer than two values per channel, or statistics that are not
+            finite.
+        num_batches_tracked: counts the mini-batches that updated them; or None.
+        num_batches_skipped: counts the mini-batches that had values and did not update them; or
+            None.
+        momentum: weight of the new statistics; None for the cumulative average, which leaves them
+            unchanged without ``num_batches_tracked``.
         group: name of the process group to normalise over; "" for this process alone.
         algorithm: "one_reduce" sends |B_i|, Σx and Σx² together. "two_pass" follows the paper: a
             reduction for μ_B and, from it, a second one for σ²_B.
@@ -112,7 +116,10 @@ def statistics(
         OutOfStepError: the processes are in different layers; see ``collective``.
     """
     n, sums, squares = _local_sums(x, valid)
-    if algorithm == "one_reduce":
+    # A float64 sum of squares has too few digits for float64 values far from zero. In one process a
+    # second pass costs no collective.
+    exact = x.dtype == torch.float64 and not group
+    if algorithm == "one_reduce" and not exact:
         count, sums, squares = all_reduce(group, layer, "forward", n, sums, squares)
         values = count.clamp(min=1)
         mean = sums / values
@@ -171,25 +178,26 @@ def _(x, mean, scale, bias, residual, relu):
 class Normalization(torch.autograd.Function):
     """The normalisation: line 11 of Algorithm 1, with its gradient through μ_B and σ²_B.
 
+    Its backward can be differentiated again, to any order, see ``differentiable_gradients``.
+
     Args of ``apply``:
         x: (N, C, *), contiguous or channels_last, see ``dense``.
         weight, bias: γ and β, (C,), or None for 1 and 0.
         residual: x's shape and dtype, added to y; or None.
         valid: as in ``statistics``. The other values are normalised with the statistics of B, and
             their dy has no influence on them.
-        mean, invstd: μ_B and 1 / √(σ²_B + ε), (C,).
+        mean, var: μ_B and σ²_B, (C,).
         count: |B|, (1,), float64.
+        eps: ε.
         relu: y is max(0, ·) of the result.
         group, layer: as in ``statistics``.
-
-    Raises:
-        RuntimeError: the gradient is differentiated a second time, which is not supported.
     """
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, residual, valid, mean, invstd, count, relu, group, layer
+        ctx, x, weight, bias, residual, valid, mean, var, count, eps, relu, group, layer
     ):  # fmt: skip
+        invstd = torch.rsqrt(var + eps)
         scale = invstd if weight is None else weight * invstd
         shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
         if residual is not None:
@@ -198,16 +206,30 @@ class Normalization(torch.autograd.Function):
         # The backward needs the sign of y. It reads y, unless a kernel computes it from x.
         ctx.mask_dy_first = relu and (valid is not None or not use_triton(x))
         mask = y if relu and (ctx.mask_dy_first or residual is not None) else None
-        ctx.save_for_backward(x, valid, mean, invstd, scale, shift, count, mask)
-        ctx.relu, ctx.group, ctx.layer = relu, group, layer
+        ctx.save_for_backward(x, weight, valid, mean, invstd, scale, shift, count, mask)
+        ctx.eps, ctx.relu, ctx.group, ctx.layer = eps, relu, group, layer
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, valid, mean, invstd, scale, shift, count, y = ctx.saved_tensors
+        x, weight, valid, mean, invstd, scale, shift, count, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         relu = ctx.relu
+        # With create_graph, autograd records this backward. It could not look into the operators,
+        # nor see that the statistics depend on x.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if relu:
+                if y is None:
+                    y = normalize(x.detach(), mean, scale, shift, None, True)
+                dy = torch.where(y.detach() <= 0, 0, dy)
+            gradients = differentiable_gradients(
+                dy, x, weight, valid, count, ctx.eps, ctx.group, ctx.layer
+            )
+            needed = ctx.needs_input_grad[:4]
+            return (
+                *(g if i else None for g, i in zip((*gradients, dy), needed, strict=True)),
+                *[None] * 8,
+            )
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
         # The collective is unconditional, because needs_x may differ between processes: one without
@@ -227,7 +249,7 @@ class Normalization(torch.autograd.Function):
             sums[1] if needs_weight else None,
             sums[0] if needs_bias else None,
             (dresidual if relu else dy) if needs_residual else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
@@ -315,6 +337,81 @@ def _(dy, x, mean, invstd, scale, bias, means, relu, y, needs_residual):
     return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
 
 
+# --- the backward that can be differentiated ------------------------------------------------------
+
+
+def differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    valid: Tensor | None,
+    count: Tensor,
+    eps: float,
+    group: str,
+    layer: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dx, dγ and dβ by operations that autograd can differentiate, to any order.
+
+    μ_B and σ²_B are computed again, as functions of x. This costs two more all-reduces, and one for
+    each of the three when the result is differentiated.
+
+    Args:
+        dy: x's shape, without the values that ReLU has cut.
+        x, weight, valid, count, eps, group, layer: as in ``Normalization``.
+    """
+    if not x.requires_grad:
+        # Every process records the same collectives, also one whose empty input needs no gradient.
+        x = x.detach().requires_grad_()
+    dtype = aten.statistics_dtype(x)
+    dims = [d for d in range(x.dim()) if d != 1]
+    inside = torch.ones_like(x[:, :1], dtype=torch.bool) if valid is None else valid
+
+    def mean_over_b(sums: Tensor, name: str) -> Tensor:
+        total = total_over_group(sums, group, layer, f"backward, {name} for create_graph")
+        return total / count.clamp(min=1)
+
+    mean = mean_over_b(torch.where(inside, x, 0).sum(dims, dtype=torch.float64), "mean")
+    centred = x.to(dtype) - aten.per_channel(mean.to(dtype), x)
+    squares = torch.where(inside, centred, 0).square()
+    var = mean_over_b(squares.sum(dims, dtype=torch.float64), "variance")
+    invstd = torch.rsqrt(var.to(dtype) + eps)
+    x_hat = centred * aten.per_channel(invstd, x)
+
+    slope = dy.to(dtype)
+    sums = torch.stack([t.sum(dims, dtype=torch.float64) for t in (slope, slope * x_hat)])
+    mean_dy, mean_dy_xhat = mean_over_b(sums, "gradient").to(dtype)
+    through_b = aten.per_channel(mean_dy, x) + x_hat * aten.per_channel(mean_dy_xhat, x)
+    scale = invstd if weight is None else weight.to(dtype) * invstd
+    dx = aten.per_channel(scale, x) * (slope - torch.where(inside, through_b, 0))
+    dbias, dweight = sums.to(dtype if weight is None else weight.dtype)
+    return dx.to(x.dtype), dweight, dbias
+
+
+def total_over_group(part: Tensor, group: str, layer: str, direction: str) -> Tensor:
+    """Returns the sum of ``part`` over the group, as a function that autograd can differentiate.
+
+    Args:
+        part: float64, of the same shape on every process.
+        group, layer, direction: as in ``all_reduce``.
+    """
+    return cast(Tensor, _Total.apply(part, group, layer, direction)) if group else part
+
+
+class _Total(torch.autograd.Function):
+    """The sum over a group. Its gradient is the sum over the group of the gradients."""
+
+    @staticmethod
+    def forward(ctx, part, group, layer, direction):
+        ctx.group, ctx.layer, ctx.direction = group, layer, direction
+        (total,) = all_reduce(group, layer, direction, part.flatten())
+        return total.view_as(part)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        direction = f"differentiated {ctx.direction}"
+        return total_over_group(gradient, ctx.group, ctx.layer, direction), None, None, None
+
+
 # --- running statistics -------------------------------------------------------------------------
 
 
@@ -326,16 +423,20 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
             "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
             "and the whole mini-batch holds one. Raise SOLVER.IMS_PER_BATCH or MODEL.CGBN.BN_SIZE."
         )
-    if running_mean is None:
+    if running_mean is None and tracked is None:
         return
     # Unbiased, in the buffers' dtype: a variance may overflow in a module of half precision.
-    new = torch.stack((mean, var * (n / max(n - 1, 1)))).to(running_mean.dtype)
+    new = torch.stack((mean, var * (n / max(n - 1, 1))))
+    new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
     if n > 1 and new.abs().max().item() < torch.inf:
-        tracked += 1
-        factor = 1 / tracked.item() if momentum is None else momentum
-        running_mean.lerp_(new[0], factor)
-        running_var.lerp_(new[1], factor)
-    elif n > 0:
+        factor = 0.0 if momentum is None else momentum
+        if tracked is not None:
+            tracked += 1
+            factor = 1 / tracked.item() if momentum is None else momentum
+        if running_mean is not None:
+            running_mean.lerp_(new[0], factor)
+            running_var.lerp_(new[1], factor)
+    elif n > 0 and skipped is not None:
         skipped += 1
 
 
@@ -344,18 +445,22 @@ def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mea
 
     A mini-batch of one value is no error here.
     """
-    if running_mean is None:
+    if running_mean is None and tracked is None:
         return
     n = count.squeeze(0)
-    new = torch.stack((mean, var * (n / (n - 1).clamp(min=1)))).to(running_mean.dtype)
+    new = torch.stack((mean, var * (n / (n - 1).clamp(min=1))))
+    new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
     keep = (n > 1) & (new.abs().max() < torch.inf)
-    tracked += keep
-    skipped += (n > 0) ^ keep
-    factor = momentum
-    if factor is None:
-        factor = (1 / tracked.clamp(min=1)).to(running_mean.dtype)
-    for running, value in ((running_mean, new[0]), (running_var, new[1])):
-        running.copy_(torch.where(keep, running.lerp(value, factor), running))
+    factor = 0.0 if momentum is None else momentum
+    if tracked is not None:
+        tracked += keep
+        if momentum is None:
+            factor = (1 / tracked.clamp(min=1)).to(new.dtype)
+    if skipped is not None:
+        skipped += (n > 0) ^ keep
+    if running_mean is not None:
+        for running, value in ((running_mean, new[0]), (running_var, new[1])):
+            running.copy_(torch.where(keep, running.lerp(value, factor), running))
 
 
 # --- the part of one process ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from .collective import OutOfStepError
 
@@ -24,7 +25,7 @@ class SelfGroup:
 
 
 SELF = SelfGroup()
-BNGroup: TypeAlias = "dist.ProcessGroup | SelfGroup | None"
+BNGroup: TypeAlias = "dist.ProcessGroup | DeviceMesh | SelfGroup | None"
 
 _cache: dict[tuple[dist.ProcessGroup | None, int], BNGroup] = {}
 

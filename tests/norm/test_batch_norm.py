@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import megdet_d2
 from megdet_d2.norm import functional
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm, set_accumulation_steps
 from tests.helpers.collectives import counted_all_reduces
@@ -181,6 +183,121 @@ def test_options_mean_what_they_mean_for_batch_norm(options):
         torch.testing.assert_close(ours.state_dict()[name], tensor)
 
 
+def switched_off(layer):
+    """Turns tracking off for a forward, as virtual adversarial training does."""
+    layer(inputs())
+    layer.track_running_stats = False
+    layer(inputs(100))
+    layer.track_running_stats = True
+    layer(inputs())
+
+
+def adapted(layer):
+    """Normalises by the batch in both modes, as test-time adaptation (TENT) does."""
+    layer(inputs())
+    layer.track_running_stats = False
+    layer.running_mean = layer.running_var = None
+    layer(inputs(100))
+
+
+def uncounted(layer):
+    layer.num_batches_tracked = None
+    layer(inputs(100))
+
+
+def without_bias(layer):
+    layer.bias = None
+    layer(inputs(100))
+
+
+def inputs(offset=0):
+    return torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(offset)) + offset
+
+
+LIVE_CHANGES = [switched_off, adapted, uncounted, without_bias]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("change", LIVE_CHANGES)
+def test_changes_of_a_live_layer_mean_what_they_mean_for_batch_norm(change, momentum):
+    ours, plain = CrossGPUBatchNorm(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
+    assert_same_changes(change, ours, plain)
+
+
+def assert_same_changes(change, ours, plain):
+    for layer in (ours, plain):
+        change(layer)
+    torch.testing.assert_close(ours(inputs()), plain(inputs()))
+    torch.testing.assert_close(ours.eval()(inputs()), plain.eval()(inputs()))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor)
+    assert ours.num_batches_skipped == 0
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_one_running_statistic_alone_is_refused_as_by_torch(statistic):
+    layer = CrossGPUBatchNorm(4)
+    setattr(layer, statistic, None)
+    for training in (True, False):
+        with pytest.raises((ValueError, RuntimeError), match="running_mean|running_var"):
+            layer.train(training)(inputs())
+
+
+def run_live_changes(rank):
+    for change in LIVE_CHANGES:
+        # Both ranks have the same values, so that a plain batch norm of one rank has them too.
+        # Momentum 0 keeps the variance, whose factor n / (n - 1) is another one.
+        ours, plain = CrossGPUBatchNorm(4, momentum=0.0), nn.BatchNorm2d(4, momentum=0.0)
+        assert_same_changes(change, ours, plain)
+
+
+def test_changes_of_a_live_layer_over_two_ranks(pool2):
+    pool2.run(run_live_changes)
+
+
+def test_the_device_code_knows_live_changes(monkeypatch):
+    """Runs the update for GPUs on a CPU."""
+    monkeypatch.setattr(functional, "_update_on_host", functional._update_on_device)
+    for change in LIVE_CHANGES:
+        for momentum in (0.1, None):
+            ours = CrossGPUBatchNorm(4, momentum=momentum)
+            assert_same_changes(change, ours, nn.BatchNorm2d(4, momentum=momentum))
+
+
+def to_empty(layer):
+    return layer.to("meta").to_empty(device="cpu")
+
+
+def assigned(layer):
+    with torch.device("meta"):
+        empty = CrossGPUBatchNorm(4)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    return empty
+
+
+@pytest.mark.parametrize("move", [to_empty, assigned])
+def test_skipped_mini_batches_are_counted_from_0_after_meta(move):
+    layer = CrossGPUBatchNorm(4)
+    state = copy.deepcopy(layer.state_dict())
+    layer = move(layer)
+    layer.load_state_dict(state)
+    assert layer.num_batches_skipped == 0
+    layer(inputs() * float("nan"))
+    assert layer.num_batches_skipped == 1
+    assert layer.to(torch.float64).num_batches_skipped == 1
+    assert nn.Sequential(layer).to_empty(device="cpu")[0].num_batches_skipped == 1
+    layer.reset_running_stats()
+    assert layer.num_batches_skipped == 0
+
+
+@pytest.mark.parametrize("eps", [0, -1.0])
+def test_eps_that_is_not_positive_is_refused_in_training(eps):
+    layer = CrossGPUBatchNorm(4, eps=eps)
+    with pytest.raises(ValueError, match=f"eps is {eps}"):
+        layer(inputs())
+
+
 def test_evaluation_of_an_empty_input():
     layer = CrossGPUBatchNorm(4).eval()
     assert layer(torch.zeros(0, 4, 7, 7)).shape == (0, 4, 7, 7)
@@ -209,6 +326,47 @@ def run_copies(rank):
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert other.process_group is layer.process_group
         torch.testing.assert_close(other(x), y)
+
+
+def run_meshes(rank):
+    x = inputs(rank)
+    flat = init_device_mesh("cpu", (2,))
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "dp"))
+    y = CrossGPUBatchNorm(4)(x)
+    for mesh in (flat, grid["dp"]):
+        layer = CrossGPUBatchNorm(4, process_group=mesh)
+        assert layer.group_size() == 2
+        torch.testing.assert_close(layer(x), y)
+    alone = CrossGPUBatchNorm(4, process_group=grid["replicate"])
+    torch.testing.assert_close(alone(x), nn.BatchNorm2d(4)(x))
+    with pytest.raises(ValueError, match="DeviceMesh of 2 dimensions .*'replicate', 'dp'"):
+        CrossGPUBatchNorm(4, process_group=grid)
+    other = DeviceMesh("cpu", [1])  # every process has to create it
+    if rank == 0:
+        with pytest.raises(ValueError, match="not in the given DeviceMesh"):
+            CrossGPUBatchNorm(4, process_group=other)
+
+
+def test_device_meshes(pool2):
+    pool2.run(run_meshes)
+
+
+def run_dead_group(rank):
+    group = dist.new_group([0, 1])
+    layer = CrossGPUBatchNorm(4, process_group=group)
+    megdet_d2.name_layers(nn.Sequential(layer))
+    dist.destroy_process_group(group)
+    for use in (lambda: layer(inputs()), lambda: layer.process_group):
+        with pytest.raises(RuntimeError, match="CGBN layer 0: .*Assign layer.process_group, or"):
+            use()
+    layer.eval()(inputs())
+    copy.deepcopy(layer)
+    layer.train().process_group = dist.new_group([0, 1])
+    layer(inputs())
+
+
+def test_a_destroyed_group_is_named_with_the_way_out(pool2):
+    pool2.run(run_dead_group)
 
 
 def test_deepcopy_and_pickle_keep_the_group(pool2):

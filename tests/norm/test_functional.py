@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from megdet_d2.norm import functional
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 from megdet_d2.norm.groups import SELF
+from megdet_d2.norm.padding import ValidRegion
 
 
 def test_gradients_by_finite_differences():
@@ -72,11 +74,117 @@ def test_operators_are_what_their_fakes_say(x):
         torch.library.opcheck(op, args, test_utils=checks)
 
 
-def test_a_second_derivative_is_refused():
-    x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    (dx,) = torch.autograd.grad(CrossGPUBatchNorm(3)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+OPTIONS = {
+    "plain": {},
+    "without γ and β": {"affine": False},
+    "without β": {"bias": False},
+    "residual": {"residual": True},
+    "residual and ReLU": {"residual": True, "relu": True},
+    "padding": {"padding": True},
+    "padding and ReLU": {"padding": True, "relu": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 2)])
+def test_second_derivatives_by_finite_differences(shape, options):
+    padding, relu = options.get("padding", False), options.get("relu", False)
+    if padding and len(shape) == 2:
+        pytest.skip("padding is around images")
+    generator = torch.Generator().manual_seed(0)
+    x, r = torch.randn(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+    inputs = {"x": x.detach().requires_grad_()}
+    if options.get("residual"):
+        inputs["residual"] = r.detach().requires_grad_()
+    affine, bias = options.get("affine", True), options.get("bias", True)
+    layer = CrossGPUBatchNorm(3, affine=affine, bias=bias, dtype=torch.float64)
+    if padding:
+        layer.valid_region = ValidRegion([(1, 2), (2, 1)], (2, 2))
+
+    def run(*values):
+        values = dict(zip([*inputs, *dict(layer.named_parameters())], values, strict=True))
+        x, residual = values.pop("x"), values.pop("residual", None)
+        return torch.func.functional_call(layer, values, (x, residual, relu))
+
+    values = (*inputs.values(), *layer.parameters())
+    assert torch.autograd.gradcheck(run, values)
+    assert torch.autograd.gradgradcheck(run, values)
+
+
+def penalty(norm, order, score):
+    """Returns the parameters' gradients of a penalty on a derivative of the score."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), norm(3), nn.Conv2d(3, 2, 1))
+        model.double()
+        x = torch.randn(4, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    value = score(model(x))
+    for _ in range(order - 1):
+        (value,) = torch.autograd.grad(value, x, create_graph=True)
+        value = value.pow(3).sum()
+    value.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in (*model[:2].parameters(), x)]
+
+
+SCORES = {
+    "linear": lambda y: (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(),
+    "cubic": lambda y: y.pow(3).sum(),
+}
+
+
+class WrittenOut(nn.BatchNorm2d):
+    """Batch norm by operations that autograd knows to any order; torch's own has two."""
+
+    def forward(self, x):
+        centred = x - x.mean((0, 2, 3), keepdim=True)
+        var = centred.square().mean((0, 2, 3), keepdim=True)
+        return F.conv2d(
+            centred / (var + self.eps).sqrt(), self.weight.diag()[..., None, None], self.bias
+        )
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_higher_derivatives(score, order):
+    # A score that is linear in the output gives a dy without a graph (R1, WGAN-GP).
+    ours, right = (penalty(norm, order, score) for norm in (CrossGPUBatchNorm, WrittenOut))
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * (1 + b.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_create_graph_does_not_change_the_first_derivative(dtype):
+    layer = CrossGPUBatchNorm(3)
+    x = (torch.randn(4, 3, 5, 5) * 2 + 30).to(dtype).requires_grad_()
+    dy = torch.randn(4, 3, 5, 5).to(dtype)
+    results = []
+    for create_graph in (False, True):
+        calls = []
+        handle = x.register_hook(calls.append)
+        y = layer(x, relu=True)
+        results.append(
+            torch.autograd.grad(y, (x, *layer.parameters()), dy, create_graph=create_graph)
+        )
+        handle.remove()
+        assert len(calls) == 1
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        rtol = 2**-7 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(a, b.detach(), rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0, 1e4, 1e8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_float64_far_from_zero_in_one_process(offset, padded):
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64) + offset
+    ours, plain = CrossGPUBatchNorm(3, momentum=1.0).double(), nn.BatchNorm2d(3).double()
+    if padded:
+        ours.valid_region = ValidRegion([(8, 8)] * 4, (9, 9))
+    y = ours(x)
+    # Digits of x itself: of 16, it has lost those of the offset.
+    tolerance = 1e-12 + 1e-15 * offset
+    torch.testing.assert_close(y, plain(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.running_var, x.var((0, 2, 3)), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

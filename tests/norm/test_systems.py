@@ -306,25 +306,74 @@ def test_half_precision_modules(pool2, dtype, digits):
 # --- autograd ------------------------------------------------------------------------------------
 
 
-def run_double_backward(rank):
+def penalised(model, x, score, create_graph=True):
+    """Returns the loss of a gradient penalty, after the score's gradient for x."""
+    (dx,) = torch.autograd.grad(score(model(x)), x, create_graph=create_graph)
+    return dx.pow(3).sum()
+
+
+SCORES = {
+    "linear": lambda y: (y * torch.linspace(-1, 1, 80).view(5, 4, 4)).sum(),
+    "cubic": lambda y: y.pow(3).sum(),
+}
+
+
+def run_penalty(rank, parts, name, algorithm):
+    model = megdet_d2.convert_cgbn(make_model())
+    for layer in megdet_d2.norm.batch_norm.cgbn_layers(model):
+        layer.algorithm = algorithm
+    x = images().flatten(0, 1).split(parts)[rank].clone().requires_grad_()
+    penalised(model, x, SCORES[name]).backward()
+    return {**{name: p.grad for name, p in model.named_parameters()}, "x": x.grad}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("parts", [(2, 2), (1, 3), (4, 0)])
+def test_double_backward_is_that_of_the_pooled_batch(pool2, parts, name, algorithm):
+    model = make_model()
+    x = images().flatten(0, 1).requires_grad_()
+    penalised(model, x, SCORES[name]).backward()
+    results = pool2.run(run_penalty, parts, name, algorithm)
+    dx = torch.cat([result.pop("x") for result in results])
+    torch.testing.assert_close(dx, x.grad, rtol=1e-7, atol=1e-9 * x.grad.abs().max())
+    for key, p in model.named_parameters():
+        total = sum(result[key] for result in results)  # DDP averages them
+        largest = p.grad.abs().max() + 1
+        torch.testing.assert_close(total, p.grad, rtol=1e-7, atol=1e-9 * largest, msg=key)
+
+
+def run_input_without_gradient(rank):
+    """Rank 1 has no regions. Its empty input needs no gradient, and the model's first layer is."""
     layer = CrossGPUBatchNorm(3).double()
-    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.square().sum().backward()
-    # and no incomplete gradient is left
-    assert x.grad is None and layer.weight.grad is None
+    x = images()[0] if rank == 0 else torch.zeros(0, 3, 8, 8, dtype=torch.float64)
+    x.requires_grad_(rank == 0)
+    loss = layer(x).pow(3).sum()
+    gradients = torch.autograd.grad(loss, list(layer.parameters()), create_graph=True)
+    sum(g.square().sum() for g in gradients).backward()
+    return layer.weight.grad, x.grad
 
 
-def test_double_backward_is_an_error(pool2):
-    pool2.run(run_double_backward)
+def test_double_backward_beside_an_input_without_gradient(pool2):
+    layer = nn.BatchNorm2d(3).double()
+    x = images()[0].requires_grad_()
+    loss = layer(x).pow(3).sum()
+    gradients = torch.autograd.grad(loss, list(layer.parameters()), create_graph=True)
+    sum(g.square().sum() for g in gradients).backward()
+    (weight, dx), _ = pool2.run(run_input_without_gradient)
+    torch.testing.assert_close(dx, x.grad)
+    torch.testing.assert_close(weight, layer.weight.grad)
 
 
-def test_forward_mode_is_an_error():
-    layer = CrossGPUBatchNorm(5, track_running_stats=False)
-    x, direction = torch.randn(2, 2, 5, 3, 3).unbind()
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(layer, (x,), (direction,))
+def run_create_graph_on_one_rank(rank):
+    layer = CrossGPUBatchNorm(3).double()
+    x = images()[rank].requires_grad_()
+    with pytest.raises(megdet_d2.OutOfStepError, match="for create_graph"):
+        torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=rank == 0)
+
+
+def test_create_graph_on_one_rank_alone_is_an_error(pool2):
+    pool2.run(run_create_graph_on_one_rank)
 
 
 # --- copies --------------------------------------------------------------------------------------
