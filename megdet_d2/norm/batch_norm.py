@@ -63,8 +63,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     Raises:
         OutOfStepError: the processes of the group are in different layers; see ``collective``.
         ValueError: the algorithm is unknown; this process is not in the process group; the input is
-            not 2-D to 5-D; ε is not positive in training; on CPU, the whole mini-batch has one
-            value per channel.
+            not 2-D to 5-D; ε is negative; on CPU, ε is 0 and so is a channel's variance, or the
+            whole mini-batch has one value per channel.
         RuntimeError: the process group does not exist any more; a scripted layer is in training; a
             layer in training over several processes is traced, exported to ONNX, or transformed.
     """
@@ -192,8 +192,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         self._check_input_dim(x)
         if not self.training:
             return self._evaluate(x, residual, relu)
-        if self.eps <= 0:
-            raise ValueError(f"CrossGPUBatchNorm: eps is {self.eps}; in training give it above 0")
+        if self.eps < 0:
+            raise ValueError(f"CGBN layer {self.name}: eps is {self.eps}; give it above 0")
         if (self.running_mean is None) != (self.running_var is None):
             raise ValueError(
                 f"CGBN layer {self.name}: one of running_mean and running_var is None; set both or "
@@ -215,6 +215,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         mean, var, count = statistics(
             x.detach(), valid, *buffers, skipped, momentum, group, self.algorithm, self.name
         )
+        if self.eps == 0 and not var.is_cuda and bool((var == 0).any()):
+            raise ValueError(
+                f"CGBN layer {self.name}: eps is 0, and all values of a channel are equal, which "
+                "cannot be divided by their deviation; give eps above 0"
+            )
         return Normalization.apply(
             x, self.weight, self.bias, residual, valid, mean, var, count, self.eps, relu, group,
             self.name,
