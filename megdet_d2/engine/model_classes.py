@@ -1,12 +1,10 @@
 """Checks the classes of a model that is built, of any architecture, against the data sets."""
 
 import logging
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN, SemanticSegmentor
-from torch import nn
 
 from megdet_d2.data.classes import check_num_classes, class_counts, value_of
 
@@ -14,60 +12,6 @@ logger = logging.getLogger(__name__)
 
 # Keys that count things in every project. The others depend on the architecture.
 _THINGS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
-
-
-class _Reads(set):
-    """A set of keys that stays the same object in copies of the config."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Reads":
-        return self
-
-
-class _ReadConfig(CfgNode):
-    """A config that notes which NUM_CLASSES keys are read from it."""
-
-    def __getitem__(self, key: str) -> Any:
-        if key == "NUM_CLASSES" and "_reads" in self.__dict__:
-            self.__dict__["_reads"].add(f"{self.__dict__['_path']}.{key}")
-        return super().__getitem__(key)
-
-    def note(self, reads: _Reads, path: str = "") -> None:
-        """Makes the config note the reads, and all below it.
-
-        Args:
-            reads: gets the full keys.
-            path: the full key of this part of the config.
-        """
-        self.__dict__.update(_path=path, _reads=reads)
-        for key, value in self.items():
-            if isinstance(value, _ReadConfig):
-                value.note(reads, f"{path}.{key}" if path else key)
-
-
-class ReadsOfClasses:
-    """A ``build_model`` that notes which NUM_CLASSES keys the model reads.
-
-    Only so are they known of every architecture: a project may have any number of such keys, of
-    which a model reads a few.
-
-    Args:
-        build: takes a config and returns a model.
-
-    Attributes:
-        keys: the full keys that the calls so far have read.
-    """
-
-    def __init__(self, build: Callable[[CfgNode], nn.Module]):
-        self._build = build
-        self.keys = _Reads()
-
-    def __call__(self, cfg: CfgNode) -> nn.Module:
-        """Builds the model."""
-        noting = _ReadConfig(cfg)
-        noting.note(self.keys)
-        if cfg.is_frozen():
-            noting.freeze()
-        return self._build(noting)
 
 
 def check_model_classes(cfg: CfgNode, reads: Collection[str], refuse: bool = True) -> None:
@@ -78,7 +22,7 @@ def check_model_classes(cfg: CfgNode, reads: Collection[str], refuse: bool = Tru
 
     Args:
         cfg: the config of the model.
-        reads: see ``ReadsOfClasses``.
+        reads: see ``ModelReads.keys``.
         refuse: False for a warning in place of every error, since a loader or mapper of the user
             may merge classes.
 
@@ -87,7 +31,7 @@ def check_model_classes(cfg: CfgNode, reads: Collection[str], refuse: bool = Tru
             meaning is a warning, unless it is below every number of classes.
     """
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-        for key in sorted(reads):
+        for key in sorted(key for key in reads if key.endswith(".NUM_CLASSES")):
             try:
                 _check_key(cfg, key, name)
             except ValueError as error:

@@ -30,6 +30,7 @@ from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.tta import build_tta
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.configure import configure_cgbn, describe_norms, group_ranks
+from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch, images_per_micro_batch
 
@@ -49,7 +50,8 @@ from .hooks import (
 from .launch import find_launcher, limit_waiting, may_restart
 from .metrics import cut_metrics
 from .minibatch import MiniBatchCheck
-from .model_classes import ReadsOfClasses, check_model_classes
+from .model_classes import check_model_classes
+from .model_reads import ModelReads
 from .progress import Layout, TrainingProgress
 from .sample_ratio import SampleRecorder
 from .signals import StopOnSignal
@@ -90,7 +92,7 @@ class Trainer(DefaultTrainer):
         self._observing = contextlib.ExitStack()  # of an update
         # Detectron2's constructor builds the hooks, before there is all that ours need.
         self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
-        model_reads = ReadsOfClasses(self.build_model)
+        model_reads = ModelReads(self.build_model)
         self.build_model = model_reads  # type: ignore[method-assign]  # for this call alone
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
@@ -114,7 +116,9 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
         self._register_built_hooks()
         limit_waiting(cfg.MEGDET.TIMEOUT)
-        logger.info(describe_norms(self.model, self.layout.images_per_gpu))
+        logger.info(describe_norms(self.model, self.layout.images_per_gpu, model_reads.norms))
+        for fault in find_missing_norms(self.model, model_reads.norms):
+            logger.warning(fault)
 
     @property
     def layout(self) -> Layout:

@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
@@ -16,6 +17,7 @@ from megdet_d2.modeling.fused_resnet import fuse_activations, fused_blocks, unfu
 from .batch_norm import cgbn_layers, name_layers, set_accumulation_steps
 from .functional import ALGORITHMS
 from .groups import consecutive_group, ranks_per_group
+from .keys import NormKey, describe_norm_keys, plain_batch_norms
 from .padding import count_padding, ignore_padding
 from .registry import machine_group
 from .retinanet import separate_retinanet_levels
@@ -135,11 +137,25 @@ def images_per_group(model: nn.Module, images_per_gpu: int) -> int:
     return images_per_gpu * layers[0].group_size() if layers else 0
 
 
-def describe_norms(model: nn.Module, images_per_gpu: int) -> str:
-    """Returns a line for the log: the CGBN layers, their group, and the frozen batch norms."""
+def describe_norms(
+    model: nn.Module, images_per_gpu: int, keys: Mapping[str, NormKey] | None = None
+) -> str:
+    """Returns a line for the log: the CGBN layers and their group, other batch norms, the keys.
+
+    Args:
+        model: plain or wrapped in ``DistributedDataParallel``.
+        images_per_gpu: images that one process sees in one forward.
+        keys: the NORM keys of the config, and the layers that the model made of each.
+    """
     layers = cgbn_layers(model)
     frozen = sum(isinstance(m, FrozenBatchNorm2d) for m in model.modules())
     tail = f"{frozen} batch norms are frozen (by FREEZE_AT, or by NORM FrozenBN)"
+    plain = len(plain_batch_norms(model))
+    if plain:
+        tail += f", and {plain} are plain, over the images of one process"
+    by_key = describe_norm_keys(keys or {})
+    if by_key:
+        tail += f"; {by_key}"
     if not layers:
         return f"CGBN: no layer; {tail}"
     images = images_per_group(model, images_per_gpu)

@@ -6,15 +6,18 @@ and binds the wrapper in every loaded module that has the stock function. Module
 later import the wrapper. docs/architecture.md lists this and every other patch of Detectron2.
 """
 
+import contextlib
+import contextvars
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import detectron2.layers.batch_norm as d2_batch_norm
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
+from torch import nn
 
 from megdet_d2._moved import renamed
 
@@ -43,10 +46,10 @@ class CGBN(CrossGPUBatchNorm):
 
 
 def uses_cgbn(cfg: CfgNode) -> bool:
-    """Returns True if any ``NORM`` key of the config, in any section, is "CGBN"."""
+    """Returns True if any key of the config, in any section, is "CGBN"."""
     return any(
-        uses_cgbn(value) if isinstance(value, CfgNode) else (key == "NORM" and value == "CGBN")
-        for key, value in cfg.items()
+        uses_cgbn(value) if isinstance(value, CfgNode) else value == "CGBN"
+        for value in cfg.values()
     )
 
 
@@ -68,9 +71,34 @@ def machine_group() -> BNGroup:
     return comm.get_local_process_group()
 
 
+@contextlib.contextmanager
+def watched_norms(note: Callable[[str, nn.Module], None]) -> Iterator[None]:
+    """Calls ``note(name, layer)`` for every layer that ``get_norm`` makes of a name, in a ``with``.
+
+    Args:
+        note: gets the same string object that was given to ``get_norm``.
+    """
+    token = _watcher.set(note)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+_watcher: contextvars.ContextVar[Callable[[str, nn.Module], None] | None] = contextvars.ContextVar(
+    "watcher", default=None
+)
+
+
 def _wrap(stock: Callable) -> Any:
     @functools.wraps(stock)
     def get_norm(norm: Any, out_channels: int) -> Any:
+        layer, watcher = make(norm, out_channels), _watcher.get()
+        if watcher is not None and isinstance(layer, nn.Module):
+            watcher(norm, layer)
+        return layer
+
+    def make(norm: Any, out_channels: int) -> Any:
         if not isinstance(norm, str) or norm == "":
             return stock(norm, out_channels)
         if norm in NORM_REGISTRY:
