@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, cast
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
 from megdet_d2._moved import renamed
@@ -50,6 +51,9 @@ class Checkpointer(WeightsOnlyCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any):
         super().__init__(model, save_dir, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
         self.path_manager = _WholeFiles(self.path_manager)
         self._gathered: tuple[int, dict[str, Any]] = (-1, {})
 
@@ -151,6 +155,10 @@ class Checkpointer(WeightsOnlyCheckpointer):
             )
         rest = self.load(path)
         self._load_processes(rest.pop("processes", {}))
+        progress = self.checkpointables.get("progress")
+        if "iteration" in rest and progress is not None and progress.loaded_iteration is None:
+            # A file of another checkpointer may be without the trainer.
+            self.checkpointables["trainer"].iter = rest["iteration"]
         return rest
 
     def step_back(self) -> None:
@@ -200,30 +208,55 @@ class Checkpointer(WeightsOnlyCheckpointer):
 
 
 class GatherStatistics(HookBase):
-    """Calls ``Checkpointer.gather`` in every process before each checkpoint and evaluation.
+    """Collects in every process what a checkpoint needs, before each checkpoint and evaluation.
 
     Register it before the checkpointer's and the evaluation's hook. Hooks that save the best model
-    come after an evaluation.
+    come after an evaluation, and a signal during an evaluation saves a checkpoint too.
 
     Args:
-        checkpointer: the trainer's.
+        checkpointer: the trainer's, whose ``gather`` is called.
         checkpoint_period: iterations between two checkpoints; 0 for none.
         eval_period: iterations between two evaluations; 0 for none.
+        others: other functions to call before ``gather``.
     """
 
-    def __init__(self, checkpointer: Checkpointer, checkpoint_period: int, eval_period: int):
-        self._checkpointer = checkpointer
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        checkpoint_period: int,
+        eval_period: int,
+        *others: Callable[[], None],
+    ):
+        self._functions = [*others, checkpointer.gather]
         self._periods = checkpoint_period, eval_period
 
     def after_step(self) -> None:
-        """Gathers if a checkpoint or an evaluation follows."""
+        """Collects if a checkpoint or an evaluation follows."""
         if is_due(self.trainer, *self._periods):
-            self._checkpointer.gather()
+            self._collect()
 
     def after_train(self) -> None:
-        """Gathers once more after a training that all processes have completed."""
+        """Collects once more after a training that all processes have completed."""
         if self.trainer.has_finished:
-            self._checkpointer.gather()
+            self._collect()
+
+    def _collect(self) -> None:
+        for function in self._functions:
+            function()
+
+
+def adopt_checkpointer(other: FvcoreCheckpointer) -> Checkpointer:
+    """Makes a checkpointer of another class one of ours too, in place; returns it.
+
+    Its class becomes a subclass of ``Checkpointer`` and of its former class, whose methods are
+    called from ours. So also its files are written whole and have every group's statistics.
+    """
+    kind = type(other)
+    if not isinstance(other, Checkpointer):
+        names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        other.__class__ = type(kind.__name__, (Checkpointer, kind), names)
+        cast(Checkpointer, other)._prepare()
+    return cast(Checkpointer, other)
 
 
 def find_damage(path: str) -> str:

@@ -50,6 +50,9 @@ class DivergenceGuard(StepObserver):
 
     Args:
         model: as it is called in training, with its DDP.
+
+    Attributes:
+        checks: number of updates that have been checked.
     """
 
     def __init__(self, model: nn.Module):
@@ -58,6 +61,7 @@ class DivergenceGuard(StepObserver):
         self._group: Any = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._model = model
         self._summed = summed_parameters(model)
+        self.checks = 0
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
@@ -90,6 +94,7 @@ class DivergenceGuard(StepObserver):
             RuntimeError: in this process, if its loss does not depend on all trained parameters.
                 The other processes wait for their gradients.
         """
+        self.checks += 1
         missing = parameters_without_gradient(self._model, self._summed)
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

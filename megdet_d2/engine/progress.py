@@ -66,7 +66,7 @@ class TrainingProgress:
 
     def __init__(self, trainer: DefaultTrainer):
         self._trainer: Any = weakref.proxy(trainer)
-        self._configured_lrs = list(trainer.scheduler.base_lrs)
+        self._configured_lrs = _base_lrs(trainer)
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         self.layout = Layout.from_config(trainer.cfg)
         self.images_seen = 0
@@ -132,7 +132,7 @@ class TrainingProgress:
         if same_batch:
             self._scalars = state["scalars"]
 
-        lr_before = trainer.scheduler.base_lrs[0]
+        lrs_before = _base_lrs(trainer)
         loaded = ScheduleBackoff(**state["backoff"])
         self.backoff = max(self.backoff, loaded, key=lambda backoff: backoff.rollbacks)
         base_lrs = self._apply_backoff()
@@ -140,7 +140,7 @@ class TrainingProgress:
             if not same_batch:
                 done = updates_done(self.images_seen, self.layout.batch_size)
             self._set_schedule(base_lrs, done)
-        elif not same_batch or trainer.scheduler.base_lrs != base_lrs:
+        elif not same_batch or lrs_before != base_lrs:
             logger.warning(
                 'MEGDET.POLICY is "", so the learning rate and the iteration continue from the '
                 "checkpoint, and changes of SOLVER have no effect; the data continue at the right "
@@ -152,7 +152,7 @@ class TrainingProgress:
             self.layout,
             self.images_seen,
             (self.loaded_iteration + 1, done),
-            (lr_before, trainer.scheduler.base_lrs[0]),
+            (lrs_before[0], _base_lrs(trainer)[0]),
         )
         if changes:
             logger.info("What --resume changes:\n%s", changes)
@@ -189,6 +189,13 @@ class TrainingProgress:
         lrs = trainer.scheduler.get_lr()
         for group, base_lr, lr in zip(trainer.optimizer.param_groups, base_lrs, lrs, strict=True):
             group.update(initial_lr=base_lr, lr=lr)
+
+
+def _base_lrs(trainer: Any) -> list[float]:
+    # Schedulers of other packages have none.
+    groups = trainer.optimizer.param_groups
+    default = [group.get("initial_lr", group["lr"]) for group in groups]
+    return list(getattr(trainer.scheduler, "base_lrs", default))
 
 
 def updates_done(images_seen: int, batch_size: int) -> int:

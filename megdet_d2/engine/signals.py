@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -31,10 +31,13 @@ class StopOnSignal(HookBase):
 
     After each step one small all-reduce tells all processes whether any of them has received a
     signal. If so they save a checkpoint of this step together and exit with status ``REQUEUE``.
-    A signal in the last step changes nothing, since training ends there anyway.
 
-    Register it before the checkpointer's and the evaluation's hook, because a scheduler waits only
-    seconds before it kills.
+    Later hooks save, evaluate and write, which may take longer than a scheduler waits before it
+    kills. A signal that arrives meanwhile ends the process at once, also amid an evaluation: rank 0
+    saves, and exits with the same status. A launcher ends the other processes when one has exited.
+
+    Register it before the checkpointer's and the evaluation's hook. The trainer calls
+    ``put_handlers_back`` after all hooks.
 
     Args:
         checkpointer: saves the checkpoint.
@@ -45,6 +48,7 @@ class StopOnSignal(HookBase):
         self._checkpointer = checkpointer
         self._before_saving = before_saving
         self._received = 0  # the signal's number
+        self._is_between = False  # whether the hooks after a step are running
         self._handlers: dict[signal.Signals, Any] = {}
 
     def before_train(self) -> None:
@@ -52,33 +56,79 @@ class StopOnSignal(HookBase):
         with contextlib.suppress(ValueError):
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    def before_step(self) -> None:
+        """Lets the step end before a signal has an effect, since it needs all processes."""
+        self._is_between = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            return
         self._received = number
+        then = "leaving the evaluation" if self._is_between else "stopping after this iteration"
+        # A handler may interrupt a write to the same stream, which Python then refuses.
+        with contextlib.suppress(RuntimeError):
+            logger.info(f"{signal.Signals(number).name} received: saving, and {then}")
+        if self._is_between:
+            self._leave()
 
     def after_step(self) -> None:
         """Saves and exits if any process has received a signal.
+
+        After the last step the other hooks first save ``model_final``.
 
         Raises:
             SystemExit: with status ``REQUEUE``, in every process.
         """
         number = largest_over_processes(self._received)
-        iteration = self.trainer.iter
-        if not number or iteration + 1 >= self.trainer.max_iter:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._received = self._received or number
             return
-        for prepare in self._before_saving:
-            prepare()
+        if number:
+            self._received = number
+            for prepare in self._before_saving:
+                prepare()
+            self._save()
+            comm.synchronize()  # or a launcher might kill the process that is still writing
+            self._exit()
+        self._is_between = True
+        if self._received:  # since the all-reduce
+            self._leave()
+
+    def after_train(self) -> None:
+        """Stops before the last evaluation or in it; a resume then makes it.
+
+        Raises:
+            SystemExit: with status ``REQUEUE``.
+        """
+        if self.trainer.has_finished:
+            self._is_between = True
+            if self._received and self.trainer.cfg.DATASETS.TEST:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Ends this process alone, since the others may be amid an evaluation."""
+        saved = os.path.basename(self._checkpointer.get_checkpoint_file())
+        if not (self.trainer.has_finished and saved == "model_final.pth"):
+            self._save()
+        self._exit()
+
+    def _save(self) -> None:
+        iteration = self.trainer.iter
         self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        comm.synchronize()  # or a launcher might kill the process that is still writing
+
+    def _exit(self) -> NoReturn:
+        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
         logger.info(
-            f"{signal.Signals(number).name}: saved after iteration {iteration} and stopped with "
-            f"status {REQUEUE}; continue with --resume"
+            f"{signal.Signals(self._received).name}: saved after iteration {iteration} and stopped "
+            f"with status {REQUEUE}; continue with --resume"
         )
         sys.exit(REQUEUE)
 
-    def after_train(self) -> None:
+    def put_handlers_back(self) -> None:
         """Puts the former handlers back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        self._handlers = {}
 
 
 @contextlib.contextmanager

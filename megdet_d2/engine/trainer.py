@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import inspect
 import logging
 import os
 import sys
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from megdet_d2._moved import renamed
@@ -36,7 +36,7 @@ from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch, image
 
 from .accumulation import accumulate
 from .check_evaluation import CLASS_FAULTS, inspect_evaluation
-from .checkpoint import Checkpointer, GatherStatistics, claim_run
+from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
 from .evaluation import build_evaluator, build_test_loader
@@ -52,10 +52,10 @@ from .metrics import cut_metrics
 from .minibatch import MiniBatchCheck
 from .model_classes import check_model_classes
 from .model_reads import ModelReads
+from .overrides import LearningRateCheck, can_be_lowered, check_base_lr, overrides
 from .progress import Layout, TrainingProgress
 from .sample_ratio import SampleRecorder
 from .signals import StopOnSignal
-from .weights_only import WeightsOnlyCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,18 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
+        name = type(self).__name__
         self._rolled_back_to = ""
+        self._warned_unguarded = False
+        self._rolls_back = False  # whether ``train`` has been called, and not an override alone
         self._completed = 0  # updates, with those before a resume
         self._observing = contextlib.ExitStack()  # of an update
+        if cfg.MEGDET.POLICY and overrides(type(self), Trainer, "build_lr_scheduler"):
+            self.build_lr_scheduler = build_lr_scheduler  # type: ignore[method-assign]
+            logger.warning(
+                f"MEGDET.POLICY {cfg.MEGDET.POLICY!r} decides the learning rate, so "
+                f'{name}.build_lr_scheduler is not called; set MEGDET.POLICY "" to use it'
+            )
         # Detectron2's constructor builds the hooks, before there is all that ours need.
         self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
         model_reads = ModelReads(self.build_model)
@@ -98,21 +107,32 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
         del self.build_hooks, self.build_model
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
-        own_data = _overrides(type(self), *_OWN_DATA)
+        own_data = overrides(type(self), Trainer, *_OWN_DATA)
         check_model_classes(cfg, model_reads.keys, refuse=not own_data)
         self.check_evaluators(cfg)
         forget_parsed()  # also where the loader is another one than ours
-        if not _overrides(type(self), "build_test_loader"):  # before the training, not after it
+        if not overrides(
+            type(self), Trainer, "build_test_loader"
+        ):  # before the training, not after it
             refuse_unreadable(cfg.DATASETS.TEST, self.build_mapper(cfg, False))
+        check_base_lr(cfg, self.optimizer, name)
         self.progress = TrainingProgress(self)
         if cfg.MODEL.DEVICE == "cpu":
             finalize_ddp_buckets(self.model)
         # Again, since an overridden build_model may not have. One forward is one micro-batch.
         configure_cgbn(self.model, cfg, self.layout.images_per_gpu)
-        self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
-        self._mini_batch = MiniBatchCheck(self.layout, type(self).__name__)
+        if cfg.MODEL.SUBLINEAR.ENABLED:
+            bare = (
+                self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+            )
+            checkpoint_stages(bare, cfg.MODEL.SUBLINEAR.STAGES)
+        self._mini_batch = MiniBatchCheck(self.layout, name)
+        self._learning_rate = LearningRateCheck(cfg.MEGDET.POLICY, name)
         self._guard = DivergenceGuard(self.model)
-        self._trainer.register_hooks([StopOutOfStep(), self._guard])
+        self._prepared: SimpleTrainer | None = None
+        self._prepare_inner_trainer()
+        if overrides(type(self), Trainer, "test"):
+            self.test = self._test_with_averages  # type: ignore[method-assign]
         self.checkpointer = self.build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
         self._register_built_hooks()
         limit_waiting(cfg.MEGDET.TIMEOUT)
@@ -154,6 +174,7 @@ class Trainer(DefaultTrainer):
         Raises:
             DivergenceError: in every process, if no roll-back is allowed or left.
         """
+        self._rolls_back = True
         while True:
             try:
                 return super().train()
@@ -186,6 +207,7 @@ class Trainer(DefaultTrainer):
         """
         super().before_step()
         self._mini_batch.begin(self._trainer)
+        self._checks = self._guard.checks
         self.progress.seed_step()
         self._observing.enter_context(observed_step([self._guard, *self._hooks]))
 
@@ -193,10 +215,14 @@ class Trainer(DefaultTrainer):
         """Counts the update's images, and calls the hooks.
 
         Raises:
-            ValueError: in the first update, if it has taken other images than the config says.
+            ValueError: in the first updates, if one has taken other images than the config says, or
+                another learning rate than that of MEGDET.POLICY.
         """
         self._observing.close()
         self._mini_batch.end()
+        self._learning_rate.check(self)
+        if self._guard.checks == self._checks:
+            self._warn_unguarded()
         self.progress.count_step()
         super().after_step()
         self._completed = self.iter + 1
@@ -204,6 +230,11 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Calls the hooks, and saves a checkpoint for roll-backs that come before any other."""
         self._completed = self.start_iter
+        self._check_overrides()
+        loaded = self.progress.loaded_iteration
+        if loaded is not None and comm.is_main_process():
+            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+            cut_metrics(metrics, loaded, self.images_seen)
         super().before_train()
         self.progress.restore_scalars()
         if self.start_iter == 0 and self.cfg.MEGDET.ON_DIVERGENCE != "stop":
@@ -217,7 +248,52 @@ class Trainer(DefaultTrainer):
         self._observing.close()
         if not self.has_finished:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
-        super().after_train()
+        try:
+            super().after_train()
+        finally:
+            for hook in self._hooks:
+                if isinstance(hook, StopOnSignal):
+                    hook.put_handlers_back()
+
+    def _prepare_inner_trainer(self) -> None:
+        """Gives Detectron2's inner trainer the accumulation and the guards, if it is a new one."""
+        if self._trainer is self._prepared:
+            return
+        if type(self._trainer) in (SimpleTrainer, AMPTrainer):
+            self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
+        self._trainer.register_hooks([StopOutOfStep(), self._guard])
+        self._prepared = self._trainer
+
+    def _check_overrides(self) -> None:
+        """Checks what a subclass may have changed since the constructor."""
+        self._prepare_inner_trainer()
+        action = self.cfg.MEGDET.ON_DIVERGENCE
+        if action != "stop" and not self._rolls_back:
+            raise ValueError(
+                f"MEGDET.ON_DIVERGENCE is {action!r}, but {type(self).__name__} trains without a "
+                "call of megdet_d2.Trainer.train, which rolls back; override run_step or hooks in "
+                'place of train, or set MEGDET.ON_DIVERGENCE "stop"'
+            )
+        if action != "stop" and not can_be_lowered(self.scheduler):
+            raise ValueError(
+                f"MEGDET.ON_DIVERGENCE is {action!r}, but the learning rates of "
+                f"{type(self.scheduler).__name__} do not follow from its base_lrs, so that a "
+                'roll-back cannot lower them; set MEGDET.ON_DIVERGENCE "stop"'
+            )
+
+    def _warn_unguarded(self) -> None:
+        action = self.cfg.MEGDET.ON_DIVERGENCE
+        said = (
+            f"{type(self).__name__}.run_step does not call self._trainer.after_backward() after "
+            "its backward, so losses and gradients that are not finite are not noticed"
+        )
+        if action != "stop":
+            raise ValueError(
+                f'{said}; call it, or set MEGDET.ON_DIVERGENCE "stop", which is {action!r}'
+            )
+        if not self._warned_unguarded:
+            self._warned_unguarded = True
+            logger.warning(f"{said}; call it")
 
     def _roll_back(self, error: DivergenceError) -> None:
         keys, done = self.cfg.MEGDET, self.progress.backoff.rollbacks
@@ -257,7 +333,7 @@ class Trainer(DefaultTrainer):
     def build_checkpointer(
         cls, cfg: CfgNode, model: nn.Module, **checkpointables: Any
     ) -> FvcoreCheckpointer:
-        """Builds the checkpointer. Override it to use a subclass of ours.
+        """Builds the checkpointer. Override it to use another.
 
         Args:
             cfg: a config.
@@ -266,7 +342,8 @@ class Trainer(DefaultTrainer):
                 the file: trainer, which also saves the optimizer and the scheduler.
 
         Returns:
-            a ``megdet_d2.engine.checkpoint.Checkpointer`` for OUTPUT_DIR.
+            a ``megdet_d2.engine.checkpoint.Checkpointer`` for OUTPUT_DIR. Another of Detectron2's
+            becomes a subclass of ours, see ``adopt_checkpointer``.
         """
         return Checkpointer(model, cfg.OUTPUT_DIR, **checkpointables)
 
@@ -296,10 +373,6 @@ class Trainer(DefaultTrainer):
         if self.progress.loaded_iteration is None and self.start_iter > 0:
             self.progress.load_state_dict({})  # a file of another trainer has none
             self.start_iter = self.iter + 1
-        loaded = self.progress.loaded_iteration
-        if loaded is not None and comm.is_main_process():
-            metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            cut_metrics(metrics, loaded, self.images_seen)
 
     def _has_begun(self) -> bool:
         # torchrun's count of restarts is not enough. Each machine's agent has another count, and a
@@ -308,34 +381,32 @@ class Trainer(DefaultTrainer):
         begun = comm.is_main_process() and claim_run(launchers, self.cfg.OUTPUT_DIR)
         return comm.all_gather(begun)[0]
 
-    def _check_checkpointer(self) -> None:
-        """Warns if there is another checkpointer than ours; then all processes use another."""
-        ours = isinstance(self.checkpointer, Checkpointer)
-        names = comm.all_gather("" if ours else type(self.checkpointer).__name__)
-        other = next(filter(None, names), "")  # perhaps on rank 0 alone, as its hook is
-        if other:
-            fix = (
-                "override Trainer.build_checkpointer to return a subclass of "
-                "megdet_d2.engine.checkpoint.Checkpointer"
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """The checkpointer; one of another class that is set becomes one of ours too."""
+        return self._checkpointer
+
+    @checkpointer.setter
+    def checkpointer(self, other: FvcoreCheckpointer) -> None:
+        if not hasattr(self, "progress"):  # Detectron2's constructor sets one that is replaced
+            self._checkpointer = other
+            return
+        if not isinstance(other, FvcoreCheckpointer):
+            raise TypeError(
+                f"{type(self).__name__} sets a {type(other).__name__} as its checkpointer, which "
+                "saves no BN group's statistics and no progress; use a subclass of "
+                "megdet_d2.engine.checkpoint.Checkpointer or of Detectron2's DetectionCheckpointer"
             )
-            if self.cfg.MEGDET.ON_DIVERGENCE != "stop":
-                raise ValueError(
-                    f"MEGDET.ON_DIVERGENCE is {self.cfg.MEGDET.ON_DIVERGENCE!r}, and "
-                    f"{type(self).__name__} uses {other} as its checkpointer, which cannot roll "
-                    f'back; {fix}, or set MEGDET.ON_DIVERGENCE "stop"'
-                )
-            logger.warning(
-                f"{type(self).__name__} uses {other} as its checkpointer. Its checkpoints have the "
-                "running statistics of rank 0's BN group alone, may be cut off by a kill, and are "
-                f"not checked before a resume; {fix}"
+        if not isinstance(other, Checkpointer):
+            logger.info(
+                f"{type(other).__name__} also saves and loads what megdet_d2's checkpointer does"
             )
-            if ours:  # its collectives would wait for a process that makes none
-                self.checkpointer = WeightsOnlyCheckpointer(
-                    self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-                )
-        saved = self.checkpointer.checkpointables
-        if "trainer" in saved and "progress" not in saved:
-            self.checkpointer.add_checkpointable("progress", self.progress)
+        self._checkpointer = adopt_checkpointer(other)
+        saved = self._checkpointer.checkpointables
+        # The progress is loaded after the trainer.
+        for key, part in (("trainer", weakref.proxy(self)), ("progress", self.progress)):
+            if key not in saved:
+                self._checkpointer.add_checkpointable(key, part)
 
     # --- hooks -----------------------------------------------------------------------------------
 
@@ -365,16 +436,15 @@ class Trainer(DefaultTrainer):
         built: list[HookBase] = [BatchScalars(layout.batch_size, layout.images_per_gpu), recorder]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
             built.insert(0, CountSkippedImages(self.model))
-        before_saving = [recorder.reduce]
-        if isinstance(self.checkpointer, Checkpointer):
-            before_saving.append(self.checkpointer.gather)
-            period = cfg.TEST.EVAL_PERIOD
-            built.append(GatherStatistics(self.checkpointer, checkpoint_period, period))
-        return [*built, StopOnSignal(self.checkpointer, *before_saving)]
+        gather, period = self.checkpointer.gather, cfg.TEST.EVAL_PERIOD
+        return [
+            *built,
+            GatherStatistics(self.checkpointer, checkpoint_period, period, recorder.reduce),
+            StopOnSignal(self.checkpointer, recorder.reduce, gather),
+        ]
 
     def _register_built_hooks(self) -> None:
         theirs = [hook for hook in self.build_hooks() if hook is not None]
-        self._check_checkpointer()  # build_hooks may have replaced it
         self.register_hooks(insert_before_savers(theirs, self.build_megdet_hooks()))
         self._built = list(self._hooks)  # a user of the trainer may add more
 
@@ -492,8 +562,13 @@ class Trainer(DefaultTrainer):
         results = cls.test(cfg, build_tta(cfg, model), evaluators)
         return {f"{name}_TTA": result for name, result in results.items()}
 
+    def _test_with_averages(self, cfg: CfgNode, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with averaged_statistics(model):  # an overridden test may not
+            return type(self).test(cfg, model, *args, **kwargs)
+
     def _test_with_tta(self) -> dict[str, Any]:
-        results = self.test_with_tta(self.cfg, self.model)
+        with averaged_statistics(self.model):
+            results = self.test_with_tta(self.cfg, self.model)
         self._last_eval_results = {**self._last_eval_results, **results}
         return results
 
@@ -513,14 +588,6 @@ def _fit_bn_size(cfg: CfgNode) -> tuple[CfgNode, int]:
     cfg.defrost()
     cfg.MODEL.CGBN.BN_SIZE, cfg.MODEL.CGBN.CROSS_MACHINE = -1, False
     return cfg, 1
-
-
-def _overrides(trainer: type[Trainer], *methods: str) -> bool:
-    """Returns True if a subclass of ``Trainer`` redefines one of these methods."""
-    return any(
-        inspect.getattr_static(trainer, name) is not inspect.getattr_static(Trainer, name)
-        for name in methods
-    )
 
 
 def _works_again(hook: HookBase) -> bool:

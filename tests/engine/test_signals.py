@@ -208,3 +208,98 @@ def test_a_signal_before_training_ends_the_launcher_quietly(tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, out
     assert "Traceback" not in out
+
+
+SLOW_EVALUATION = """
+import os, sys, time
+from pathlib import Path
+from detectron2.engine import default_argument_parser
+from detectron2.evaluation import COCOEvaluator
+from megdet_d2 import Trainer, launch, setup
+
+class Slow(COCOEvaluator):
+    # Takes a minute in the iteration that SLOW_AT names; a marker says that it is amid it.
+    def process(self, inputs, outputs):
+        super().process(inputs, outputs)
+        if self.slow:
+            Path(os.environ["MARKER"]).touch()
+            time.sleep(5)
+
+class Mine(Trainer):
+    def build_hooks(self):
+        type(self).trainer = self
+        return super().build_hooks()
+
+    @classmethod
+    def build_evaluator(cls, cfg, name, output_dir=None):
+        evaluator = Slow(name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
+        evaluator.slow = str(cls.trainer.iter) == os.environ.get("SLOW_AT")
+        return evaluator
+
+def main(args):
+    trainer = Mine(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(main, args, timeout=60)
+"""
+EVALUATED = (
+    "DATASETS.TEST", "('mixed',)", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "100",
+    "MODEL.CGBN.BN_SIZE", "4",
+)  # fmt: skip
+
+
+def evaluating(script, output, coco, processes):
+    run = command(output, coco, *EVALUATED, processes=processes)
+    if processes == 1:
+        run[run.index("MODEL.CGBN.BN_SIZE") + 1] = "8"
+    return [str(script) if part == TRAIN_NET else part for part in run]
+
+
+@pytest.mark.parametrize(
+    ("processes", "whom", "iteration", "saved"),
+    [
+        (1, "the launcher", 3, "model_0000003.pth"),
+        (1, "the launcher", 9, "model_final.pth"),
+        pytest.param(2, "the launcher", 3, "model_0000003.pth", marks=pytest.mark.slow),
+        pytest.param(2, "one rank", 3, "model_0000003.pth", marks=pytest.mark.slow),
+        pytest.param(2, "everyone", 9, "model_final.pth", marks=pytest.mark.slow),
+    ],
+)
+def test_told_to_stop_amid_an_evaluation(
+    coco, tmp_path, monkeypatch, processes, whom, iteration, saved
+):
+    """An evaluation takes a minute or more, and SLURM kills after 60 s."""
+    script, output, marker = tmp_path / "script.py", tmp_path / "run", tmp_path / "marker"
+    script.write_text(SLOW_EVALUATION)
+    output.mkdir()
+    monkeypatch.setenv("SLOW_AT", str(iteration))
+    monkeypatch.setenv("MARKER", str(marker))
+    monkeypatch.setenv("PYTHONPATH", str(Path(TRAIN_NET).parent))
+    run = evaluating(script, output, coco, processes)
+    process = start(run, output, str(marker))
+    began = time.monotonic()
+    if whom == "the launcher":
+        os.kill(process.pid, signal.SIGTERM)
+    elif whom == "one rank":
+        os.kill(children(process.pid)[-1], signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) == REQUEUE, last_words(output)
+    assert time.monotonic() - began < 45
+    out = last_words(output)
+    assert "SIGTERM received: saving, and leaving the evaluation" in out
+    assert "continue with --resume" in out and "Traceback" not in out, out
+    assert Path(output, "last_checkpoint").read_text() == saved
+    state = torch.load(output / saved)
+    assert len(state["processes"]["statistics"]) == processes
+    assert state["progress"]["images_seen"] == 8 * min(iteration + 1, 9)
+
+    monkeypatch.delenv("SLOW_AT")
+    finish(insert_resume(run))
+    rows = read_rows(output)
+    assert rows[-1]["iteration"] >= 9 and "bbox/AP" in rows[-1]
+    samples = (output / "samples.csv").read_text().splitlines()[1:]
+    assert [float(line.split(",")[1]) for line in samples] == [24, 24, 24]
