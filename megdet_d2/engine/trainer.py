@@ -527,10 +527,10 @@ class Trainer(DefaultTrainer):
         Raises:
             FileNotFoundError, ValueError: an evaluation of DATASETS.TEST would fail.
         """
-        if _overrides(cls, "build_evaluator", "test"):
+        if overrides(cls, Trainer, "build_evaluator", "test"):
             return
         findings = inspect_evaluation(cfg)
-        if _overrides(cls, *_OWN_DATA):  # which may merge classes
+        if overrides(cls, Trainer, *_OWN_DATA):  # which may merge classes
             findings = [
                 replace(f, level="warning") if f.kind in CLASS_FAULTS else f for f in findings
             ]
