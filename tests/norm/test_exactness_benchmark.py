@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-RESULTS = ROOT / "docs/results/exactness_cpu_2026-11-23.json"
+RESULTS = ROOT / "docs/results/exactness_cpu_2026-11-28.json"
 
 
 def table(rows, device="cpu"):
