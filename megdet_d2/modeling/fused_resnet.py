@@ -2,9 +2,10 @@
 
 Detectron2's blocks add the shortcut and apply ReLU after the norm. So they read and write a feature
 map up to three times. The classes here override ``forward`` only. Parameters, buffers and their
-names stay the same.
+names stay the same. TorchScript, which runs evaluation only, gets the separate passes.
 """
 
+import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
@@ -18,7 +19,10 @@ class FusedBasicStem(BasicStem):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output; see the class for shapes."""
-        x = _conv_norm_relu(self.conv1, x)
+        if torch.jit.is_scripting():
+            x = F.relu_(self.conv1(x))
+        else:
+            x = _conv_norm_relu(self.conv1, x)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -28,6 +32,8 @@ class FusedBasicBlock(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output; see the class for shapes."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
+        if torch.jit.is_scripting():
+            return F.relu_(self.conv2(F.relu_(self.conv1(x))) + shortcut)
         return _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x), shortcut)
 
 
@@ -37,6 +43,9 @@ class FusedBottleneckBlock(BottleneckBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output; see the class for shapes."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
+        if torch.jit.is_scripting():
+            x = self.conv2(F.relu_(self.conv1(x)))
+            return F.relu_(self.conv3(F.relu_(x)) + shortcut)
         out = _conv_norm_relu(self.conv2, _conv_norm_relu(self.conv1, x))
         return _conv_norm_relu(self.conv3, out, shortcut)
 

@@ -119,7 +119,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
     def tear_down(self) -> None:
         """Removes the attributes that ``set_up`` has set, before a change of the class."""
         del self.num_batches_skipped, self.accumulation_steps, self.valid_region
-        del self.algorithm, self._group_name, self._group_size, self.name
+        del self.algorithm, self._group_name, self._group_size, self._group_ranks, self.name
         vars(self).pop("reverts_to", None)
 
     @property
@@ -129,11 +129,12 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             return None
         if self._group_name == "":
             return SELF
-        return find_group(self._group_name, self.name)
+        return find_group(self._group_name, self.name, self._group_ranks)
 
     @process_group.setter
     def process_group(self, group: BNGroup) -> None:
         # Stored with the name, because torch.compile cannot look up a group.
+        self._group_ranks: list[int] | None = None
         if isinstance(group, DeviceMesh):
             group = _group_of_mesh(group)
         if group is None or group is dist.group.WORLD:  # DDP uses WORLD, so the layers do not
@@ -147,6 +148,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             )
         elif isinstance(group, dist.ProcessGroup):
             self._group_name, self._group_size = group.group_name, group.size()
+            self._group_ranks = dist.get_process_group_ranks(group)
         else:
             raise TypeError(
                 f"CrossGPUBatchNorm: process_group is {group!r}; give a ProcessGroup (from "
@@ -163,7 +165,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         """Returns the name of the group to reduce over; "" for a group of one process."""
         if self.group_size() == 1:
             return ""
-        return self._group_name or world_group_name()
+        if not self._group_name:
+            return world_group_name()
+        if not torch.compiler.is_compiling():
+            find_group(self._group_name, self.name, self._group_ranks)
+        return self._group_name
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalises x, then adds ``residual`` and applies ReLU on demand.

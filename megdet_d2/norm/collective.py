@@ -84,20 +84,30 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     return message[:used].split(sizes)
 
 
-def find_group(name: str, layer: str) -> dist.ProcessGroup:
+def find_group(name: str, layer: str, ranks: list[int] | None = None) -> dist.ProcessGroup:
     """Returns the process group of that name.
 
+    Args:
+        name: the group's name. torch gives it to another group after ``destroy_process_group``.
+        layer: the layer's name, for errors.
+        ranks: the ranks that the group must have; None for any.
+
     Raises:
-        RuntimeError: there is none. It was destroyed, or the layer comes from another program.
+        RuntimeError: there is no such group. It was destroyed, or the layer was saved by another
+            program.
     """
+    error: Exception | None = None
     try:
-        return _resolve_process_group(cast(Any, name))
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise RuntimeError(
-            f"CGBN layer {layer}: its process group {name!r} does not exist (any more). It was "
-            "destroyed, or the layer was saved by another program. Assign layer.process_group, or "
-            "call megdet_d2.set_bn_size(model, bn_size, images_per_gpu)."
-        ) from error
+        group = _resolve_process_group(cast(Any, name))
+        if ranks is None or dist.get_process_group_ranks(group) == ranks:
+            return group
+    except (RuntimeError, KeyError, ValueError) as reason:
+        error = reason
+    raise RuntimeError(
+        f"CGBN layer {layer}: its process group {name!r} does not exist (any more). It was "
+        "destroyed, or the layer was saved by another program. Assign layer.process_group, or "
+        "call megdet_d2.set_bn_size(model, bn_size, images_per_gpu)."
+    ) from error
 
 
 def raise_if_out_of_step() -> None:

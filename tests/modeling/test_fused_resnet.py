@@ -109,3 +109,13 @@ def test_a_fused_block_outlives_its_cgbn(after):
     plain.eval(), after(fused).eval()
     assert not any(isinstance(m, CrossGPUBatchNorm) for m in fused.modules())
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_scripted_block_is_the_plain_one(name):
+    plain, fused, channels = make_pair(name)
+    fuse_activations(fused)
+    x = torch.randn(2, channels, 9, 8)
+    scripted = torch.jit.script(fused.eval())
+    torch.testing.assert_close(scripted(x), plain.eval()(x))

@@ -13,6 +13,7 @@ import megdet_d2
 from megdet_d2.norm import functional
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm, set_accumulation_steps
 from tests.helpers.collectives import counted_all_reduces
+from tests.helpers.gloo_pool import GlooPool
 from tests.helpers.pooled import (
     PARTS,
     TOLERANCES,
@@ -371,6 +372,32 @@ def run_dead_group(rank):
 
 def test_a_destroyed_group_is_named_with_the_way_out(pool2):
     pool2.run(run_dead_group)
+
+
+def run_second_start(rank, file):
+    layer = CrossGPUBatchNorm(4, process_group=dist.new_group([0, 1]))
+    name, saved = layer.process_group.group_name, pickle.dumps(layer)
+    everywhere = CrossGPUBatchNorm(4)
+    everywhere(inputs())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    # torch numbers the groups from 1 again.
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [0], [1])]
+    assert rank == 1 or name == groups[1].group_name, "the name has gone to another group"
+    for old in (layer, pickle.loads(saved)):
+        with pytest.raises(RuntimeError, match="CGBN layer .* does not exist"):
+            old(inputs())
+        old.process_group = groups[0]
+        old(inputs())
+    everywhere(inputs())
+
+
+def test_another_group_of_the_same_name_is_not_taken(tmp_path):
+    pool = GlooPool(2)
+    try:
+        pool.run(run_second_start, tmp_path / "store")
+    finally:
+        pool.close()
 
 
 def test_deepcopy_and_pickle_keep_the_group(pool2):

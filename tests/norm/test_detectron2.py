@@ -1,7 +1,9 @@
 """Checks the layer in Detectron2's models over two ranks: empty ranks, PreciseBN, the loss."""
 
+import pytest
 import torch
 import torch.distributed as dist
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
@@ -201,3 +203,30 @@ def test_detectron2s_synchronized_norm_is_converted():
     model = nn.Sequential(NaiveSyncBatchNorm(3), nn.SyncBatchNorm(3))
     megdet_d2.convert_cgbn(model)
     assert all(isinstance(layer, CrossGPUBatchNorm) for layer in model)
+
+
+# --- export --------------------------------------------------------------------------------------
+
+FIELDS = {
+    "proposal_boxes": Boxes, "objectness_logits": torch.Tensor, "pred_boxes": Boxes,
+    "scores": torch.Tensor, "pred_classes": torch.Tensor, "pred_masks": torch.Tensor,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fused", [False, True])
+def test_scripted_and_traced_as_detectron2_does(fused):
+    torch.manual_seed(0)
+    model = build_model(thin_config(*ALL_CGBN)).eval()
+    if fused:
+        assert megdet_d2.fuse_activations(model)
+    image = torch.rand(3, 64, 64) * 255
+    (expected,) = model.inference([{"image": image}], do_postprocess=False)
+    scripted = scripting_with_instances(model, FIELDS)
+    (found,) = scripted.inference([{"image": image}], do_postprocess=False)
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert cgbn_layers(model), "the model itself is as before"
+    adapter = TracingAdapter(model, [{"image": image}])
+    adapter.eval()
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    torch.testing.assert_close(traced(image)[0], adapter(image)[0])
