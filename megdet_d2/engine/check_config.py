@@ -41,7 +41,7 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
     Args:
         cfg: a config with the keys of ``add_megdet_config``, not frozen; changed in place.
         eval_only: skip the keys that only a training uses.
-        opts: the command line's overrides, KEY VALUE ..., which ``cfg`` already contains.
+        opts: the command line's overrides, which ``cfg`` already contains; no longer used.
 
     Returns:
         the table of ``scale_config``, for the log.
@@ -73,7 +73,7 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
     if eval_only:
         _register_datasets(cfg, ("TEST",))
         return ""
-    refuse_solver_overrides(cfg, opts)
+    refuse_solver_overrides(cfg)
     found = _register_datasets(cfg, ("TRAIN", "TEST"))
     schedule = scale_config(cfg)
     raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))

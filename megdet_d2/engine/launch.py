@@ -26,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from megdet_d2._moved import renamed
 
 from .rendezvous import rendezvous
-from .signals import REQUEUE, forwarded_signals
+from .signals import REQUEUE, end_with_training, forwarded_signals
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,7 @@ def exit_with_parent(parent: int, timeout: float) -> None:
 
 def _run(main: Callable, launcher: int, timeout: float, args: argparse.Namespace) -> Any:
     exit_with_parent(launcher, timeout)
+    end_with_training()
     with leaving_within(timeout):
         try:
             return main(args)
@@ -177,6 +178,7 @@ def leaving_within(timeout: float) -> Iterator[None]:
 
 def _join(main: Callable, args: argparse.Namespace, timeout: float) -> Any:
     exit_with_parent(os.getppid(), timeout)
+    end_with_training()
     local_rank, local_size = (int(os.environ[k]) for k in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if args.num_gpus not in (1, local_size) or args.num_machines != 1:
         raise ValueError(

@@ -25,6 +25,18 @@ REQUEUE = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+# Whether this process ends with its training, as those that a launcher has started do.
+_ends_with_training = False
+
+
+def end_with_training() -> None:
+    """Lets a training that leaves by a signal ignore others until this process has exited.
+
+    A scheduler and a launcher may both send one. The second would change the exit status.
+    """
+    global _ends_with_training
+    _ends_with_training = True
+
 
 class StopOnSignal(HookBase):
     """Ends the training in all processes when one of them receives SIGTERM or SIGINT.
@@ -48,6 +60,7 @@ class StopOnSignal(HookBase):
         self._checkpointer = checkpointer
         self._before_saving = before_saving
         self._received = 0  # the signal's number
+        self._is_leaving = False
         self._is_between = False  # whether the hooks after a step are running
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -117,6 +130,7 @@ class StopOnSignal(HookBase):
         self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
     def _exit(self) -> NoReturn:
+        self._is_leaving = True
         iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
         logger.info(
             f"{signal.Signals(self._received).name}: saved after iteration {iteration} and stopped "
@@ -125,7 +139,9 @@ class StopOnSignal(HookBase):
         sys.exit(REQUEUE)
 
     def put_handlers_back(self) -> None:
-        """Puts the former handlers back."""
+        """Puts the former handlers back, unless the process is about to exit by a signal."""
+        if self._is_leaving and _ends_with_training:
+            return
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._handlers = {}

@@ -40,6 +40,7 @@ from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer, clai
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
 from .evaluation import build_evaluator, build_test_loader
+from .frozen import find_frozen_at_random
 from .hooks import (
     BatchScalars,
     CountSkippedImages,
@@ -231,6 +232,7 @@ class Trainer(DefaultTrainer):
         """Calls the hooks, and saves a checkpoint for roll-backs that come before any other."""
         self._completed = self.start_iter
         self._check_overrides()
+        self._check_frozen()
         loaded = self.progress.loaded_iteration
         if loaded is not None and comm.is_main_process():
             metrics = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
@@ -280,6 +282,22 @@ class Trainer(DefaultTrainer):
                 f"{type(self.scheduler).__name__} do not follow from its base_lrs, so that a "
                 'roll-back cannot lower them; set MEGDET.ON_DIVERGENCE "stop"'
             )
+
+    def _check_frozen(self) -> None:
+        """Refuses to train on frozen layers that have random weights; warns after a resume."""
+        layers = find_frozen_at_random(self.model)
+        if not layers:
+            return
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        said = (
+            f"{', '.join(layers[:3])}{more} are frozen with random weights, since "
+            f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r} has none for them, and "
+            f"MODEL.BACKBONE.FREEZE_AT is {self.cfg.MODEL.BACKBONE.FREEZE_AT}. Set "
+            "MODEL.BACKBONE.FREEZE_AT 0, or MODEL.WEIGHTS to a file that has them"
+        )
+        if self.start_iter == 0:
+            raise ValueError(said)
+        logger.warning(said)
 
     def _warn_unguarded(self) -> None:
         action = self.cfg.MEGDET.ON_DIVERGENCE

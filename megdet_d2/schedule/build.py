@@ -60,7 +60,7 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     images_per_micro_batch(cfg, world_size)  # for its errors
     if policy is None:
         return ""
-    _refuse_overrides(cfg)
+    refuse_solver_overrides(cfg)
 
     epoch_images = cfg.MEGDET.EPOCH_IMAGES or num_images or _count_images(cfg)
     schedule = make_schedule(
@@ -173,35 +173,40 @@ def policy_from_config(cfg: CfgNode) -> EpochPolicy:
     return POLICIES[keys.POLICY]
 
 
-def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str]) -> None:
-    """Refuses ``SOLVER`` keys among command-line overrides that a policy would overwrite.
+def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
+    """Refuses ``SOLVER`` keys that ``MEGDET.POLICY`` decides or does not use, all at once.
 
-    ``scale_config`` cannot tell a value from Detectron2's default where they are equal.
+    A value equal to Detectron2's default is accepted, since it undoes that of a config file. So is
+    one that the policy itself has written into a dumped config.
+
+    Args:
+        cfg: a config with the overrides of the command line.
+        opts: these overrides; no longer used.
 
     Raises:
-        ValueError: names the key and the ``MEGDET`` key to set instead.
+        ValueError: names the keys, what to set instead of each, and what to write.
     """
-    for key in opts[0::2]:
-        section, _, name = key.partition(".")
-        if cfg.MEGDET.POLICY and section == "SOLVER" and name in _RESOLVED:
-            raise ValueError(
-                f"{key} is set on the command line, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} "
-                f"decides the schedule. Set {_RESOLVED[name]}."
-            )
-
-
-def _refuse_overrides(cfg: CfgNode) -> None:
-    # The user has set a value if it is not the one we wrote, or, before that, not the default.
+    if not cfg.MEGDET.POLICY:
+        return
     defaults = get_cfg().SOLVER
     resolved = cfg.MEGDET.RESOLVED if cfg.MEGDET.RESOLVED.MAX_ITER else {}
-    for key, instead in {**_RESOLVED, **_UNUSED}.items():
-        value = cfg.SOLVER[key]
-        if _differ(value, resolved.get(key, defaults[key])):
-            raise ValueError(
-                f"SOLVER.{key} is {value}, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} decides the "
-                f"schedule. Set {instead}; where {key} comes from a _BASE_ config, put back "
-                f"Detectron2's default, {defaults[key]}."
-            )
+    fixes = {**_RESOLVED, **_UNUSED}
+    wrong = [
+        key
+        for key in fixes
+        if _differ(cfg.SOLVER[key], defaults[key])
+        and _differ(cfg.SOLVER[key], resolved.get(key, defaults[key]))
+    ]
+    if not wrong:
+        return
+    values = ", ".join(f"SOLVER.{key} is {cfg.SOLVER[key]}" for key in wrong)
+    instead = "; ".join(f"in place of {key}, {fixes[key]}" for key in wrong)
+    again = " ".join(f'SOLVER.{key} "{defaults[key]}"' for key in wrong)
+    raise ValueError(
+        f"{values}, but MEGDET.POLICY {cfg.MEGDET.POLICY!r} decides the schedule. Set {instead}. "
+        "Where the values come from a config file, put back Detectron2's defaults, in your file or "
+        f"on the command line: {again}"
+    )
 
 
 def _differ(a: Any, b: Any) -> bool:

@@ -204,7 +204,9 @@ def test_plain_project_by_the_environment_module(tmp_path):
 
 
 def test_a_schedule_on_the_command_line_is_refused_beside_a_policy(tmp_path):
-    """Detectron2's own default among them, which the config cannot show."""
-    words = ["--config-file", TINY, "OUTPUT_DIR", str(tmp_path), "SOLVER.BASE_LR", "0.001"]
-    with pytest.raises(ValueError, match="SOLVER.BASE_LR is set on the command line"):
-        train_net.setup(default_argument_parser().parse_args(words))
+    """Before the data sets are read; Detectron2's own default is not, since it undoes a value."""
+    words = ["--config-file", TINY, "OUTPUT_DIR", str(tmp_path), "SOLVER.BASE_LR"]
+    with pytest.raises(ValueError, match="SOLVER.BASE_LR is 0.01, but MEGDET.POLICY"):
+        train_net.setup(default_argument_parser().parse_args([*words, "0.01"]))
+    cfg = train_net.setup(default_argument_parser().parse_args([*words, "0.001"]))
+    assert cfg.SOLVER.BASE_LR == 0.01  # 0.02 x 8 / 16

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from detectron2.layers import FrozenBatchNorm2d
 
 from tests.helpers.models import tiny_config
 from tests.helpers.training import train
@@ -33,7 +34,10 @@ def leave_out(forward, part, trainer):
             return tuple(each.detach() if i == part else each for i, each in enumerate(output))
         return output
 
-    trainer.checkpointer.model.roi_heads.box_predictor.register_forward_hook(detach)
+    model = trainer.checkpointer.model
+    for norm in (m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)):
+        norm.running_mean.fill_(0.01)  # as if weights had been loaded
+    model.roi_heads.box_predictor.register_forward_hook(detach)
 
 
 def error_of(rank, output, coco, overrides, forward, part):

@@ -1,15 +1,18 @@
 """Learning rate, warm-up and epochs against closed forms, at every iteration."""
 
 import json
+import shlex
 
 import pytest
 import torch
+from detectron2 import model_zoo as d2_model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 
 import megdet_d2
+from megdet_d2 import load_config
 from megdet_d2.engine import prepare_config
 from megdet_d2.schedule.build import images_per_epoch, refuse_solver_overrides
 from megdet_d2.schedule.scaling import (
@@ -302,12 +305,33 @@ def test_policies_that_make_no_schedule(policy, message):
         EpochPolicy(*policy)
 
 
-@pytest.mark.parametrize("key, value", [("SOLVER.BASE_LR", "0.001"), ("SOLVER.STEPS", "(30000,)")])
-def test_an_override_equal_to_the_default_is_refused_on_the_command_line(key, value):
-    opts = ["SOLVER.MOMENTUM", "0.8", key, value]
-    refuse_solver_overrides(make_config(*opts), opts)  # no policy: none of our business
-    with pytest.raises(ValueError, match=f"{key} is set on the command line.*Set MEGDET"):
-        refuse_solver_overrides(make_config("MEGDET.POLICY", "long", *opts), opts)
+def test_a_policy_on_an_existing_config():
+    """All keys in one error, whose words make the config valid when they are typed."""
+    stock = d2_model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml")
+    opts = ["MEGDET.POLICY", "normal", "SOLVER.GAMMA", "0.2"]
+    refuse_solver_overrides(load_config(stock, opts[2:]))  # no policy: none of our business
+    with pytest.raises(ValueError, match="POLICY 'normal' decides the schedule") as error:
+        refuse_solver_overrides(load_config(stock, opts))
+    for words in (
+        "SOLVER.BASE_LR is 0.02", "SOLVER.MAX_ITER is 270000", "SOLVER.STEPS is (210000, 250000)",
+        "SOLVER.GAMMA is 0.2", "in place of BASE_LR, MEGDET.REFERENCE_LR",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    typed = shlex.split(str(error.value).partition("on the command line: ")[2])
+    assert len(typed) == 8
+    cfg = load_config(stock, [*opts, *typed])
+    table = megdet_d2.scale_config(cfg, num_images=118000, world_size=1)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.02, 81125) and "0.001" in table
+    # The dumped config too, with the values that the policy has written, or the defaults again.
+    again = load_config(stock, [*opts, *typed])
+    again.merge_from_other_cfg(cfg)
+    for overrides in ([], typed, ["SOLVER.MAX_ITER", "81125"]):
+        again.merge_from_list(overrides)
+        megdet_d2.scale_config(again, num_images=118000, world_size=1)
+        assert again.SOLVER.MAX_ITER == 81125
+    again.SOLVER.MAX_ITER = 90000
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER is 90000, but"):
+        refuse_solver_overrides(again)
 
 
 def test_stock_scaling_by_workers_is_left_to_detectron2():
