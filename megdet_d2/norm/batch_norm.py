@@ -218,18 +218,20 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             buffers = None, None, None
         skipped = self.num_batches_skipped if self.track_running_stats else None
         x = dense(x)
-        mean, var, count = statistics(
-            x.detach(), valid, *buffers, skipped, momentum, group, self.algorithm, self.name
-        )
-        if self.eps == 0 and not var.is_cuda and bool((var == 0).any()):
+        weight, bias = self.weight, self.bias
+        stats, count = statistics(
+            x.detach(), None if weight is None else weight.detach(),
+            None if bias is None else bias.detach(), valid, *buffers, skipped, momentum, self.eps,
+            group, self.algorithm, self.name,
+        )  # fmt: skip
+        if self.eps == 0 and not x.is_cuda and bool(stats[1].isinf().any()):
             raise ValueError(
                 f"CGBN layer {self.name}: eps is 0, and all values of a channel are equal, which "
                 "cannot be divided by their deviation; give eps above 0"
             )
         return Normalization.apply(
-            x, self.weight, self.bias, residual, valid, mean, var, count, self.eps, relu, group,
-            self.name,
-        )  # fmt: skip
+            x, weight, bias, residual, valid, stats, count, self.eps, relu, group, self.name
+        )
 
     def _evaluate(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         y = F.batch_norm(

@@ -7,6 +7,7 @@ direction. Over K processes, K Σs² = (Σs)² if and only if all stamps are equ
 Every process of the group sees a mismatch at once, in the first call that does not match.
 """
 
+import functools
 import zlib
 from typing import Any, NoReturn, cast
 
@@ -26,7 +27,7 @@ _RULE = (
     "them on an empty input."
 )
 
-# For each group on CUDA: a flag on the device that is true after a mismatch. No layer waits for it.
+# For each group on CUDA: a flag on the device that is 1 after a mismatch. No layer waits for it.
 _mismatch: dict[str, Tensor] = {}
 
 
@@ -51,16 +52,55 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     """
     if not group:
         return parts
-    process_group = find_group(group, layer)
     sizes = [part.numel() for part in parts]
     used = sum(sizes)
-    length = 2 * ROOM * max(1, -(-(used - 1) // (2 * ROOM))) + 1
-    message = parts[0].new_zeros(length + 2)
+    message = new_message(parts[0], used, group).zero_()
     torch.cat(parts, out=message[:used])
-    stamp = zlib.crc32(f"{layer} {direction}".encode()) % 2**_STAMP_BITS
+    stamp = stamp_of(layer, direction)
     # Slices: older versions of torch wait for the device to set a single element.
-    message[length : length + 1] = stamp
-    message[length + 1 :] = stamp**2
+    message[-2:-1] = stamp
+    message[-1:] = stamp**2
+    send(message, group, layer, direction)
+    if message.is_cuda:
+        compare_stamps(message, group)
+    else:
+        process_group = find_group(group, layer)
+        total, squares = message[-2:].tolist()
+        if process_group.size() * squares != total**2:
+            _raise(process_group, layer, direction)
+    return message[:used].split(sizes)
+
+
+def message_size(used: int, group: str) -> int:
+    """Returns the length of a message with ``used`` values: with a group it also has stamps."""
+    if not group:
+        return used
+    return 2 * ROOM * max(1, -(-(used - 1) // (2 * ROOM))) + 3
+
+
+def new_message(x: Tensor, used: int, group: str) -> Tensor:
+    """Returns a float64 vector on x's device for ``used`` values; its last two places take stamps.
+
+    The values between them are undefined. They are sent, and nothing reads them.
+    """
+    return x.new_empty(message_size(used, group), dtype=torch.float64)
+
+
+@functools.lru_cache(8192)
+def stamp_of(layer: str, direction: str) -> int:
+    """Returns the stamp of a layer's message."""
+    return zlib.crc32(f"{layer} {direction}".encode()) % 2**_STAMP_BITS
+
+
+def send(message: Tensor, group: str, layer: str, direction: str) -> None:
+    """Adds up a message over the processes of ``group``, in place; does nothing without a group.
+
+    Raises:
+        RuntimeError, OutOfStepError: as ``all_reduce`` does, but the stamps are not compared.
+    """
+    if not group:
+        return
+    process_group = find_group(group, layer)
     try:
         dist.all_reduce(message, group=process_group)
     except RuntimeError as error:
@@ -70,18 +110,23 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
             f"{_RULE} DDP and other code must not use the layers' group. The backend reports: "
             f"{error}"
         ) from error
-    if message.is_cuda:
-        total, squares = message[length], message[length + 1]
-        differ = process_group.size() * squares != total.square()
+
+
+def mismatch_flag(group: str, device: torch.device) -> tuple[int, Tensor | None]:
+    """Returns the number of processes of a group, and its flag (1,), int32, on a CUDA device."""
+    if not group:
+        return 1, None
+    if group not in _mismatch:
+        _mismatch[group] = torch.zeros(1, dtype=torch.int32, device=device)
+    return find_group(group, "").size(), _mismatch[group]
+
+
+def compare_stamps(message: Tensor, group: str) -> None:
+    """Sets the group's flag if the processes have sent different stamps, without waiting."""
+    processes, flag = mismatch_flag(group, message.device)
+    if flag is not None:
         # In place, so that a replayed CUDA graph writes to the same flag.
-        if group not in _mismatch:
-            _mismatch[group] = torch.zeros_like(differ)
-        _mismatch[group].logical_or_(differ)
-    else:
-        total, squares = message[length:].tolist()
-        if process_group.size() * squares != total**2:
-            _raise(process_group, layer, direction)
-    return message[:used].split(sizes)
+        flag.logical_or_(processes * message[-1:] != message[-2:-1].square())
 
 
 def find_group(name: str, layer: str, ranks: list[int] | None = None) -> dist.ProcessGroup:

@@ -23,13 +23,22 @@ x has the shape (N, C, *), 2-D to 5-D, contiguous or channels_last, and any floa
 float32 for any other. The sums are sent as float64.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import aten, kernels
-from .collective import all_reduce
+from .collective import (
+    all_reduce,
+    compare_stamps,
+    message_size,
+    mismatch_flag,
+    new_message,
+    send,
+    stamp_of,
+)
 
 ALGORITHMS = ("one_reduce", "two_pass")
 
@@ -42,6 +51,11 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda and kernels.available()
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Returns True if Triton's kernels run on x. They do not take an empty x, ATen's way does."""
+    return use_triton(x) and x.numel() > 0
+
+
 def dense(x: Tensor) -> Tensor:
     """Returns x if it is contiguous or channels_last, and a contiguous copy otherwise."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -50,6 +64,10 @@ def dense(x: Tensor) -> Tensor:
     ):
         return x
     return x.contiguous()
+
+
+# The functions behind the operators, by name. benchmarks/launches.py counts what they launch.
+implementations: dict[str, Callable] = {}
 
 
 def _operator(mutates: tuple[str, ...] = ()):
@@ -63,6 +81,7 @@ def _operator(mutates: tuple[str, ...] = ()):
     """
 
     def define(function):
+        implementations[function.__name__] = function
         name = f"megdet_d2::{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates))
         torch.library.impl(name, "default")(function)
@@ -79,20 +98,24 @@ def _operator(mutates: tuple[str, ...] = ()):
 )
 def statistics(
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     valid: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     num_batches_skipped: Tensor | None,
     momentum: float | None,
+    eps: float,
     group: str,
     algorithm: str,
     layer: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns μ_B and σ²_B of each channel, and |B|: lines 1 to 10 of Algorithm 1.
+) -> tuple[Tensor, Tensor]:
+    """Returns the values of each channel that the layer needs: lines 1 to 10 of Algorithm 1.
 
     Args:
         x: (N, C, *), this process's part B_i of the mini-batch. N may be 0.
+        weight, bias: γ and β, (C,), or None for 1 and 0.
         valid: bool, (N, 1, *), true at the values that belong to B; None if all do.
         running_mean, running_var: (C,), updated in place, or both None. They keep their values
             where the mini-batch has fewer than two values per channel, or statistics that are not
@@ -102,73 +125,122 @@ def statistics(
             None.
         momentum: weight of the new statistics; None for the cumulative average, which leaves them
             unchanged without ``num_batches_tracked``.
+        eps: ε.
         group: name of the process group to normalise over; "" for this process alone.
         algorithm: "one_reduce" sends |B_i|, Σx and Σx² together. "two_pass" follows the paper: a
             reduction for μ_B and, from it, a second one for σ²_B.
         layer: the layer's name, for errors; the same on every process.
 
     Returns:
-        μ_B and σ²_B, (C,), in the statistics' dtype; |B|, (1,), float64.
+        (4, C) in the statistics' dtype: μ_B, 1 / √(σ²_B + ε), γ / √(σ²_B + ε) and β; and |B|,
+        (1,), float64.
 
     Raises:
         ValueError: on CPU, in every process of the group: B has one value per channel. On CUDA this
             check would stall the host, so such a batch yields β.
         OutOfStepError: the processes are in different layers; see ``collective``.
     """
-    n, sums, squares = _local_sums(x, valid)
     # A float64 sum of squares has too few digits for float64 values far from zero. In one process a
     # second pass costs no collective.
     exact = x.dtype == torch.float64 and not group
-    if algorithm == "one_reduce" and not exact:
-        count, sums, squares = all_reduce(group, layer, "forward", n, sums, squares)
-        values = count.clamp(min=1)
-        mean = sums / values
-        var = torch.addcmul(squares / values, mean, mean, value=-1)
-    else:
-        count, total = all_reduce(group, layer, "forward", n, sums)
-        values = count.clamp(min=1)
-        mean = total / values
+    two_pass = algorithm == "two_pass" or exact
+    buffers = running_mean, running_var, num_batches_tracked, num_batches_skipped
+    if runs_triton(x):
+        return _statistics_by_kernels(
+            x, weight, bias, valid, buffers, momentum, eps, group, two_pass, layer
+        )
+    sums, squares, n = _local_sums(x, valid)
+    # The same message for both algorithms, and for the kernels, which a process with values uses.
+    sums, squares, count = all_reduce(group, layer, "forward", sums, squares, n)
+    values = count.clamp(min=1)
+    mean = sums / values
+    if two_pass:
         # Line 7, Σ (x - μ_B)² over B_i, around a pivot that x's dtype can hold.
         pivot = mean.to(aten.statistics_dtype(x))
-        _, sums, squares = _local_sums(x - aten.per_channel(pivot, x), valid)
+        sums, squares, _ = _local_sums(x - aten.per_channel(pivot, x), valid)
         rest = mean - pivot
         squares += rest * (n * rest - 2 * sums)
         (squares,) = all_reduce(group, layer, "forward, variance", squares)
         var = squares / values
+    else:
+        var = torch.addcmul(squares / values, mean, mean, value=-1)
     var.clamp_(min=0)
 
     update = _update_on_device if x.is_cuda else _update_on_host
-    update(running_mean, running_var, num_batches_tracked, num_batches_skipped, momentum,
-           mean, var, count)  # fmt: skip
+    update(*buffers, momentum, mean, var, count)
     dtype = aten.statistics_dtype(x)
-    return mean.to(dtype), var.to(dtype), count
+    invstd = torch.rsqrt(var.to(dtype) + eps)
+    scale = invstd if weight is None else weight * invstd
+    shift = torch.zeros_like(scale) if bias is None else bias
+    return torch.stack([t.to(dtype) for t in (mean, invstd, scale, shift)]), count
 
 
 @torch.library.register_fake("megdet_d2::statistics")
-def _(x, valid, running_mean, running_var, tracked, skipped, momentum, group, algorithm, layer):
-    mean = x.new_empty(x.shape[1], dtype=aten.statistics_dtype(x))
-    return mean, torch.empty_like(mean), x.new_empty(1, dtype=torch.float64)
+def _(
+    x, weight, bias, valid, running_mean, running_var, tracked, skipped, momentum, eps, group,
+    algorithm, layer,
+):  # fmt: skip
+    stats = x.new_empty(4, x.shape[1], dtype=aten.statistics_dtype(x))
+    return stats, x.new_empty(1, dtype=torch.float64)
+
+
+def _statistics_by_kernels(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    eps: float,
+    group: str,
+    two_pass: bool,
+    layer: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns what ``statistics`` does, by two kernels, or three for ``two_pass`` in a group."""
+    channels = x.shape[1]
+    message = new_message(x, 2 * channels + 1, group)
+    own = x.new_empty(2 * channels + 1, dtype=torch.float64) if two_pass else None
+    stamp = stamp_of(layer, "forward") if group else None
+    kernels.power_sums(x, valid, message, stamp, own)
+    send(message, group, layer, "forward")
+    second = None
+    if own is not None and group:
+        second = new_message(x, channels, group)
+        kernels.deviations(own, message, second, stamp_of(layer, "forward, variance"))
+        send(second, group, layer, "forward, variance")
+    elif own is not None:
+        second = own[channels:]
+    stats = x.new_empty(4, channels, dtype=aten.statistics_dtype(x))
+    count = x.new_empty(1, dtype=torch.float64)
+    kernels.finish(
+        message, second, weight, bias, *buffers, momentum, eps, stats, count,
+        *mismatch_flag(group, x.device),
+    )  # fmt: skip
+    return stats, count
 
 
 @_operator()
-def normalize(
-    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """Returns y = (x - μ_B) · scale + β with scale = γ / √(σ²_B + ε): line 11 of Algorithm 1.
+def normalize(x: Tensor, stats: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Returns y = (x - μ_B) · γ / √(σ²_B + ε) + β: line 11 of Algorithm 1.
 
     Args:
         x: (N, C, *); y has its shape, dtype and layout.
-        mean, scale, bias: (C,), in the statistics' dtype.
-        residual: x's shape and dtype, added to y; or None.
+        stats: (4, C), of ``statistics``.
+        residual: x's shape, any dtype and layout, added to y; or None.
         relu: returns max(0, y).
     """
     if x.numel() == 0:
         return torch.empty_like(x)
-    return _arithmetic(x).normalize(x, mean, scale, bias, residual, relu)
+    if runs_triton(x):
+        return kernels.normalize(x, stats, residual, relu)
+    if residual is not None:
+        residual = aten.like_layout(residual, x)
+    mean, _, scale, bias = stats.unbind()
+    return aten.normalize(x, mean, scale, bias, residual, relu)
 
 
 @torch.library.register_fake("megdet_d2::normalize")
-def _(x, mean, scale, bias, residual, relu):
+def _(x, stats, residual, relu):
     return torch.empty_like(x)
 
 
@@ -186,33 +258,25 @@ class Normalization(torch.autograd.Function):
         residual: x's shape and dtype, added to y; or None.
         valid: as in ``statistics``. The other values are normalised with the statistics of B, and
             their dy has no influence on them.
-        mean, var: μ_B and σ²_B, (C,).
-        count: |B|, (1,), float64.
+        stats, count: of ``statistics``.
         eps: ε.
         relu: y is max(0, ·) of the result.
         group, layer: as in ``statistics``.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, residual, valid, mean, var, count, eps, relu, group, layer
-    ):  # fmt: skip
-        invstd = torch.rsqrt(var + eps)
-        scale = invstd if weight is None else weight * invstd
-        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-        if residual is not None:
-            residual = aten.like_layout(residual, x)
-        y = normalize(x, mean, scale, shift, residual, relu)
+    def forward(ctx, x, weight, bias, residual, valid, stats, count, eps, relu, group, layer):
+        y = normalize(x, stats, residual, relu)
         # The backward needs the sign of y. It reads y, unless a kernel computes it from x.
-        ctx.mask_dy_first = relu and (valid is not None or not use_triton(x))
+        ctx.mask_dy_first = relu and not use_triton(x)
         mask = y if relu and (ctx.mask_dy_first or residual is not None) else None
-        ctx.save_for_backward(x, weight, valid, mean, invstd, scale, shift, count, mask)
+        ctx.save_for_backward(x, weight, valid, stats, count, mask)
         ctx.eps, ctx.relu, ctx.group, ctx.layer = eps, relu, group, layer
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, valid, mean, invstd, scale, shift, count, y = ctx.saved_tensors
+        x, weight, valid, stats, count, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         relu = ctx.relu
         # With create_graph, autograd records this backward. It could not look into the operators,
@@ -220,7 +284,7 @@ class Normalization(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if relu:
                 if y is None:
-                    y = normalize(x.detach(), mean, scale, shift, None, True)
+                    y = normalize(x.detach(), stats, None, True)
                 dy = torch.where(y.detach() <= 0, 0, dy)
             gradients = differentiable_gradients(
                 dy, x, weight, valid, count, ctx.eps, ctx.group, ctx.layer
@@ -228,28 +292,25 @@ class Normalization(torch.autograd.Function):
             needed = ctx.needs_input_grad[:4]
             return (
                 *(g if i else None for g, i in zip((*gradients, dy), needed, strict=True)),
-                *[None] * 8,
+                *[None] * 7,
             )
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
         # The collective is unconditional, because needs_x may differ between processes: one without
         # proposals makes an empty input that needs no gradient. Its peers would wait for ever.
-        sums, means = gradient_sums(
-            dy, x, mean, invstd, scale, shift, relu, y, count, ctx.group, ctx.layer
-        )
+        needs_pass = needs_x or (needs_residual and relu)
+        sums, totals = gradient_sums(dy, x, stats, relu, y, not needs_pass, ctx.group, ctx.layer)
         dx = dresidual = None
-        if needs_x or (needs_residual and relu):
+        if needs_pass:
             dx, dresidual = input_gradient(
-                dy, x, mean, invstd, scale, shift, means, relu, y, needs_residual and relu
+                dy, x, stats, totals, count, valid, relu, y, needs_residual and relu, ctx.group
             )
-            if valid is not None:
-                dx = torch.where(valid, dx, dy * aten.per_channel(scale, dy).to(dy.dtype))
         return (
             dx,
             sums[1] if needs_weight else None,
             sums[0] if needs_bias else None,
             (dresidual if relu else dy) if needs_residual else None,
-            *[None] * 8,
+            *[None] * 7,
         )
 
 
@@ -257,83 +318,97 @@ class Normalization(torch.autograd.Function):
 def gradient_sums(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor,
-    bias: Tensor,
+    stats: Tensor,
     relu: bool,
     y: Tensor | None,
-    count: Tensor,
+    compare: bool,
     group: str,
     layer: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns Σ dy and Σ dy x̂ over this process's B_i, and both sums over B divided by |B|.
+    """Returns Σ dy and Σ dy x̂ over this process's B_i, and the same over B.
 
     Args:
         dy: x's shape, any floating dtype.
-        x, mean, invstd, count, group, layer: as in ``Normalization``.
-        scale, bias: as in ``normalize``.
+        x, stats, group, layer: as in ``Normalization``.
         relu: sets dy to 0 where the output was not positive.
         y: the output, to read its sign. Without y the output is computed again from x.
+        compare: no ``input_gradient`` follows, so a kernel's message is checked here.
 
     Returns:
-        two tensors (2, C) in the statistics' dtype.
+        (2, C) in the statistics' dtype; and a float64 vector that begins with 2 C sums. From the
+        kernels it is the whole message.
 
     Raises:
         OutOfStepError: the processes are in different layers; see ``collective``.
     """
+    channels = x.shape[1]
+    if runs_triton(x):
+        message = new_message(x, 2 * channels, group)
+        stamp = stamp_of(layer, "backward") if group else None
+        sums = kernels.gradient_sums(dy, x, stats, relu, y, message, stamp)
+        send(message, group, layer, "backward")
+        if compare:
+            compare_stamps(message, group)
+        return sums, message
     if x.numel() == 0:
-        sums = mean.new_zeros(2, x.shape[1])
-    elif use_triton(x):
-        sums = torch.stack(kernels.gradient_sums(dy, x, mean, invstd, scale, bias, relu, y))
+        sums = stats.new_zeros(2, channels)
     else:
+        mean, invstd = stats[:2].unbind()
         sums = torch.stack(aten.gradient_sums(dy, x, mean, invstd))
-    (total,) = all_reduce(group, layer, "backward", sums.double().flatten())
-    return sums, (total / count.clamp(min=1)).to(mean.dtype).view(2, -1)
+    own = sums.to(torch.float64, copy=True)  # an operator's results share no memory
+    (totals,) = all_reduce(group, layer, "backward", own.flatten())
+    return sums, totals
 
 
 @torch.library.register_fake("megdet_d2::gradient_sums")
-def _(dy, x, mean, invstd, scale, bias, relu, y, count, group, layer):
-    return tuple(mean.new_empty(2, x.shape[1]) for _ in range(2))
+def _(dy, x, stats, relu, y, compare, group, layer):
+    used = 2 * x.shape[1]
+    size = message_size(used, group) if runs_triton(x) else used
+    return stats.new_empty(2, x.shape[1]), x.new_empty(size, dtype=torch.float64)
 
 
 @_operator()
 def input_gradient(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    means: Tensor,
+    stats: Tensor,
+    totals: Tensor,
+    count: Tensor,
+    valid: Tensor | None,
     relu: bool,
     y: Tensor | None,
     needs_residual: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns dx = scale · (dy - mean_dy - x̂ mean_dy_xhat), and the gradient of the residual.
+    """Returns dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ Σ dy x̂ / |B|), and dy masked by relu.
 
     Args:
-        dy, x, mean, invstd, scale, bias, relu, y: as in ``gradient_sums``.
-        means: (2, C), mean_dy = Σ dy / |B| and mean_dy_xhat = Σ dy x̂ / |B|.
+        dy, x, stats, relu, y: as in ``gradient_sums``.
+        totals: its second result.
+        count, valid, group: as in ``Normalization``.
         needs_residual: returns the masked dy of ``relu`` too.
 
     Returns:
         both in x's shape, dtype and layout; the second one is empty without ``needs_residual``.
     """
-    mean_dy, mean_dy_xhat = means
-    nothing = x.new_empty(0)
     if x.numel() == 0:
-        return torch.empty_like(x), torch.empty_like(x) if needs_residual else nothing
-    if use_triton(x):
+        return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
+    if runs_triton(x):
         dx, dresidual = kernels.input_gradient(
-            dy, x, mean, invstd, scale, bias, mean_dy, mean_dy_xhat, relu, y, needs_residual
-        )
-        return dx, nothing if dresidual is None else dresidual
-    return aten.input_gradient(dy, x, mean, invstd, scale, mean_dy, mean_dy_xhat), nothing
+            dy, x, stats, totals, count, valid, relu, y, needs_residual,
+            *mismatch_flag(group, x.device),
+        )  # fmt: skip
+        return dx, x.new_empty(0) if dresidual is None else dresidual
+    mean, invstd, scale, _ = stats.unbind()
+    means = (totals / count.clamp(min=1)).to(stats.dtype).view(2, -1)
+    dx = aten.input_gradient(dy, x, mean, invstd, scale, means[0], means[1])
+    if valid is not None:
+        dx = torch.where(valid, dx, dy * aten.per_channel(scale, dy).to(dy.dtype))
+    return dx, x.new_empty(0)
 
 
 @torch.library.register_fake("megdet_d2::input_gradient")
-def _(dy, x, mean, invstd, scale, bias, means, relu, y, needs_residual):
+def _(dy, x, stats, totals, count, valid, relu, y, needs_residual, group):
     return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
 
 
@@ -466,18 +541,14 @@ def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mea
 # --- the part of one process ---------------------------------------------------------------------
 
 
-def _arithmetic(x: Tensor):
-    return kernels if use_triton(x) else aten
-
-
 def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns |B_i| (1,), Σ x (C,) and Σ x² (C,) over B_i, float64."""
+    """Returns Σ x (C,), Σ x² (C,) and |B_i| (1,) over B_i, float64."""
     if x.numel() == 0:
         zeros = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-        return zeros.new_zeros(1), zeros[0], zeros[1]
+        return zeros[0], zeros[1], zeros.new_zeros(1)
     if valid is None:
-        sums, squares = _arithmetic(x).power_sums(x)
-        return sums.new_full((1,), x.numel() // x.shape[1]), sums, squares
+        sums, squares = aten.power_sums(x)
+        return sums, squares, sums.new_full((1,), x.numel() // x.shape[1])
     # Plain passes: the host never waits for the number of values.
     n = valid.sum(dtype=torch.float64).view(1)
     dims = [d for d in range(x.dim()) if d != 1]
@@ -486,4 +557,4 @@ def _local_sums(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     centred = torch.where(valid, x - aten.per_channel(pivot, x), 0)
     pivot = pivot.double()
     squares = centred.square_().sum(dims, dtype=torch.float64)
-    return n, sums, squares + pivot * (2 * sums - n * pivot)
+    return sums, squares + pivot * (2 * sums - n * pivot), n

@@ -15,12 +15,16 @@ from megdet_d2.norm import collective, kernels
 from tests.helpers.kernel_cases import (
     ACTIVATIONS,
     CASES,
+    FINISH,
     INNERMOST,
     OUTERMOST,
     check_all,
+    check_deviations,
+    check_finish,
     check_layer,
     check_moments_are_robust,
     check_relu_masks_agree,
+    make_stats,
     moments,
 )
 
@@ -248,6 +252,36 @@ def test_kernels_mask_alike_forward_and_backward(dtype):
 
 
 @with_triton
+@pytest.mark.parametrize("case", FINISH, ids=str)
+def test_kernels_values_per_channel(case):
+    check_finish("cuda", *case)
+
+
+@with_triton
+def test_kernels_deviations():
+    check_deviations("cuda")
+
+
+@with_triton
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_on_two_streams_at_once_count_their_programs_apart(layout):
+    """Checks the counters of each stream, by which the last program of a group knows itself."""
+    xs = [torch.randn(4, 64, 100, 168, device="cuda").to(memory_format=layout) for _ in range(2)]
+    expected = [moments(x) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    messages = torch.empty(2, 20, 131, dtype=torch.float64, device="cuda")
+    for repeat in range(20):
+        for x, stream, own in zip(xs, streams, messages, strict=True):
+            with torch.cuda.stream(stream):
+                kernels.power_sums(x, None, own[repeat], 3)
+    torch.cuda.synchronize()
+    for own, (mean, _) in zip(messages, expected, strict=True):
+        assert (own == own[0]).all() and torch.equal(own[0, :64] / own[0, 128], mean)
+
+
+@with_triton
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_kernels_reach_past_two_gib_elements(layout):
     """Checks offsets of 64 bits: the last value of the last channel, at 2^31 + 2^26 elements."""
@@ -262,7 +296,7 @@ def test_kernels_reach_past_two_gib_elements(layout):
     torch.testing.assert_close(mean[-1].item(), 1024 / n, rtol=1e-6, atol=0)
     torch.testing.assert_close(var[-1].item(), 1024**2 / n, rtol=1e-5, atol=0)
     ones = torch.ones(64, device="cuda")
-    y = kernels.normalize(x, 0 * ones, 2 * ones, ones)
+    y = kernels.normalize(x, make_stats(0 * ones, 2 * ones, 2 * ones, ones))
     assert y[-1, -1, -1, -1] == 2048  # 2049 in float16
     assert y[-1, -1, -1, -2] == 1 and y[0, 0, 0, 0] == 1
 
@@ -271,16 +305,18 @@ def test_kernels_reach_past_two_gib_elements(layout):
 def test_kernels_in_a_cuda_graph_and_the_host_never_waits():
     x = torch.randn(2, 64, 100, 168, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn_like(x)
-    bias = torch.zeros(64, device="cuda")
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
 
     def step():
-        mean, var = moments(x)
-        invstd = (var + 1e-5).rsqrt()
-        y = kernels.normalize(x, mean, invstd, bias, relu=True)
-        sums = kernels.gradient_sums(dy, x, mean, invstd, invstd, bias, relu=True)
-        means = [s / (x.numel() // 64) for s in sums]
-        dx, _ = kernels.input_gradient(dy, x, mean, invstd, invstd, bias, *means, relu=True)
-        return mean, var, y, *sums, dx
+        stats, count = x.new_empty(4, 64, dtype=torch.float32), x.new_empty(1, dtype=torch.float64)
+        message, backward = x.new_empty(2, 200, dtype=torch.float64)
+        kernels.power_sums(x, None, message, 7)
+        nothing = [None] * 6
+        kernels.finish(message, None, *nothing, 0.1, 1e-5, stats, count, 1, flag)
+        y = kernels.normalize(x, stats, relu=True)
+        sums = kernels.gradient_sums(dy, x, stats, True, None, backward, 7)
+        dx, _ = kernels.input_gradient(dy, x, stats, backward, count, relu=True)
+        return stats, y, sums, dx
 
     torch.cuda.synchronize()
     step()  # compiles

@@ -12,13 +12,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.helpers.compiled_kernels import PASSES, Variant, check_code, compile_variant
 from tests.helpers.kernel_cases import (
     ACTIVATIONS,
     CASES,
+    FINISH,
     INNERMOST,
     OUTERMOST,
     check_all,
+    check_deviations,
     check_errors,
+    check_finish,
     check_layer,
     check_moments_are_robust,
     check_relu_masks_agree,
@@ -73,6 +77,15 @@ def test_a_layer_on_the_kernels(interpreter, layout, relu, addition, padded):
     interpreter(check_layer, "cpu", layout, relu, addition, padded)
 
 
+@pytest.mark.parametrize("case", FINISH, ids=str)
+def test_values_per_channel_and_running_statistics(interpreter, case):
+    interpreter(check_finish, "cpu", *case)
+
+
+def test_deviations_from_the_mean_of_the_group(interpreter):
+    interpreter(check_deviations, "cpu")
+
+
 def test_errors(interpreter):
     interpreter(check_errors)
 
@@ -96,56 +109,12 @@ def test_the_cases_reach_every_path():
     assert {t.constants["BLOCK_R"] for t in tilings if not t.constants["INNERMOST"]} >= {1, 32}
 
 
-# --- as far as the compiler goes -----------------------------------------------------------------
-
-POINTERS = {
-    "_moments": "partials x",
-    "_gradient_sums": "partials dy x y mean invstd",
-    "_normalize": "y x residual mean scale bias",
-    "_input_gradient": "dx dresidual dy x mean invstd scale bias mean_dy mean_dy_xhat",
-}
-PER_CHANNEL = "partials mean invstd scale bias mean_dy mean_dy_xhat".split()
-ABSENT = {"_gradient_sums": ["scale", "bias"], "_input_gradient": ["y"]}
+# --- as far as the compiler goes; test_compile_kernels.py has all variants ------------------------
 
 
-@pytest.mark.parametrize("layout", ["outermost", "innermost"])
-@pytest.mark.parametrize("name", POINTERS)
+@pytest.mark.parametrize("layout", ["wide", "innermost"])
+@pytest.mark.parametrize("name", PASSES)
 def test_compiles_for_hopper_to_wide_loads(name, layout, tmp_path, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from megdet_d2.norm import kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    x = torch.empty(2, 50, 84, 64, dtype=torch.bfloat16).movedim(-1, 1)
-    tiling = kernels._tiling(x if layout == "innermost" else x.contiguous())
-    constants = {"RELU": True, "STAGES": kernels.STAGES, **tiling.constants}
-    constants |= dict.fromkeys(ABSENT.get(name, []))
-    kernel = getattr(kernels, name)
-    signature, alignment = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in POINTERS[name].split():
-            signature[argument] = "*fp32" if argument in PER_CHANNEL else "*bf16"
-            alignment[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "i32"
-    constants = {
-        (i,): constants[argument]
-        for i, argument in enumerate(kernel.arg_names)
-        if argument in constants
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, alignment),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": kernels.NUM_WARPS},
-    )
-    ptx = compiled.asm["ptx"]
-    assert compiled.asm["cubin"]
-    # bfloat16 moves 16 bytes at a time, or not at all, or by asynchronous copies of 16 bytes.
-    assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx
-    assert not [line for line in ptx.splitlines() if "global" in line and ".b16 " in line]
-    if "partials" not in POINTERS[name]:
-        assert "st.global.v4.b32" in ptx
+    variant = Variant(name, torch.bfloat16, layout, 8, tuple(PASSES[name][0].items()))
+    check_code(variant, compile_variant(variant, "sm_90"))
