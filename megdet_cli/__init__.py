@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import Protocol
 
-from . import ablate, ensemble, report, train, variance
+from . import ablate, check, ensemble, report, train, variance
 
 
 class Command(Protocol):
@@ -28,6 +28,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "ablate": ablate,
+    "check": check,
     "ensemble": ensemble,
     "report": report,
     "train": train,

@@ -27,6 +27,7 @@ FLOORS = {
     "data": 1,
     "engine": 2,
     "ablation": 3,
+    "check": 3,
     "ensemble": 3,
     "gradient_noise": 3,
     "report": 3,

@@ -87,6 +87,14 @@ def register_coco(triples: Sequence[Sequence[str]], masks: bool = True) -> None:
         _registered[name] = (json_file, image_root)
 
 
+def unregister_coco(name: str) -> None:
+    """Removes a data set that ``register_coco`` has registered, and what is kept of its file."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
+    json_file, _ = _registered.pop(name)
+    _parsed.pop(json_file, None)
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Inspection of one data set of the config: what is known and what is wrong."""

@@ -51,14 +51,36 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
         ValueError: a value is not valid, or processes differ in config or code. The message names
             the key, the value and the fix.
     """
-    _check_faults(cfg)
+    _check_faults(cfg)  # before TIMEOUT is used
     limit_waiting(cfg.MEGDET.TIMEOUT)
-    schedule = _prepare(cfg, eval_only, opts)
+    schedule = _prepare(cfg, eval_only)
     check_same_config(cfg, eval_only=eval_only)
     return schedule
 
 
-def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
+def _prepare(cfg: CfgNode, eval_only: bool) -> str:
+    check_keys(cfg, eval_only)
+    if eval_only:
+        _register_datasets(cfg, ("TEST",))
+        return ""
+    found = _register_datasets(cfg, ("TRAIN", "TEST"))
+    schedule = scale_config(cfg)
+    raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
+    if uses_cgbn(cfg):
+        world_size = comm.get_world_size()
+        scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+        images_per_gpu = images_per_micro_batch(scaled, world_size)
+        # Only for its error: the groups are made when there is a model.
+        group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
+    return schedule
+
+
+def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
+    """Checks the keys that depend on no data set. MODEL.DEVICE becomes "cpu" without a GPU.
+
+    Args, Raises: see ``prepare_config``.
+    """
+    _check_faults(cfg)
     _check_device(cfg, eval_only)
     # A resume does not need the weights.
     if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
@@ -70,20 +92,8 @@ def _prepare(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> str:
         )
     check_stages(cfg.MODEL.SUBLINEAR.STAGES)
     check_tta(cfg)
-    if eval_only:
-        _register_datasets(cfg, ("TEST",))
-        return ""
-    refuse_solver_overrides(cfg)
-    found = _register_datasets(cfg, ("TRAIN", "TEST"))
-    schedule = scale_config(cfg)
-    raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
-    if uses_cgbn(cfg):
-        world_size = comm.get_world_size()
-        scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
-        images_per_gpu = images_per_micro_batch(scaled, world_size)
-        # Only for its error: the groups are made when there is a model.
-        group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
-    return schedule
+    if not eval_only:
+        refuse_solver_overrides(cfg)
 
 
 def _register_datasets(cfg: CfgNode, splits: Sequence[str]) -> list[Inspection]:

@@ -1,0 +1,1 @@
+"""Checks a data set, and a config on it, before anything is trained."""
