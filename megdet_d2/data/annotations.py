@@ -72,6 +72,7 @@ def find_annotation_faults(
     trained: bool,
     evaluated: bool,
     masks: str = "",
+    crowds_read: bool = True,
 ) -> tuple[list[Finding], int, int]:
     """Returns what is wrong in the content of a COCO json, and what training takes from it.
 
@@ -86,8 +87,10 @@ def find_annotation_faults(
         evaluated: whether pycocotools will read it.
         masks: the segmentation that every object needs: "polygon", or "bitmask" for polygons and
             RLEs; "" for none.
+        crowds_read: whether ``load_coco`` loads it, which reads ``iscrowd`` null as 0. Detectron2
+            leaves such objects out.
     """
-    check = _Check(where, json_file, coco, trained, evaluated, masks)
+    check = _Check(where, json_file, coco, trained, evaluated, masks, crowds_read)
     return check.findings, check.objects, check.images
 
 
@@ -129,7 +132,14 @@ class _Check:
     """Checks the three lists of a COCO json; each check leaves out what an earlier one refused."""
 
     def __init__(
-        self, where: str, json_file: str, coco: dict, trained: bool, evaluated: bool, masks: str
+        self,
+        where: str,
+        json_file: str,
+        coco: dict,
+        trained: bool,
+        evaluated: bool,
+        masks: str,
+        crowds_read: bool,
     ):
         self._where, self._file, self._coco = where, json_file, coco
         self.findings: list[Finding] = []
@@ -144,14 +154,12 @@ class _Check:
         of_annotation = {"id": _ID, "image_id": _ID, "category_id": _NUMBER, "bbox": (list,)}
         if evaluated:  # pycocotools needs them, and ids for an array; training does not
             of_annotation |= {"id": _NUMBER, "area": _NUMBER, "iscrowd": _NUMBER}
-        if masks:
-            of_annotation |= {"segmentation": (list, dict)}
         self._image_names = {row["id"]: row["file_name"] for row in images}
         rows = self._check_rows("annotations", of_annotation)
         self._sizes = {row["id"]: (row["width"], row["height"]) for row in images}
         rows = self._check_references(rows)
         if trained and not evaluated:
-            rows = self._check_crowds(rows)
+            rows = self._check_crowds(rows, crowds_read)
         if masks:
             rows = self._check_masks(rows, trained, evaluated, masks)
         objects = [row for row in rows if not row.get("iscrowd")]
@@ -318,15 +326,17 @@ class _Check:
         types = {type(key).__name__ for key in known}
         return f". The ids of the images are {' and '.join(sorted(types))}" if unknown else ""
 
-    def _check_crowds(self, rows: list[dict]) -> list[dict]:
+    def _check_crowds(self, rows: list[dict], read: bool) -> list[dict]:
         """Returns the rows with ``iscrowd`` as a number, as training will read them."""
         other = [
             (row, repr(row["iscrowd"]))
             for row in rows
             if not isinstance(row.get("iscrowd", 0), _NUMBER)
         ]
-        known = [hit for hit in other if isinstance(as_crowd(hit[0]), _NUMBER)]
-        unknown = [hit for hit in other if not isinstance(as_crowd(hit[0]), _NUMBER)]
+        known: list[tuple[dict, str]] = []
+        unknown: list[tuple[dict, str]] = []
+        for hit in other:
+            (known if read and isinstance(as_crowd(hit[0]), _NUMBER) else unknown).append(hit)
         self._report(
             "warning",
             "crowd-as-text",
@@ -340,7 +350,7 @@ class _Check:
             "crowd-unknown",
             "annotations",
             unknown,
-            "have an iscrowd that is no number",
+            "have an iscrowd that is no number, and training leaves them out",
             "make it 0 or 1",
         )
         changed = {id(row): row | {"iscrowd": as_crowd(row)} for row, _ in known}
@@ -353,7 +363,7 @@ class _Check:
         """Checks the segmentations; returns the rows that training will not leave out."""
         empty, rle, bad_rle, bad = [], [], [], []
         for row in rows:
-            mask = row["segmentation"]
+            mask = row.get("segmentation")
             if not mask:
                 empty.append((row, repr(mask)))
             elif isinstance(mask, dict):
@@ -362,6 +372,8 @@ class _Check:
                     bad_rle.append((row, fault))
                 elif masks == "polygon" and not row.get("iscrowd"):
                     rle.append((row, ""))
+            elif not isinstance(mask, list):
+                bad.append((row, repr(mask)))
             elif not all(map(_is_polygon, mask)):
                 bad.append((row, repr(next(part for part in mask if not _is_polygon(part)))))
         refused = self._report(
@@ -369,7 +381,7 @@ class _Check:
             "mask-empty",
             "annotations",
             empty,
-            "have an empty segmentation, and MODEL.MASK_ON is True",
+            "have no 'segmentation', or an empty one, and MODEL.MASK_ON is True",
             "add the object's mask, or set MODEL.MASK_ON False",
         )
         refused += self._report(
@@ -508,7 +520,10 @@ class _Check:
         )
 
 
-def _drops(mask: list) -> bool:
+def _drops(mask: Any) -> bool:
+    """Returns True if Detectron2 leaves out the invalid parts of a segmentation."""
+    if not isinstance(mask, list):
+        return False
     return all(isinstance(p, list) and (_is_polygon(p) or len(p) < 6 or len(p) % 2) for p in mask)
 
 

@@ -27,6 +27,7 @@ from .classes import class_counts, class_fault, class_keys
 from .finding import Finding, raise_findings
 from .images import find_image_faults
 from .mapping import Mapper, reads_8_bits
+from .records import as_coco, forget_records, is_foreign, load_records
 
 logger = logging.getLogger(__name__)
 
@@ -208,9 +209,12 @@ def _inspect(cfg: CfgNode, name: str, keys: list[str], images: bool) -> Inspecti
         fix = f"Correct the name, or add a triple: {_EXAMPLE}"
         return Inspection(name, [Finding("error", "unregistered", where, "", problem, fix)])
     if name not in _registered:
-        metadata = MetadataCatalog.get(name).as_dict()
-        classes = metadata.get("thing_classes")
-        return Inspection(name, _find_missing_files(where, name), classes=classes and list(classes))
+        # Before it is loaded, which may tell the classes: a mapper of the user's may merge them.
+        classes = MetadataCatalog.get(name).as_dict().get("thing_classes")
+        item = Inspection(name, _find_missing_files(where, name), classes=classes and list(classes))
+        if item.findings or not images or not is_foreign(name):
+            return item
+        return _inspect_records(cfg, item, where, keys)
     if cfg.MODEL.KEYPOINT_ON:
         problem = (
             f"MODEL.KEYPOINT_ON is True, and DATASETS.COCO, which has {name!r}, has no place for "
@@ -238,6 +242,27 @@ def _inspect(cfg: CfgNode, name: str, keys: list[str], images: bool) -> Inspecti
         skip_bad=skip_bad,
     )
     return replace(inspection, name=name)
+
+
+def _inspect_records(cfg: CfgNode, item: Inspection, where: str, keys: list[str]) -> Inspection:
+    """Returns what is known of a data set that other code has registered."""
+    name, trained = item.name, "TRAIN" in keys
+    try:
+        records = load_records(name, keep=trained)
+    except Exception as error:  # of the user's function
+        problem = f"it cannot be loaded ({type(error).__name__}: {error})"
+        fix = "correct the function or the file that it was registered with"
+        return replace(item, findings=[Finding("error", "not-loaded", where, "", problem, fix)])
+    coco = records and as_coco(records, MetadataCatalog.get(name).as_dict().get("thing_classes"))
+    if not coco:
+        return item
+    findings, objects, _ = find_annotation_faults(
+        where, "", coco, trained=trained, evaluated=False, crowds_read=False
+    )
+    if all(row["file_name"] for row in coco["images"]):
+        skip_bad = trained and name not in cfg.DATASETS.TEST and cfg.MEGDET.SKIP_BAD_IMAGES
+        findings += find_image_faults(where, "", coco["images"], skip_bad)
+    return replace(item, findings=findings, objects=objects or None)
 
 
 def inspect_coco(
@@ -356,6 +381,7 @@ def _keep(json_file: str, coco: dict) -> None:
 def forget_parsed() -> None:
     """Removes the contents of the training jsons, which only the start needs, from memory."""
     _parsed.clear()
+    forget_records()
 
 
 def _stamp(json_file: str) -> tuple[int, int]:
@@ -402,9 +428,9 @@ def load_coco(name: str, json_file: str, image_root: str, masks: bool = True) ->
             elif masks:
                 left_out += 1
                 continue
-        if row.get("keypoints"):
+        if "keypoints" in row:
             # COCO's keypoints are indices of pixels, and Detectron2's are their centres.
-            entry["keypoints"] = [
+            entry["keypoints"] = row["keypoints"] and [
                 value + 0.5 if i % 3 != 2 else value for i, value in enumerate(row["keypoints"])
             ]
         objects[row["image_id"]].append(entry)

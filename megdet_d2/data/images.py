@@ -1,6 +1,7 @@
 """Finds images that Detectron2 cannot read, or reads wrongly, from the headers of their files."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,13 +32,15 @@ def find_image_faults(
 
     Args:
         where: the key and the name of the data set, for the findings.
-        image_root: the folder of the images.
-        images: rows with id, file_name, width and height, which are checked already.
+        image_root: the folder of the images; "" where ``images`` have whole paths.
+        images: rows with id, file_name, width and height, which are checked already; an
+            infinite width for an image of unknown size.
         skip_bad: training takes other images in their place, so that they are warnings.
     """
-    if "://" in image_root:  # only PathManager can read it
+    # Only PathManager can read other schemes.
+    if "://" in image_root or any("://" in row["file_name"] for row in images):
         return []
-    if not os.path.isdir(image_root):
+    if image_root and not os.path.isdir(image_root):
         return [
             Finding(
                 "error",
@@ -87,7 +90,7 @@ def find_image_faults(
     return [
         *finding(
             "missing-file-image",
-            f"are not in {image_root!r}",
+            f"are not in {image_root!r}" if image_root else "are not there",
             "Correct the image root, or the file_name entries",
         ),
         *finding(
@@ -135,7 +138,9 @@ def _files(root: str) -> Callable[[str], bool]:
     def is_there(name: str) -> bool:
         folder, base = os.path.split(os.path.join(root, name))
         if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            listings[folder] = (
+                set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+            )
         return base in listings[folder]
 
     return is_there
@@ -160,6 +165,8 @@ def _look(path: str, row: dict) -> tuple[str, str]:
     try:
         with Image.open(path) as image:
             expected = row["width"], row["height"]
+            if row["width"] == math.inf:
+                expected = _size(image, Image.Image.getexif)
             # That of PNG files would decode each, to look for an orientation after the pixels.
             size = _size(image, Image.Image.getexif)
             if image.format == "PNG" and size == expected[::-1] != expected:

@@ -195,20 +195,22 @@ def test_sets_that_are_not_used_are_not_read(train, val):
     check(cfg)
 
 
-def test_a_set_of_detectron2s_has_to_be_there_and_is_left_to_it(tmp_path):
+def test_a_set_that_others_register_has_to_be_there_and_to_load(tmp_path, train):
     cfg = coco_config(num_classes=80)
     cfg.DATASETS.TEST = ("theirs",)
     annotations, images = tmp_path / "theirs.json", tmp_path / "theirs"
     register_coco_instances("theirs", {}, str(annotations), str(images))
     for path, key, make in (
         (annotations, "json_file", lambda: annotations.write_text("not read")),
-        (images, "image_root", images.mkdir),
+        (images, "image_root", lambda: train.root.rename(images)),
     ):
         message = refusal(cfg, FileNotFoundError)
         assert_says(message, f"DATASETS.TEST has 'theirs': its {key} '{path}' is not there")
         assert_says(message, "DETECTRON2_DATASETS")
         make()
-    check(cfg)
+    assert_says(refusal(cfg), "DATASETS.TEST has 'theirs': it cannot be loaded", "JSONDecodeError")
+    annotations.write_text(json.dumps(train.json))
+    check(cfg)  # whether its classes are the model's is checked when the loader is there
 
 
 def test_coco_itself_has_to_be_there(tmp_path, monkeypatch):

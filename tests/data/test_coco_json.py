@@ -170,7 +170,12 @@ def test_masks_are_asked_for_where_they_are_trained(train):
         annotation["segmentation"] = []  # as exports of boxes have it
     train.write()
     assert_says(
-        refusal(cfg), "'my_train'", "3 of 3 annotations have an empty", "id 1 in", "MASK_ON"
+        refusal(cfg),
+        "'my_train'",
+        "3 of 3 annotations have no",
+        "or an empty one",
+        "id 1 in",
+        "MASK_ON",
     )
 
 

@@ -63,7 +63,7 @@ def coco_config(train=(), test=(), architecture="GeneralizedRCNN", num_classes=3
 
 
 def check(cfg):
-    register_coco(cfg.DATASETS.COCO)
+    register_coco(cfg.DATASETS.COCO, cfg.MODEL.MASK_ON)
     check_datasets(cfg)
 
 
