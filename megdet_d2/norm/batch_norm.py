@@ -46,8 +46,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             dimension, ``SELF`` for this process alone, or None for all, as in ``nn.SyncBatchNorm``.
             All means a private group, since DDP uses torch's ``WORLD``. The layer keeps its name
             only, so that it can be deep-copied and pickled.
-        algorithm: "one_reduce", or "two_pass" for the paper's two reductions. Use "two_pass" for
-            float64 values whose mean is more than 10⁴ deviations from zero.
+        algorithm: "one_reduce", or "two_pass" for the paper's two reductions. On GPUs use
+            "two_pass" for float64 values whose mean is more than 10⁴ deviations from zero.
         bias: learn β, if ``affine``.
 
     Attributes:

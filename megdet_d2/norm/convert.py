@@ -39,8 +39,8 @@ def convert_cgbn(
 
     Raises:
         ValueError: a layer cannot be converted: it does more than normalise, it does not know its
-            channels yet (``LazyBatchNorm2d``), or it is frozen and has no ε. The message names the
-            layer. The model is then unchanged.
+            channels yet (``LazyBatchNorm2d``), it is scripted or traced, or it is frozen and has no
+            ε. The message names the layer. The model is then unchanged.
     """
     layers = []
     for name, layer in model.named_modules():
@@ -48,6 +48,9 @@ def convert_cgbn(
             continue
         if isinstance(layer, _BatchNorm):
             _check_plain(name, layer)
+        elif isinstance(layer, torch.jit.ScriptModule):
+            _check_script(name, layer, include_frozen)
+            continue
         elif include_frozen and _is_frozen(layer):
             _check_frozen(name, layer)
         else:
@@ -138,6 +141,15 @@ def _check_plain(name: str, layer: nn.Module) -> None:
     owner = type(layer).forward.__qualname__.rpartition(".")[0]
     if owner not in _NORMALIZERS or "forward" in vars(layer):
         raise ValueError(_does_more(name, layer))
+
+
+def _check_script(name: str, layer: torch.jit.ScriptModule, include_frozen: bool) -> None:
+    kind = getattr(layer, "original_name", "")
+    if "BatchNorm" in kind and (include_frozen or kind != _FROZEN):
+        raise ValueError(
+            f"layer {name!r} is a {kind} of TorchScript; convert the model before torch.jit.script "
+            "or torch.jit.trace"
+        )
 
 
 def _check_frozen(name: str, layer: nn.Module) -> None:

@@ -128,7 +128,8 @@ def statistics(
         eps: ε.
         group: name of the process group to normalise over; "" for this process alone.
         algorithm: "one_reduce" sends |B_i|, Σx and Σx² together. "two_pass" follows the paper: a
-            reduction for μ_B and, from it, a second one for σ²_B.
+            reduction for μ_B and, from it, a second one for σ²_B. On CPU "one_reduce" makes the
+            second one too, for a float64 x whose mean is more than 10⁴ deviations from zero.
         layer: the layer's name, for errors; the same on every process.
 
     Returns:
@@ -140,12 +141,10 @@ def statistics(
             check would stall the host, so such a batch yields β.
         OutOfStepError: the processes are in different layers; see ``collective``.
     """
-    # A float64 sum of squares has too few digits for float64 values far from zero. In one process a
-    # second pass costs no collective.
-    exact = x.dtype == torch.float64 and not group
-    two_pass = algorithm == "two_pass" or exact
     buffers = running_mean, running_var, num_batches_tracked, num_batches_skipped
     if runs_triton(x):
+        # For a float64 x a second pass is exact, and in one process it costs no collective.
+        two_pass = algorithm == "two_pass" or (x.dtype == torch.float64 and not group)
         return _statistics_by_kernels(
             x, weight, bias, valid, buffers, momentum, eps, group, two_pass, layer
         )
@@ -154,7 +153,8 @@ def statistics(
     sums, squares, count = all_reduce(group, layer, "forward", sums, squares, n)
     values = count.clamp(min=1)
     mean = sums / values
-    if two_pass:
+    var = torch.addcmul(squares / values, mean, mean, value=-1)
+    if algorithm == "two_pass" or _cancels(x, group, mean, var):
         # Line 7, Σ (x - μ_B)² over B_i, around a pivot that x's dtype can hold.
         pivot = mean.to(aten.statistics_dtype(x))
         sums, squares, _ = _local_sums(x - aten.per_channel(pivot, x), valid)
@@ -162,8 +162,6 @@ def statistics(
         squares += rest * (n * rest - 2 * sums)
         (squares,) = all_reduce(group, layer, "forward, variance", squares)
         var = squares / values
-    else:
-        var = torch.addcmul(squares / values, mean, mean, value=-1)
     var.clamp_(min=0)
 
     update = _update_on_device if x.is_cuda else _update_on_host
@@ -536,6 +534,17 @@ def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mea
     if running_mean is not None:
         for running, value in ((running_mean, new[0]), (running_var, new[1])):
             running.copy_(torch.where(keep, running.lerp(value, factor), running))
+
+
+def _cancels(x: Tensor, group: str, mean: Tensor, var: Tensor) -> bool:
+    """Returns True where E[x²] - μ² may have lost more than half of its 16 digits.
+
+    All processes return the same, because they compare the same sums. A float32 x has fewer digits
+    itself. On CUDA the host would wait for the sums.
+    """
+    if x.dtype != torch.float64:
+        return False
+    return not group if x.is_cuda else bool((mean.square() > 1e8 * var).any())
 
 
 # --- the part of one process ---------------------------------------------------------------------

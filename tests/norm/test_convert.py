@@ -227,10 +227,13 @@ REFUSED = {
     "own forward": (with_its_own_forward, "'1.0' is a BatchNorm2d, whose forward may"),
     "lazy": (nn.LazyBatchNorm2d, "'1.0' is a LazyBatchNorm2d that does not know its channels"),
     "lazy 3-D": (nn.LazyBatchNorm3d, "'1.0' is a LazyBatchNorm3d that does not know"),
+    "scripted": (lambda: torch.jit.script(nn.BatchNorm2d(3)), "'1.0' is a BatchNorm2d of Torch"),
+    "traced": (lambda: torch.jit.trace(nn.BatchNorm2d(3), X), "'1.0' is a BatchNorm2d of Torch"),
     "no ε": (without_eps, "'1.0' is a FrozenBatchNorm2d without eps"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("make, message", REFUSED.values(), ids=REFUSED)
 def test_a_refused_layer_leaves_the_model_unchanged(make, message):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(make()), nn.BatchNorm2d(3))

@@ -176,18 +176,29 @@ def test_create_graph_does_not_change_the_first_derivative(dtype):
         torch.testing.assert_close(a, b.detach(), rtol=rtol, atol=1e-4)
 
 
-@pytest.mark.parametrize("offset", [0, 1e4, 1e8])
-@pytest.mark.parametrize("padded", [False, True])
-def test_float64_far_from_zero_in_one_process(offset, padded):
-    x = torch.randn(4, 3, 8, 8, dtype=torch.float64) + offset
-    ours, plain = CrossGPUBatchNorm(3, momentum=1.0).double(), nn.BatchNorm2d(3).double()
+def run_far_from_zero(rank, xs, padded):
+    layer = CrossGPUBatchNorm(3, momentum=1.0).double()
     if padded:
-        ours.valid_region = ValidRegion([(8, 8)] * 4, (9, 9))
-    y = ours(x)
-    # Digits of x itself: of 16, it has lost those of the offset.
+        layer.valid_region = ValidRegion([(8, 8)] * len(xs[rank]), (9, 9))
+    return layer(xs[rank]).detach(), layer.running_mean, layer.running_var
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("offset", [0, 1e4, 1e6, 1e8])
+def test_float64_far_from_zero(pool2, offset, padded):
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    x[:, 1] += offset  # the other channels are around zero
+    plain = nn.BatchNorm2d(3, momentum=1.0).double()
+    expected = plain(x)
+    # Of 16 digits, x itself has lost those of the offset.
     tolerance = 1e-12 + 1e-15 * offset
-    torch.testing.assert_close(y, plain(x), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(ours.running_var, x.var((0, 2, 3)), rtol=tolerance, atol=0)
+    one, two = [run_far_from_zero(0, [x], padded)], pool2.run(run_far_from_zero, x.split(2), padded)
+    for results in (one, two):
+        y = torch.cat([result[0] for result in results])
+        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+        for _, mean, var in results:
+            torch.testing.assert_close(mean, plain.running_mean, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(var, plain.running_var, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
