@@ -27,6 +27,7 @@ from megdet_d2.schedule.build import (
 
 from .advice import count_images, find_schedule_faults
 from .divergence import ON_DIVERGENCE
+from .early_log import kept_log
 from .launch import limit_waiting
 from .same_config import check_same_config
 
@@ -53,7 +54,8 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
     """
     _check_faults(cfg)  # before TIMEOUT is used
     limit_waiting(cfg.MEGDET.TIMEOUT)
-    schedule = _prepare(cfg, eval_only)
+    with kept_log():
+        schedule = _prepare(cfg, eval_only)
     check_same_config(cfg, eval_only=eval_only)
     return schedule
 

@@ -14,6 +14,7 @@ from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 
 from .check_config import prepare_config
+from .early_log import write_kept_log
 from .launch import launch
 from .trainer import Trainer
 from .weights_only import WeightsOnlyCheckpointer
@@ -58,6 +59,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if trained is not None and comm.is_main_process():
         dumped.write_bytes(trained)  # an evaluation leaves keys unresolved that a training resolves
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="megdet_d2")
+    write_kept_log()
     if schedule:
         logger.info("The schedule that follows from MEGDET.POLICY:\n%s", schedule)
     return cfg

@@ -39,6 +39,7 @@ from .check_evaluation import CLASS_FAULTS, inspect_evaluation
 from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
+from .early_log import write_kept_log
 from .evaluation import build_evaluator, build_test_loader
 from .frozen import find_frozen_at_random
 from .hooks import (
@@ -88,6 +89,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
+        write_kept_log()
         name = type(self).__name__
         self._rolled_back_to = ""
         self._warned_unguarded = False
