@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from megdet_d2.data.classes import class_fault, class_keys
 from megdet_d2.data.finding import Finding
+from megdet_d2.data.records import is_foreign
 
 from .evaluation import NO_PQ, no_evaluator
 from .panoptic import pq_library
@@ -51,27 +52,26 @@ def _find_nothing(cfg: CfgNode, name: str) -> Iterator[Finding]:
 
 
 def _inspect_coco(cfg: CfgNode, name: str) -> Iterator[Finding]:
-    # Sets of DATASETS.COCO have been checked, and those that are loaded know their classes.
+    # The classes of sets of DATASETS.COCO have been checked, and of those that told them at once.
     checked = {triple[0] for triple in cfg.DATASETS.COCO}
-    lazy = "thing_classes" not in MetadataCatalog.get(name).as_dict() and name not in checked
+    classes = MetadataCatalog.get(name).as_dict().get("thing_classes")
     keypoints = cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg)
-    content = _read(name) if lazy or keypoints else None
-    if content is None:
-        return
-    if lazy and content.get("categories"):
-        yield from _find_class_faults(cfg, name, content["categories"])
-    if keypoints and content.get("annotations"):
+    content = _read(name) if keypoints or (not classes and name not in checked) else None
+    categories = (content or {}).get("categories")
+    # Detectron2 will name a missing key.
+    if not classes and categories and all("id" in row and "name" in row for row in categories):
+        classes = [row["name"] for row in sorted(categories, key=lambda row: row["id"])]
+    if classes and is_foreign(name) and name not in checked:
+        yield from _find_class_faults(cfg, name, list(classes))
+    if content and keypoints and content.get("annotations"):
         yield from _find_keypoint_faults(cfg, name, content["annotations"])
 
 
 # --- classes -------------------------------------------------------------------------------------
 
 
-def _find_class_faults(cfg: CfgNode, name: str, categories: list[dict]) -> Iterator[Finding]:
+def _find_class_faults(cfg: CfgNode, name: str, classes: list[str]) -> Iterator[Finding]:
     """Yields what makes an AP wrong: Detectron2 numbers classes in the order of the ids."""
-    if not all("id" in row and "name" in row for row in categories):
-        return  # Detectron2 will name the key
-    classes = [row["name"] for row in sorted(categories, key=lambda row: row["id"])]
     where = f"DATASETS.TEST {name!r}"
     for key in class_keys(cfg, "thing"):
         if fault := class_fault(cfg, "thing", key, name, [len(classes)]):
