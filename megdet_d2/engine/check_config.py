@@ -26,6 +26,7 @@ from megdet_d2.schedule.build import (
 )
 
 from .advice import count_images, find_schedule_faults
+from .disk import check_output_dir
 from .divergence import ON_DIVERGENCE
 from .early_log import kept_log
 from .launch import limit_waiting
@@ -49,6 +50,7 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
 
     Raises:
         FileNotFoundError: a file of the weights or of a data set is missing.
+        OSError: OUTPUT_DIR cannot be written.
         ValueError: a value is not valid, or processes differ in config or code. The message names
             the key, the value and the fix.
     """
@@ -84,6 +86,7 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     _check_faults(cfg)
     _check_device(cfg, eval_only)
+    check_output_dir(cfg.OUTPUT_DIR)
     # A resume does not need the weights.
     if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
         _check_weights(cfg.MODEL.WEIGHTS)

@@ -14,6 +14,7 @@ from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 
 from .check_config import prepare_config
+from .disk import naming_output_dir
 from .early_log import write_kept_log
 from .launch import launch
 from .trainer import Trainer
@@ -55,7 +56,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     dumped = Path(cfg.OUTPUT_DIR, "config.yaml")
     trained = dumped.read_bytes() if args.eval_only and dumped.is_file() else None
     config_file = str(find_config(args.config_file) or "")  # default_setup prints the file
-    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": config_file}))
+    with naming_output_dir(cfg.OUTPUT_DIR):
+        default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": config_file}))
     if trained is not None and comm.is_main_process():
         dumped.write_bytes(trained)  # an evaluation leaves keys unresolved that a training resolves
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="megdet_d2")
@@ -82,9 +84,10 @@ def evaluate(
     model = trainer.build_model(cfg)
     checkpointer = WeightsOnlyCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    results = trainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(trainer.test_with_tta(cfg, model))
+    with naming_output_dir(cfg.OUTPUT_DIR):
+        results = trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(trainer.test_with_tta(cfg, model))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

@@ -38,6 +38,7 @@ from .accumulation import accumulate
 from .check_evaluation import CLASS_FAULTS, inspect_evaluation
 from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer, claim_run
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
+from .disk import naming_output_dir
 from .divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
 from .early_log import write_kept_log
 from .evaluation import build_evaluator, build_test_loader
@@ -227,7 +228,8 @@ class Trainer(DefaultTrainer):
         if self._guard.checks == self._checks:
             self._warn_unguarded()
         self.progress.count_step()
-        super().after_step()
+        with naming_output_dir(self.cfg.OUTPUT_DIR):
+            super().after_step()
         self._completed = self.iter + 1
 
     def before_train(self) -> None:
@@ -253,7 +255,8 @@ class Trainer(DefaultTrainer):
         if not self.has_finished:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         try:
-            super().after_train()
+            with naming_output_dir(self.cfg.OUTPUT_DIR):
+                super().after_train()
         finally:
             for hook in self._hooks:
                 if isinstance(hook, StopOnSignal):

@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+_DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -19,6 +20,25 @@ class WeightsOnlyCheckpointer(DetectionCheckpointer):
 
     A user who trusts a file with other objects sets ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``.
     """
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a file, as Detectron2 does.
+
+        Raises:
+            OSError: it could not be downloaded. The message says how to go on without a network.
+        """
+        if path and "://" in path:
+            address = path.split("?")[0]  # Detectron2 takes options after it
+            try:
+                self.path_manager.get_local_path(address)
+            except Exception as error:  # urllib, iopath and others raise many kinds
+                page = address.replace("detectron2://", _DETECTRON2)
+                raise OSError(
+                    f"MODEL.WEIGHTS is {path!r}, which could not be downloaded ({error}). Download "
+                    f"{page} on a machine with a network, and set MODEL.WEIGHTS to the path of the "
+                    'file; or set it to "" and MODEL.BACKBONE.FREEZE_AT to 0 to start from scratch'
+                ) from error
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         with _weights_only():
