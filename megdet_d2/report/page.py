@@ -9,6 +9,8 @@ from pathlib import Path
 # same columns.
 Content = Path | str | Sequence[Mapping[str, str]]
 
+_LONG = 80  # characters of a cell that are a sentence
+
 # One column on a phone, as many as fit on a wide screen. A wide table scrolls in its own frame, and
 # pictures shrink to the width of their column.
 _PAGE = """<!doctype html>
@@ -29,6 +31,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; overflow
 th, td {{ padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
+td.long {{ min-width: min(40rem, 70vw); text-align: left; white-space: normal; }}
 </style>
 <h1>{title}</h1>
 <main>
@@ -62,7 +65,11 @@ def _render(heading: str, content: Content) -> str:
     columns = list(dict.fromkeys(key for row in content for key in row))
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(row.get(column, ''))}</td>" for column in columns) + "</tr>"
-        for row in content
+        f"<tr>{''.join(_cell(row.get(column, '')) for column in columns)}</tr>" for row in content
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(text: str) -> str:
+    # Sentences are wrapped; names and numbers stay in one line.
+    return f"<td{' class=long' if len(text) > _LONG else ''}>{escape(text)}</td>"

@@ -73,6 +73,7 @@ def test_json_has_the_findings_the_classes_and_the_schedule(data, tmp_path, caps
     ]  # fmt: skip
     schedule = found["schedule"]
     assert (schedule["iterations"], schedule["epochs"]) == (800, 400)
+    assert schedule["images per epoch"] == 2
     assert schedule["learning rate"] == pytest.approx(0.02 / 16)
     assert not (tmp_path / "output").exists()
 
