@@ -343,8 +343,26 @@ def test_double_backward_is_that_of_the_pooled_batch(pool2, parts, name, algorit
         torch.testing.assert_close(total, p.grad, rtol=1e-7, atol=1e-9 * largest, msg=key)
 
 
+def run_ddp_penalty(rank, find_unused):
+    model = megdet_d2.convert_cgbn(make_model())
+    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused)
+    penalised(ddp, images()[rank].clone().requires_grad_(), SCORES["linear"]).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_ddp_averages_the_gradients_of_a_penalty(pool2, find_unused):
+    model = make_model()
+    penalised(model, images().flatten(0, 1).requires_grad_(), SCORES["linear"]).backward()
+    for gradients in pool2.run(run_ddp_penalty, find_unused):
+        for found, p in zip(gradients, model.parameters(), strict=True):
+            right = torch.zeros_like(p) if p.grad is None else p.grad
+            found = torch.zeros_like(p) if found is None else found
+            torch.testing.assert_close(2 * found, right, rtol=1e-7, atol=1e-9 * (1 + right.max()))
+
+
 def run_input_without_gradient(rank):
-    """Rank 1 has no regions. Its empty input needs no gradient, and the model's first layer is."""
+    """Runs a layer without regions on rank 1: its empty input needs no gradient."""
     layer = CrossGPUBatchNorm(3).double()
     x = images()[0] if rank == 0 else torch.zeros(0, 3, 8, 8, dtype=torch.float64)
     x.requires_grad_(rank == 0)
