@@ -97,6 +97,27 @@ def test_one_value_gives_beta_and_is_counted():
     assert layer.num_batches_skipped == 1
 
 
+def penalty(layer, x, residual, relu):
+    """Returns the gradients of a penalty on the gradient for x."""
+    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+    y = layer(x, residual, relu)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    parameters = list(layer.parameters())
+    gradients = torch.autograd.grad(dx.pow(2).sum(), [x, residual, *parameters], allow_unused=True)
+    return [torch.zeros(()) if g is None else g.cpu() for g in gradients]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_second_derivatives_equal_those_of_the_cpu(relu):
+    layer = CrossGPUBatchNorm(5).double()
+    x, residual = torch.randn(2, 4, 5, 6, 7, dtype=torch.float64)
+    expected = penalty(layer, x, residual, relu)
+    for found, right in zip(
+        penalty(copy.deepcopy(layer).cuda(), x.cuda(), residual.cuda(), relu), expected, strict=True
+    ):
+        torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-9 * (1 + right.abs().max()))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_host_never_waits(dtype, momentum):
