@@ -1,4 +1,4 @@
-"""Names OUTPUT_DIR, and what to do, where it cannot be written."""
+"""Checks that OUTPUT_DIR can be written, and says what to do where it cannot."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ def check_output_dir(folder: str) -> None:
 
 @contextlib.contextmanager
 def naming_output_dir(folder: str) -> Iterator[None]:
-    """Names the file or ``folder``, and the fix, in an error of a full disk or missing rights.
+    """Puts the file and the fix into an error of a full disk or of missing rights.
 
     Args:
         folder: OUTPUT_DIR, which the code inside of the ``with`` writes to.
