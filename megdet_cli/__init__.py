@@ -64,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="megdet",
-        description="Trains detectors in Detectron2, runs ablations, draws reports, measures.",
+        description="Checks data, trains detectors in Detectron2, runs ablations, draws reports.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

@@ -9,11 +9,17 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, ProposalNetwork
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+)
 from torch import nn
 
 from megdet_d2.engine import Trainer, prepare_config
 from tests.helpers import training
+from tests.helpers.panoptic_data import register_panoptic, unregister_panoptic, write_panoptic
 
 CLASSES = {"first": 1, "second": 2, "third": 3}
 
@@ -21,6 +27,11 @@ CLASSES = {"first": 1, "second": 2, "third": 3}
 @META_ARCH_REGISTRY.register()
 class OwnRCNN(GeneralizedRCNN):
     """A subclass, as most projects have it."""
+
+
+@META_ARCH_REGISTRY.register()
+class OwnPanoptic(PanopticFPN):
+    """A subclass of a model that counts things and stuff."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -149,3 +160,39 @@ def test_an_own_mapper_may_merge_classes(registered, tmp_path, caplog):
 def test_a_data_set_without_metadata_is_left_alone(registered, tmp_path):
     DatasetCatalog.register("bare_set", lambda: load_coco_json(*registered))
     Trainer(own_config(tmp_path, "GeneralizedRCNN", "DATASETS.TRAIN", ("bare_set",)))
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """Registers a panoptic set of two things and, with "things", two stuff classes."""
+    yield register_panoptic("streets", write_panoptic(tmp_path / "streets"))
+    unregister_panoptic("streets")
+
+
+@pytest.mark.parametrize("key, wrong", [("ROI_HEADS", 1), ("SEM_SEG_HEAD", 1), ("SEM_SEG_HEAD", 3)])
+@pytest.mark.parametrize("architecture", ["PanopticFPN", "OwnPanoptic"])
+def test_things_and_stuff_of_a_panoptic_model_are_counted(
+    streets, tmp_path, architecture, key, wrong
+):
+    heads = (
+        "MODEL.MASK_ON", True, "MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p3", "p4", "p5"],
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM", 8, "MODEL.SEM_SEG_HEAD.NORM", "CGBN",
+        "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
+        "MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2,
+        "SOLVER.IMS_PER_BATCH", 2, "DATASETS.TRAIN", (streets,),
+    )  # fmt: skip
+    Trainer(own_config(tmp_path, architecture, *heads))
+    with pytest.raises(ValueError, match=f"MODEL.{key}.NUM_CLASSES is {wrong}, but 'streets_sep"):
+        Trainer(own_config(tmp_path, architecture, *heads, f"MODEL.{key}.NUM_CLASSES", wrong))
+
+
+@pytest.mark.parametrize("wrong", [1, 54])
+def test_the_stuff_of_a_semantic_model_is_counted(streets, tmp_path, wrong):
+    heads = (
+        "MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p3", "p4", "p5"], "SOLVER.IMS_PER_BATCH", 2,
+        "DATASETS.TRAIN", ("streets_stuffonly",), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False,
+        "DATALOADER.ASPECT_RATIO_GROUPING", False, "MEGDET.EPOCH_IMAGES", 4,
+    )  # fmt: skip
+    own_config(tmp_path, "SemanticSegmentor", *heads, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2)
+    with pytest.raises(ValueError, match=f"NUM_CLASSES is {wrong}, .* has 2 stuff classes"):
+        own_config(tmp_path, "SemanticSegmentor", *heads, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", wrong)
