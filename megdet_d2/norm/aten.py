@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+# Values that ATen's kernel may add up in float32: whole vectors at a time, or one by one.
+_MOST_VALUES, _MOST_VALUES_INNERMOST = 4096, 512
+# Values of a tensor up to which plain operators in float64 are the fastest.
+_FEW_VALUES = 16384
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Returns float64 for a float64 x, and float32 for any other, half precision included."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -26,6 +32,10 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         # Not batch_norm_stats: its 1 / √(σ² + ε) loses a small σ², and is 0 where both are 0.
         mean, var = (t.double() for t in torch.batch_norm_update_stats(x, None, None, 0.0))
         return n * mean, n * torch.addcmul(var, mean, mean)
+    if x.numel() <= _FEW_VALUES:
+        dims = [d for d in range(x.dim()) if d != 1]
+        exact = x.double()
+        return exact.sum(dims), exact.square().sum(dims)
     # ATen's statistics are slow (contiguous) or lose five digits (channels_last). So the sums come
     # from ATen's kernel for gradients.
     sums, squares = _sums_of_products(x, x, None)
@@ -50,6 +60,42 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
         return sums, products
     sums, products = _sums_of_products(dy, x, mean)
     return sums.to(mean.dtype), (products * invstd).to(mean.dtype)
+
+
+def in_one_pass(x: Tensor, weight: Tensor | None) -> bool:
+    """Returns True if ATen's own backward of batch norm is exact enough for x, for one process.
+
+    It adds up in float32, so a channel may have few values only; see ``_sums_of_products``.
+    """
+    if x.is_cuda or x.numel() == 0 or x.dtype != statistics_dtype(x):
+        return False
+    n = x.numel() // x.shape[1]
+    most = _MOST_VALUES if x.is_contiguous() and n > len(x) else _MOST_VALUES_INNERMOST
+    return n <= most and (weight is None or weight.dtype == x.dtype)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns dx, dγ and dβ where B is in this process, by one operator; see ``in_one_pass``.
+
+    Args:
+        needed: which of the three.
+    """
+    mask = needed[0], needed[1] and weight is not None, needed[2]
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        like_layout(dy, x), x, weight, None, None, mean, invstd, True, 0.0, list(mask)
+    )
+    return (
+        dx if mask[0] else None,
+        dweight if mask[1] else None,
+        dbias if mask[2] else None,
+    )
 
 
 def normalize(
@@ -120,7 +166,8 @@ def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor
     means = torch.zeros_like(ones) if mean is None else mean
     if n > len(a) and a.is_contiguous():  # ATen sums a channel by whole vectors
         size = n // len(a)
-        lanes = next((g for g in range(-(-n // 4096), size) if size % g == 0), size)
+        fewest = -(-n // _MOST_VALUES)
+        lanes = next((g for g in range(fewest, size) if size % g == 0), size)
         if lanes > 1:
             a, b = (t.view(len(t), channels * lanes, -1) for t in (a, b))
             ones, means = (t.repeat_interleave(lanes) for t in (ones, means))
@@ -130,7 +177,7 @@ def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor
             products.double().view(channels, lanes).sum(1),
         )
     # Channels are innermost, and ATen sums a channel's values one by one.
-    lanes = -(-n // 512)
+    lanes = -(-n // _MOST_VALUES_INNERMOST)
     if lanes == 1:
         sums, products = _native_sums(a, b, means, ones)
         return sums.double(), products.double()

@@ -151,7 +151,9 @@ def statistics(
     sums, squares, n = _local_sums(x, valid)
     # The same message for both algorithms, and for the kernels, which a process with values uses.
     sums, squares, count = all_reduce(group, layer, "forward", sums, squares, n)
-    values = count.clamp(min=1)
+    # Without a group |B| is known. Small layers are then made of few operations.
+    known = x.numel() // x.shape[1] if not group and valid is None else None
+    values = count.clamp(min=1) if known is None else max(1, known)
     mean = sums / values
     var = torch.addcmul(squares / values, mean, mean, value=-1)
     if algorithm == "two_pass" or _cancels(x, group, mean, var):
@@ -169,8 +171,9 @@ def statistics(
     dtype = aten.statistics_dtype(x)
     invstd = torch.rsqrt(var.to(dtype) + eps)
     scale = invstd if weight is None else weight * invstd
-    shift = torch.zeros_like(scale) if bias is None else bias
-    return torch.stack([t.to(dtype) for t in (mean, invstd, scale, shift)]), count
+    shift = torch.zeros_like(invstd) if bias is None else bias
+    stats = torch.cat([t.to(dtype) for t in (mean, invstd, scale, shift)])
+    return stats.view(4, -1), count
 
 
 @torch.library.register_fake("megdet_d2::statistics")
@@ -294,6 +297,10 @@ class Normalization(torch.autograd.Function):
             )
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
+        if not ctx.group and valid is None and aten.in_one_pass(x, weight):
+            needed = needs_x, needs_weight, needs_bias
+            gradients = aten.gradients(dy, x, weight, stats[0], stats[1], needed)
+            return (*gradients, dy if needs_residual else None, *[None] * 7)
         # The collective is unconditional, because needs_x may differ between processes: one without
         # proposals makes an empty input that needs no gradient. Its peers would wait for ever.
         needs_pass = needs_x or (needs_residual and relu)
@@ -501,7 +508,7 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
     # Unbiased, in the buffers' dtype: a variance may overflow in a module of half precision.
     new = torch.stack((mean, var * (n / max(n - 1, 1))))
     new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
-    if n > 1 and new.abs().max().item() < torch.inf:
+    if n > 1 and torch.linalg.vector_norm(new, torch.inf).item() < torch.inf:
         factor = 0.0 if momentum is None else momentum
         if tracked is not None:
             tracked += 1
