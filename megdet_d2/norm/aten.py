@@ -8,7 +8,6 @@ four names in Triton. Its gradients include the ReLU; here the caller has masked
 import torch
 from torch import Tensor
 
-
 # Values that ATen's kernel may add up in float32: whole vectors at a time, or one by one.
 _MOST_VALUES, _MOST_VALUES_INNERMOST = 4096, 512
 # Values of a tensor up to which plain operators in float64 are the fastest.

@@ -297,10 +297,11 @@ class Normalization(torch.autograd.Function):
             )
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
-        if not ctx.group and valid is None and aten.in_one_pass(x, weight):
-            needed = needs_x, needs_weight, needs_bias
-            gradients = aten.gradients(dy, x, weight, stats[0], stats[1], needed)
-            return (*gradients, dy if needs_residual else None, *[None] * 7)
+        here = not ctx.group and valid is None and not use_triton(x)
+        if here and aten.in_one_pass(x, weight):
+            wanted = needs_x, needs_weight, needs_bias
+            dx, dweight, dbias = aten.gradients(dy, x, weight, stats[0], stats[1], wanted)
+            return dx, dweight, dbias, dy if needs_residual else None, *[None] * 7
         # The collective is unconditional, because needs_x may differ between processes: one without
         # proposals makes an empty input that needs no gradient. Its peers would wait for ever.
         needs_pass = needs_x or (needs_residual and relu)

@@ -29,11 +29,13 @@ class ValidRegion:
         sizes: (height, width) of each image, pixels; empty until there is a batch.
         padded: (height, width) of the tensor that holds them.
         hooks: the model's hooks that write both; see ``ignore_padding``.
+        masks: the masks of this batch, which all layers of one feature map's size share.
     """
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     padded: tuple[int, int] = (0, 0)
     hooks: list[RemovableHandle] = field(default_factory=list, repr=False)
+    masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Returns the mask of the images in x, a feature map of the batch.
@@ -49,6 +51,17 @@ class ValidRegion:
         """
         if len(self.sizes) != len(x) or x.dim() != 4 or set(self.sizes) == {self.padded}:
             return None
+        if torch.compiler.is_compiling():
+            return self._make_mask(x)
+        batch = tuple(self.sizes), self.padded
+        key = (batch, x.shape[2:], x.device)
+        if any(other != batch for other, *_ in self.masks):
+            self.masks.clear()
+        if key not in self.masks:
+            self.masks[key] = self._make_mask(x)
+        return self.masks[key]
+
+    def _make_mask(self, x: Tensor) -> Tensor:
         inside = torch.zeros(len(x), 1, *x.shape[2:], dtype=torch.bool)
         for image, size in zip(inside, self.sizes, strict=True):
             rows, columns = (

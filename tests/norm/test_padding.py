@@ -112,6 +112,20 @@ class Detector(nn.Module):
         return self.roi_heads(self.backbone(images))
 
 
+def test_layers_share_the_mask_of_a_batch_and_the_next_batch_has_its_own():
+    region = ValidRegion([(64, 96), (33, 32)], (64, 96))
+    maps = [torch.zeros(2, channels, 16, 24) for channels in (3, 5)]
+    first = region.mask(maps[0])
+    assert region.mask(maps[1]) is first
+    smaller = region.mask(torch.zeros(2, 3, 8, 12))
+    assert smaller.shape == (2, 1, 8, 12) and region.mask(maps[0]) is first
+    region.sizes = [(33, 32), (64, 96)]
+    second = region.mask(maps[0])
+    assert torch.equal(second, first.flip(0)) and len(region.masks) == 1
+    region.padded = (128, 96)
+    assert not torch.equal(region.mask(maps[0]), second)
+
+
 def test_a_models_layers_learn_the_sizes_from_its_inputs():
     model = pickle.loads(pickle.dumps(copy.deepcopy(ignore_padding(Detector()))))
     assert model.roi_heads[0].valid_region is None
