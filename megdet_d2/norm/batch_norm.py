@@ -103,7 +103,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         """Sets the attributes that a plain batch norm does not have, to their values at the start.
 
         Args:
-            process_group, algorithm: as in the class.
+            process_group: as in the class.
+            algorithm: as in the class.
         """
         self.algorithm = algorithm
         self.process_group = process_group

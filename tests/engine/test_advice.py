@@ -1,0 +1,75 @@
+"""Tests the hints about a schedule that does not fit the number of training images."""
+
+import json
+
+import pytest
+from detectron2.data import get_detection_dataset_dicts
+
+from megdet_d2.data import inspect_datasets, register_datasets
+from megdet_d2.engine import prepare_config
+from megdet_d2.engine.advice import count_images, find_schedule_faults
+from megdet_d2.schedule.build import scale_config
+from tests.helpers.coco_data import assert_says
+from tests.helpers.training import config, write_images
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return write_images(tmp_path, images=16)
+
+
+def test_few_iterations_are_a_hint_with_the_epochs_that_would_do(tmp_path, coco, caplog):
+    policy = ("MEGDET.POLICY", "normal", "MEGDET.EPOCHS", None)
+    decay = ("MEGDET.DECAY_EPOCHS", (), "MEGDET.DECAY_FACTORS", ())
+    cfg = config(tmp_path, coco, *policy, *decay, "SOLVER.IMS_PER_BATCH", 16)
+    prepare_config(cfg)
+    assert cfg.SOLVER.MAX_ITER == 11
+    assert_says(caplog.text, "MEGDET.POLICY is 'normal'", "11 epochs are 11 iterations of 16")
+    assert_says(caplog.text, "SOLVER.IMS_PER_BATCH", "MEGDET.EPOCHS 300 or more")
+
+
+@pytest.mark.parametrize("policy, epochs", [("", 2.0), ("custom", 200.0)])
+def test_stock_schedules_and_long_ones_need_no_hint(tmp_path, coco, policy, epochs, caplog):
+    cfg = config(tmp_path, coco, "MEGDET.POLICY", policy, "MEGDET.EPOCHS", epochs)
+    prepare_config(cfg)
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+@pytest.mark.parametrize("epoch, said", [(118000, True), (33, True), (7, True), (17, False)])
+def test_epoch_images_of_another_data_set_are_named(tmp_path, coco, epoch, said, caplog):
+    epochs = ("MEGDET.EPOCHS", 30.0, "MEGDET.DECAY_EPOCHS", (20,))
+    prepare_config(config(tmp_path, coco, *epochs, "MEGDET.EPOCH_IMAGES", epoch))
+    assert (f"MEGDET.EPOCH_IMAGES is {epoch}" in caplog.text) == said
+    if said:
+        assert_says(caplog.text, "16 images to train on", "set MEGDET.EPOCH_IMAGES 0")
+
+
+def test_a_batch_larger_than_the_training_set_is_named(tmp_path, coco, caplog):
+    epochs = ("MEGDET.EPOCHS", 30.0, "MEGDET.DECAY_EPOCHS", (20,))
+    prepare_config(config(tmp_path, coco, *epochs, "SOLVER.IMS_PER_BATCH", 24))
+    assert_says(caplog.text, "SOLVER.IMS_PER_BATCH is 24", "16 images", "several times")
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_images_are_counted_as_detectron2_filters_them(tmp_path, coco, filtered):
+    file = coco[0][1]
+    with open(file) as stream:
+        content = json.load(stream)
+    rows = content["annotations"]
+    rows[0]["iscrowd"] = rows[1]["iscrowd"] = rows[2]["iscrowd"] = 1
+    rows[6]["iscrowd"] = None
+    del rows[4:6]
+    with open(file, "w") as stream:
+        json.dump(content, stream)
+    cfg = config(tmp_path, coco, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", filtered)
+    count = count_images(cfg, register_datasets(cfg))
+    assert count == len(get_detection_dataset_dicts("mixed", filter_empty=filtered))
+    assert count == (14 if filtered else 16)
+
+
+def test_a_set_of_unknown_size_gets_no_hint_about_it(tmp_path):
+    cfg = config(tmp_path, [], "DATASETS.TRAIN", ("megdet_digits_train",), "MEGDET.EPOCHS", 400.0)
+    register_datasets(cfg, ())
+    scale_config(cfg, num_images=8)
+    assert count_images(cfg, inspect_datasets(cfg)) is None
+    assert find_schedule_faults(cfg, None) == []
