@@ -19,15 +19,11 @@ except ImportError as error:
         "or, in a checkout of megdet_d2, run `make setup`, which installs them all into .venv."
     ) from error
 
-from . import _moved, model_zoo
-from . import modeling as _modeling  # noqa: F401
+from . import _moved
+from ._older_detectron2 import norm_only as _norm_only
 from ._version import __version__
 from .config import add_megdet_config, load_config
-from .engine import Trainer, evaluate, launch, prepare_config, read_config, setup
-from .engine.divergence import DivergenceError
-from .gradient_noise.hook import GradientNoise
 from .memory import checkpoint_modules, checkpoint_stages
-from .modeling.fused_resnet import fuse_activations
 from .norm import registry as _registry
 from .norm.batch_norm import CrossGPUBatchNorm, name_layers, set_accumulation_steps
 from .norm.collective import OutOfStepError, raise_if_out_of_step
@@ -37,7 +33,6 @@ from .norm.padding import ignore_padding
 from .norm.registry import NORM_REGISTRY
 from .norm.retinanet import separate_retinanet_levels
 from .norm.running_statistics import average_statistics, averaged_statistics
-from .schedule.build import build_lr_scheduler, scale_config
 
 __all__ = [
     "__version__",
@@ -77,6 +72,17 @@ __all__ = [
     "GradientNoise",
 ]
 
-_moved.install()
 _registry.install()
-__getattr__ = _moved.moved(__name__)
+try:
+    from . import model_zoo
+    from . import modeling as _modeling  # noqa: F401
+    from .engine import Trainer, evaluate, launch, prepare_config, read_config, setup
+    from .engine.divergence import DivergenceError
+    from .gradient_noise.hook import GradientNoise
+    from .modeling.fused_resnet import fuse_activations
+    from .schedule.build import build_lr_scheduler, scale_config
+except ImportError as error:  # the norm needs less of Detectron2 than the rest
+    __getattr__ = _norm_only(error, __all__)
+else:
+    _moved.install()
+    __getattr__ = _moved.moved(__name__)

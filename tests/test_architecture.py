@@ -12,6 +12,7 @@ PACKAGE = ROOT / "megdet_d2"
 # From the lowest floor up. A prefix names a folder; the longest one decides.
 FLOORS = {
     "_moved": 0,
+    "_older_detectron2": 3,
     "_version": 0,
     "norm": 0,
     "schedule": 0,

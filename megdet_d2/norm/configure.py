@@ -4,6 +4,7 @@
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 
 from detectron2.config import CfgNode
@@ -11,8 +12,6 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from megdet_d2.modeling.fused_resnet import fuse_activations, fused_blocks, unfuse_activations
 
 from .batch_norm import cgbn_layers, name_layers, set_accumulation_steps
 from .functional import ALGORITHMS
@@ -76,18 +75,28 @@ def configure_cgbn(model: nn.Module, cfg: CfgNode, images_per_gpu: int) -> nn.Mo
             )
     else:
         count_padding(bare)
-    if keys.FUSE_ACTIVATION:
-        fused = fuse_activations(bare)
-        if fused:
-            logger.info(f"CGBN: fused the activations of {fused} blocks")
-        elif not fused_blocks(bare):
-            logger.warning(
-                "MODEL.CGBN.FUSE_ACTIVATION is True, but the model has no ResNet block with CGBN "
-                "that can be fused"
-            )
-    else:
-        unfuse_activations(bare)
+    _fuse_or_unfuse(bare, keys.FUSE_ACTIVATION)
     return model
+
+
+def _fuse_or_unfuse(model: nn.Module, fuse: bool) -> None:
+    module = "megdet_d2.modeling.fused_resnet"
+    if not fuse and module not in sys.modules:  # then no block is fused
+        return
+    # Not at the top, because the package of the models does not load on an older Detectron2.
+    from megdet_d2.modeling.fused_resnet import fuse_activations, fused_blocks, unfuse_activations
+
+    if not fuse:
+        unfuse_activations(model)
+        return
+    fused = fuse_activations(model)
+    if fused:
+        logger.info(f"CGBN: fused the activations of {fused} blocks")
+    elif not fused_blocks(model):
+        logger.warning(
+            "MODEL.CGBN.FUSE_ACTIVATION is True, but the model has no ResNet block with CGBN "
+            "that can be fused"
+        )
 
 
 def set_bn_size(

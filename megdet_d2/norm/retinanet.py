@@ -1,12 +1,13 @@
 """The separate CGBN statistics for the pyramid levels of RetinaNet's heads."""
 
 import logging
+from typing import Any
 
-from detectron2.layers import CycleBatchNormList
+import detectron2.layers
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
-from .batch_norm import CrossGPUBatchNorm
+from .batch_norm import CrossGPUBatchNorm, cgbn_layers
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,13 @@ def separate_retinanet_levels(model: nn.Module) -> nn.Module:
         the model.
     """
     for head in model.modules():
-        if not isinstance(head, RetinaNetHead):
+        if not isinstance(head, RetinaNetHead) or not cgbn_layers(head):
+            continue
+        if not hasattr(detectron2.layers, "CycleBatchNormList"):
+            logger.warning(
+                "CGBN: the levels of RetinaNet's head share their running statistics, as every "
+                "norm does there before Detectron2 0.6"
+            )
             continue
         replaced = 0
         for subnet in (head.cls_subnet, head.bbox_subnet):
@@ -39,8 +46,8 @@ def separate_retinanet_levels(model: nn.Module) -> nn.Module:
     return model
 
 
-def _levels(layer: CrossGPUBatchNorm, length: int) -> CycleBatchNormList:
-    levels = CycleBatchNormList(
+def _levels(layer: CrossGPUBatchNorm, length: int) -> nn.ModuleList:
+    levels: Any = detectron2.layers.CycleBatchNormList(
         length=length,
         bn_class=CrossGPUBatchNorm,
         num_features=layer.num_features,
