@@ -59,8 +59,9 @@ def write_kept_log() -> None:
         return
     if not ours.handlers:
         ours.setLevel(logging.DEBUG)
+        reached = _handlers(ours.name)  # those of the root, one of which may be a console
         for handler in theirs:
-            if not (_is_console(handler) and logging.root.handlers):  # which shows it already
+            if handler not in reached and not (_is_console(handler) and reached):
                 ours.addHandler(handler)
     for record, had in _keeper.kept:
         shown = record.levelno >= logging.WARNING
