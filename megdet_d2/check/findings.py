@@ -100,7 +100,7 @@ def _find_evaluation_faults(
     coco = inspection.coco
     if not coco or not coco.get("annotations"):
         return
-    known = {(finding.kind, finding.ids) for finding in inspection.findings}
+    known = [(finding.kind, finding.ids) for finding in inspection.findings]
     faults = find_annotation_faults(
         "As a test set",
         json_file,

@@ -80,7 +80,7 @@ def find_image_faults(
                 problem,
                 fix,
                 "images",
-                tuple(row["id"] for row, _ in rows),
+                tuple(row.get("id") for row, _ in rows),
                 tuple(row["file_name"] for row, _ in rows),
                 tuple(value for _, value in rows) if rows[0][1] else (),
                 total,

@@ -127,7 +127,7 @@ def _find_keypoint_faults(cfg: CfgNode, name: str, annotations: list[dict]) -> I
             "give the standard deviation of each keypoint, relative to the object's scale",
         )
     for wanted, wrong, problem, fix in (
-        ("keypoints", lambda a: len(a["keypoints"]) != 3 * expected,
+        ("keypoints", lambda a: _number(a["keypoints"]) != expected,
          f"have another number of keypoints than {key}, {expected}",
          f"give x, y and visibility of each, or correct {key}"),
         ("num_keypoints", lambda a: False, "", ""),
@@ -143,8 +143,12 @@ def _find_keypoint_faults(cfg: CfgNode, name: str, annotations: list[dict]) -> I
         if faulty:
             yield _of_rows(
                 "keypoints-number", where, file, "annotations", faulty, annotations, problem, fix,
-                [f"{len(a['keypoints']) / 3:g}" for a in faulty],
+                [f"{_number(a['keypoints']):g}" for a in faulty],
             )  # fmt: skip
+
+
+def _number(keypoints: Any) -> float:
+    return len(keypoints) / 3 if isinstance(keypoints, list) else 0
 
 
 # --- LVIS ----------------------------------------------------------------------------------------

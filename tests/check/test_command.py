@@ -1,5 +1,6 @@
 """Tests megdet check from its words to its page and its status."""
 
+import contextlib
 import json
 
 import pytest
@@ -152,6 +153,27 @@ def test_a_json_that_is_no_coco_is_refused_without_a_traceback(data, capsys, con
     data.write = lambda: data.path.write_text(content) and data or data
     refused(data, *MODEL)
     assert "A training would be refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 1e999, [1], {"a": 1}, True, [[1, 2, 3, 4]]])
+@pytest.mark.parametrize("rows", ["images", "annotations", "categories"])
+def test_whatever_a_value_is_it_is_a_finding(data, capsys, rows, value):
+    found = []
+    for key in list(data.json[rows][0]):
+        right = data.json[rows][0][key]
+        data.json[rows][0][key] = value
+        with contextlib.suppress(SystemExit):
+            run(data, "--json", "MODEL.MASK_ON", "True")
+        found.append(json.loads(capsys.readouterr().out)["findings"])
+        data.json[rows][0][key] = right
+    assert all(found)
+
+
+def test_an_image_may_have_two_faults(data, capsys):
+    del data.json["images"][0]["id"]
+    (data.root / data.json["images"][0]["file_name"]).unlink()
+    kinds = {f["kind"] for f in as_json(data, capsys, status=1)["findings"]}
+    assert "missing-file-image" in kinds and len(kinds) > 1
 
 
 def test_files_that_are_not_there_are_named(tmp_path, capsys, monkeypatch):

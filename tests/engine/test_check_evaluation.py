@@ -148,6 +148,16 @@ def test_annotations_without_keypoints_are_named_by_their_ids(write, tmp_path):
     assert "have no 'keypoints'" in str(finding) and "faces_val" in str(finding)
 
 
+def test_keypoints_that_are_no_list_are_named(write, tmp_path):
+    def spoil(content):
+        add_keypoints(content)
+        content["annotations"][6]["keypoints"] = None
+
+    write("faces_val", spoil)
+    (finding,) = inspect_evaluation(keypoint_config(tmp_path))
+    assert (finding.ids, finding.values) == ((7,), ("0",))
+
+
 @pytest.mark.parametrize(
     "overrides, change",
     [
