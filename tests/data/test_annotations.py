@@ -240,6 +240,13 @@ def test_right_boxes_in_any_corner_of_the_image_are_no_fault(train, size, caplog
     assert not caplog.records
 
 
+def test_loose_boxes_around_objects_as_large_as_their_images_are_a_warning(train, caplog):
+    for row in many(train):
+        row["bbox"] = [3, 3, WIDTH - 1, HEIGHT]
+    check(coco_config([train.write()], num_classes=1))
+    assert_says(caplog.text, "20 of 20 annotations have a bbox that leaves their image")
+
+
 def test_one_object_as_large_as_its_image_is_no_fault(train, caplog):
     for row in many(train, 2):
         row["bbox"] = [0, 0, WIDTH, HEIGHT]
