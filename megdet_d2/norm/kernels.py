@@ -780,15 +780,16 @@ def _input_gradient(
     values = tl.load(x + offsets, mask=mask, other=0.0)
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(ACC)
     mean, invstd, scale, bias = _stats(stats, channels, channel, inside, ACC)
-    n = tl.maximum(tl.load(values_of_all), 1.0)
-    mean_dy = (tl.load(message + channel, mask=inside, other=0.0) / n).to(ACC)
-    mean_products = tl.load(message + channels + channel, mask=inside, other=0.0) / n
+    # In float32 for most x: a division in float64 is a call, for which registers are spilled.
+    n = tl.maximum(tl.load(values_of_all), 1.0).to(ACC)
+    mean_dy = tl.load(message + channel, mask=inside, other=0.0).to(ACC) / n
+    mean_products = tl.load(message + channels + channel, mask=inside, other=0.0).to(ACC) / n
     if RELU:
         gradient = _before_relu(gradient, values, mean, scale, bias, y, offsets, mask, ACC)
     if dresidual is not None:
         tl.store(dresidual + offsets, gradient, mask=mask)
     xhat = (values.to(ACC) - mean) * invstd
-    through_statistics = mean_dy + xhat * mean_products.to(ACC)
+    through_statistics = mean_dy + xhat * mean_products
     if valid is not None:
         counted = _load_valid(valid, t, rows, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
         through_statistics = tl.where(counted, through_statistics, 0.0)

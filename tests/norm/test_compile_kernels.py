@@ -50,7 +50,7 @@ def chosen(target: str) -> list[Variant]:
 def test_every_variant_compiles_without_spills(target, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     cases = chosen(target)
-    assert len(cases) > 60 and (target != "sm_90" or len(cases) > 400)
+    assert len(cases) > 60 and (target != "sm_90" or len(cases) > 350)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         faults = list(filter(None, pool.map(compile_and_check, cases, len(cases) * [target])))
     assert not faults, f"{len(faults)} of {len(cases)}: " + "\n".join(faults[:5])
