@@ -98,7 +98,7 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """Yields the variants of all kernels that a layer can launch.
 
-    Narrower loads have one set of arguments for each kernel, but those of bfloat16 by single values.
+    Narrower loads have one set of arguments for each kernel, except single values of bfloat16.
     """
     for dtype in DTYPES.values():
         widths = [v for v in (1, 2, 4, 8) if v * dtype.itemsize <= 16]
