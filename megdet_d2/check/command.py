@@ -60,7 +60,7 @@ def _print(result: Check) -> None:
     errors = sum(finding.level == "error" for finding in result.findings)
     warnings = len(result.findings) - errors
     verdict = "A training would be refused" if errors else "A training would start"
-    print(f"{verdict}: {errors} kinds of errors, {warnings} kinds of warnings.")
+    print(f"{verdict}. Kinds of errors: {errors}, of warnings: {warnings}.")
     if result.schedule:
         print(", ".join(f"{row['schedule']}: {row['value']}" for row in schedule_table(result)))
 

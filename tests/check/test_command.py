@@ -41,7 +41,7 @@ def as_json(data, capsys, *words, status=0):
 def test_a_right_data_set_has_a_page_and_status_0(data, tmp_path, capsys):
     run(data, *MODEL)
     out = capsys.readouterr().out
-    assert "A training would start: 0 kinds of errors" in out
+    assert "A training would start. Kinds of errors: 0, of warnings:" in out
     page = (tmp_path / "output/check/train/check.html").read_text()
     assert str(tmp_path / "output/check/train/check.html").endswith(out.split("Page: ")[1].strip())
     for part in ("cat", "dog", "owl", "Schedule", "800", "IoU with the best anchor", "<img"):
