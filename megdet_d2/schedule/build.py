@@ -176,8 +176,8 @@ def policy_from_config(cfg: CfgNode) -> EpochPolicy:
 def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
     """Refuses ``SOLVER`` keys that ``MEGDET.POLICY`` decides or does not use, all at once.
 
-    A value equal to Detectron2's default is accepted, since it undoes that of a config file. So is
-    one that the policy itself has written into a dumped config.
+    A value equal to Detectron2's default is accepted, since it undoes that of a config file. In a
+    dumped config so are the values that the policy itself has written.
 
     Args:
         cfg: a config with the overrides of the command line.
@@ -189,13 +189,15 @@ def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
     if not cfg.MEGDET.POLICY:
         return
     defaults = get_cfg().SOLVER
-    resolved = cfg.MEGDET.RESOLVED if cfg.MEGDET.RESOLVED.MAX_ITER else {}
+    written = cfg.MEGDET.RESOLVED if cfg.MEGDET.RESOLVED.MAX_ITER else {}
+    # In a dumped config a default is an edit, unless the learning rate's is put back too.
+    put_back = not _differ(cfg.SOLVER.BASE_LR, defaults.BASE_LR)
     fixes = {**_RESOLVED, **_UNUSED}
     wrong = [
         key
         for key in fixes
-        if _differ(cfg.SOLVER[key], defaults[key])
-        and _differ(cfg.SOLVER[key], resolved.get(key, defaults[key]))
+        if _differ(cfg.SOLVER[key], written.get(key, defaults[key]))
+        and (not put_back or _differ(cfg.SOLVER[key], defaults[key]))
     ]
     if not wrong:
         return

@@ -9,7 +9,7 @@ from tests.helpers.coco_data import Data
 
 @pytest.fixture
 def clean_catalogs(monkeypatch):
-    monkeypatch.setattr(coco, "_registered", {})
+    monkeypatch.setattr(coco, "_registered", dict(coco._registered))
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
