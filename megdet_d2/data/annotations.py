@@ -453,8 +453,8 @@ class _Check:
         high = low + side
         no_area = (side == 0).any(axis=1)
         outside = ((low >= size) | (high <= 0)).any(axis=1) & ~no_area
-        overhang = np.maximum(-low, high - size).max(axis=1)
-        over = (overhang > _TOLERANCE) & ~no_area
+        beyond = np.maximum(-low, high - size)
+        over = (beyond.max(axis=1) > _TOLERANCE) & ~no_area
         # As two corners, x2 > x1, y2 > y1, and the second corner is in the image.
         corners = ((side > low) & (side <= size + _TOLERANCE)).all(axis=1)
         fractions = (box.max(axis=1) <= 1) & ~no_area & (size > _TOLERANCE).all(axis=1)
@@ -481,7 +481,7 @@ class _Check:
             "multiply normalised boxes by width and height of the image",
         )
         # A loose box of an object as large as its image leaves it by a few percent.
-        far = (np.maximum(-low, high - size) / np.maximum(size, 1)).max(axis=1)[over]
+        far = (beyond / np.maximum(size, 1)).max(axis=1)[over]
         if len(far) >= _FEW and corners.all() and far.mean() > _FAR:
             report(
                 "box-corners",

@@ -1,6 +1,7 @@
 """The number of classes that a data set has, and that a config gives to its model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import zip_longest
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -40,6 +41,11 @@ def value_of(cfg: CfgNode, key: str) -> int:
 def num_classes(cfg: CfgNode) -> int | None:
     """Returns the object classes of the model that ``cfg`` builds; None if that is unknown."""
     return next((value_of(cfg, key) for key in class_keys(cfg, "thing")), None)
+
+
+def differing_classes(expected: Sequence[str], found: Sequence[str]) -> list[tuple]:
+    """Returns the first places in which two lists of classes differ, with None past an end."""
+    return [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]][:6]
 
 
 def class_counts(name: str, kind: str) -> list[int]:

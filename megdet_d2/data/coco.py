@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -23,7 +22,7 @@ from .annotations import (
     start_of_paths,
     valid_mask,
 )
-from .classes import class_counts, class_fault, class_keys
+from .classes import class_counts, class_fault, class_keys, differing_classes
 from .finding import Finding, raise_findings
 from .images import find_image_faults
 from .mapping import Mapper, reads_8_bits
@@ -356,8 +355,8 @@ def _find_differences(classes: dict[str, list[str]]) -> list[Finding]:
     for name, found in classes.items():
         # Detectron2 numbers the classes in the order of the ids; the ids themselves may differ.
         if found != expected:
-            differ = [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]]
-            problem = f"the categories of {first!r} and {name!r} differ in {differ[:6]}"
+            differ = differing_classes(expected, found)
+            problem = f"the categories of {first!r} and {name!r} differ in {differ}"
             fix = "a detector needs one list: give both the same names in the order of their ids"
             findings.append(Finding("error", "categories-differ", "DATASETS", "", problem, fix))
     return findings

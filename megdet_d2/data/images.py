@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .annotations import start_of_paths
 from .finding import Finding
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def find_image_faults(
                 where,
                 image_root,
                 "there is no such image folder",
-                f"a relative path starts at the working directory, {os.getcwd()!r}",
+                start_of_paths(),
             )
         ]
     hits: dict[str, list[tuple[dict, str]]] = {}
@@ -164,11 +165,9 @@ def _look(path: str, row: dict) -> tuple[str, str]:
     """Returns the kind of an image's fault, "" for none, and the faulty value."""
     try:
         with Image.open(path) as image:
-            expected = row["width"], row["height"]
-            if row["width"] == math.inf:
-                expected = _size(image, Image.Image.getexif)
             # That of PNG files would decode each, to look for an orientation after the pixels.
             size = _size(image, Image.Image.getexif)
+            expected = size if row["width"] == math.inf else (row["width"], row["height"])
             if image.format == "PNG" and size == expected[::-1] != expected:
                 with Image.open(path) as whole:
                     size = _size(whole, type(whole).getexif)

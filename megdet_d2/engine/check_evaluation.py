@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
-from megdet_d2.data.classes import class_fault, class_keys
+from megdet_d2.data.classes import class_fault, class_keys, differing_classes
 from megdet_d2.data.finding import Finding
 from megdet_d2.data.records import is_foreign
 
@@ -81,7 +80,7 @@ def _find_class_faults(cfg: CfgNode, name: str, classes: list[str]) -> Iterator[
         expected = MetadataCatalog.get(train).as_dict().get("thing_classes")
         if not expected or list(expected) == classes:
             continue
-        differ = [pair for pair in zip_longest(expected, classes) if pair[0] != pair[1]]
+        differ = differing_classes(expected, classes)
         # With other names in the same places, such as "Cat" for "cat", the AP can be right.
         certain = len(expected) != len(classes) or set(expected) == set(classes)
         yield Finding(
@@ -89,7 +88,7 @@ def _find_class_faults(cfg: CfgNode, name: str, classes: list[str]) -> Iterator[
             "categories-differ",
             where,
             "",
-            f"its categories differ from those of {train!r} in {differ[:6]}",
+            f"its categories differ from those of {train!r} in {differ}",
             "give both the same names in the order of their ids",
         )
 
@@ -126,12 +125,7 @@ def _find_keypoint_faults(cfg: CfgNode, name: str, annotations: list[dict]) -> I
             "a sigma is not above 0",
             "give the standard deviation of each keypoint, relative to the object's scale",
         )
-    for wanted, wrong, problem, fix in (
-        ("keypoints", lambda a: _number(a["keypoints"]) != expected,
-         f"have another number of keypoints than {key}, {expected}",
-         f"give x, y and visibility of each, or correct {key}"),
-        ("num_keypoints", lambda a: False, "", ""),
-    ):  # fmt: skip
+    for wanted in ("keypoints", "num_keypoints"):
         missing = [a for a in annotations if wanted not in a]
         if missing:
             yield _of_rows(
@@ -139,12 +133,15 @@ def _find_keypoint_faults(cfg: CfgNode, name: str, annotations: list[dict]) -> I
                 f"have no {wanted!r}, which pycocotools needs in each",
                 "add it, with keypoints of 0, 0, 0 where none is labelled",
             )  # fmt: skip
-        faulty = [a for a in annotations if wanted in a and wrong(a)]
-        if faulty:
-            yield _of_rows(
-                "keypoints-number", where, file, "annotations", faulty, annotations, problem, fix,
-                [f"{_number(a['keypoints']):g}" for a in faulty],
-            )  # fmt: skip
+    numbers = [(a, _number(a["keypoints"])) for a in annotations if "keypoints" in a]
+    faulty = [(a, number) for a, number in numbers if number != expected]
+    if faulty:
+        yield _of_rows(
+            "keypoints-number", where, file, "annotations", [a for a, _ in faulty], annotations,
+            f"have another number of keypoints than {key}, {expected}",
+            f"give x, y and visibility of each, or correct {key}",
+            [f"{number:g}" for _, number in faulty],
+        )  # fmt: skip
 
 
 def _number(keypoints: Any) -> float:

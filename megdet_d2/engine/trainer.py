@@ -18,7 +18,6 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from megdet_d2._moved import renamed
@@ -28,7 +27,7 @@ from megdet_d2.data.mapping import Mapper
 from megdet_d2.data.stream import build_train_loader
 from megdet_d2.memory import checkpoint_stages
 from megdet_d2.modeling.tta import build_tta
-from megdet_d2.norm.batch_norm import cgbn_layers
+from megdet_d2.norm.batch_norm import bare_model, cgbn_layers
 from megdet_d2.norm.configure import configure_cgbn, describe_norms, group_ranks
 from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
@@ -126,10 +125,7 @@ class Trainer(DefaultTrainer):
         # Again, since an overridden build_model may not have. One forward is one micro-batch.
         configure_cgbn(self.model, cfg, self.layout.images_per_gpu)
         if cfg.MODEL.SUBLINEAR.ENABLED:
-            bare = (
-                self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-            )
-            checkpoint_stages(bare, cfg.MODEL.SUBLINEAR.STAGES)
+            checkpoint_stages(bare_model(self.model), cfg.MODEL.SUBLINEAR.STAGES)
         self._mini_batch = MiniBatchCheck(self.layout, name)
         self._learning_rate = LearningRateCheck(cfg.MEGDET.POLICY, name)
         self._guard = DivergenceGuard(self.model)

@@ -86,14 +86,8 @@ def gradients(
     Args:
         needed: which of the three.
     """
-    mask = needed[0], needed[1] and weight is not None, needed[2]
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        like_layout(dy, x), x, weight, None, None, mean, invstd, True, 0.0, list(mask)
-    )
-    return (
-        dx if mask[0] else None,
-        dweight if mask[1] else None,
-        dbias if mask[2] else None,
+    return torch.ops.aten.native_batch_norm_backward(
+        like_layout(dy, x), x, weight, None, None, mean, invstd, True, 0.0, needed
     )
 
 

@@ -371,13 +371,17 @@ def set_accumulation_steps(model: nn.Module, steps: int) -> nn.Module:
     return model
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """Returns the model inside of a ``DistributedDataParallel``, and any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def name_layers(model: nn.Module) -> nn.Module:
     """Gives every CGBN layer the name that it has in ``model``, in place; returns the model.
 
     The names have no "module." prefix where ``model`` is a ``DistributedDataParallel``.
     """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    for name, layer in bare.named_modules():
+    for name, layer in bare_model(model).named_modules():
         if isinstance(layer, CrossGPUBatchNorm):
             layer.name = name or layer.name
     return model

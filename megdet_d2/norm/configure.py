@@ -11,9 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .batch_norm import cgbn_layers, name_layers, set_accumulation_steps
+from .batch_norm import bare_model, cgbn_layers, name_layers, set_accumulation_steps
 from .functional import ALGORITHMS
 from .groups import consecutive_group, ranks_per_group
 from .keys import NormKey, describe_norm_keys, plain_batch_norms
@@ -61,7 +60,7 @@ def configure_cgbn(model: nn.Module, cfg: CfgNode, images_per_gpu: int) -> nn.Mo
     set_bn_size(model, keys.BN_SIZE, images_per_gpu, keys.CROSS_MACHINE)
 
     # Names and hooks belong to the model that DDP wraps.
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    bare = bare_model(model)
     name_layers(separate_retinanet_levels(bare))
     for layer in cgbn_layers(bare):
         layer.algorithm = keys.ALGORITHM

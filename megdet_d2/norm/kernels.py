@@ -491,6 +491,15 @@ def _is_last(tickets, group, splits):
 
 
 @_jit
+def _partials_at(
+    partials, first, splits, channels, channel, inside, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Returns addresses and mask of a channel's values of AT_ONCE splits, from ``first`` on."""
+    split = first + tl.arange(0, AT_ONCE)[:, None]
+    return partials + split * channels + channel, (split < splits) & inside
+
+
+@_jit
 def _load_partials(at, mask):
     # From the L2 cache: programs on other multiprocessors have stored them.
     return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
@@ -567,9 +576,7 @@ def _moments(
         all_x = tl.zeros([at_once, width], tl.float64)
         all_x2 = tl.zeros([at_once, width], tl.float64)
         for first in range(0, splits, at_once):
-            row = first + tl.arange(0, at_once)[:, None]
-            at = partials + row * channels + channel
-            there = (row < splits) & inside
+            at, there = _partials_at(partials, first, splits, channels, channel, inside, at_once)
             ns = _load_partials(at, there)
             means = _load_partials(at + plane, there)
             all_n += ns
@@ -583,9 +590,9 @@ def _moments(
             mean = sum_x / tl.maximum(sum_n, 1.0)
             around = tl.zeros([at_once, width], tl.float64)
             for first in range(0, splits, at_once):
-                row = first + tl.arange(0, at_once)[:, None]
-                at = partials + row * channels + channel
-                there = (row < splits) & inside
+                at, there = _partials_at(
+                    partials, first, splits, channels, channel, inside, at_once
+                )
                 rest = tl.where(there, _load_partials(at + plane, there) - mean, 0.0)
                 around += _load_partials(at + 2 * plane, there)
                 around += _load_partials(at, there) * rest * rest
@@ -728,9 +735,7 @@ def _gradient_sums(
         all_dy = tl.zeros([at_once, width], tl.float64)
         all_products = tl.zeros([at_once, width], tl.float64)
         for first in range(0, splits, at_once):
-            row = first + tl.arange(0, at_once)[:, None]
-            at = partials + row * channels + channel
-            there = (row < splits) & inside
+            at, there = _partials_at(partials, first, splits, channels, channel, inside, at_once)
             all_dy += _load_partials(at, there)
             all_products += _load_partials(at + plane, there)
         sum_dy = tl.sum(all_dy, 0, keep_dims=True)

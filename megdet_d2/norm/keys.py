@@ -12,9 +12,8 @@ from typing import Any
 from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from .batch_norm import CrossGPUBatchNorm
+from .batch_norm import CrossGPUBatchNorm, bare_model
 
 # Stands for a key where layers of "CGBN" are of none.
 UNKNOWN = "no known key"
@@ -57,11 +56,10 @@ def describe_norm_keys(keys: Mapping[str, NormKey]) -> str:
 
 def plain_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the batch norms of ``model`` that normalise over one process's images, by name."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
     synchronized = CrossGPUBatchNorm, nn.SyncBatchNorm, NaiveSyncBatchNorm
     return {
         name: layer
-        for name, layer in bare.named_modules()
+        for name, layer in bare_model(model).named_modules()
         if isinstance(layer, _BatchNorm) and not isinstance(layer, synchronized)
     }
 

@@ -1,6 +1,5 @@
 """Resolves ``MEGDET`` keys into ``SOLVER``, and builds the LR scheduler from them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -173,7 +172,7 @@ def policy_from_config(cfg: CfgNode) -> EpochPolicy:
     return POLICIES[keys.POLICY]
 
 
-def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
+def refuse_solver_overrides(cfg: CfgNode) -> None:
     """Refuses ``SOLVER`` keys that ``MEGDET.POLICY`` decides or does not use, all at once.
 
     A value equal to Detectron2's default is accepted, since it undoes that of a config file. In a
@@ -181,7 +180,6 @@ def refuse_solver_overrides(cfg: CfgNode, opts: Sequence[str] = ()) -> None:
 
     Args:
         cfg: a config with the overrides of the command line.
-        opts: these overrides; no longer used.
 
     Raises:
         ValueError: names the keys, what to set instead of each, and what to write.

@@ -69,7 +69,7 @@ def test_a_disk_that_is_full_in_an_evaluation(coco, tmp_path):
 def test_weights_without_a_network(coco, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/R-50.pkl?matching_heuristics=True"
-    cfg = config(tmp_path, coco, "MODEL.WEIGHTS", address)  # nobody listens there any more
+    cfg = config(tmp_path, coco, "MODEL.WEIGHTS", address)  # the server is closed
     prepare_config(cfg)
     trainer = Trainer(cfg)
     for load in (lambda: trainer.resume_or_load(False), lambda: evaluate(cfg)):

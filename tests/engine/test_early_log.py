@@ -38,7 +38,7 @@ def test_warnings_and_classes_are_in_the_log(coco, tmp_path, own):
         assert out.count(once.removeprefix("WARNING: ")) == 1, once
 
 
-# In a process of its own, since pytest puts handlers on every logger.
+# In a separate process, since pytest puts handlers on every logger.
 ALONE = """
 import logging
 from megdet_d2.engine.early_log import kept_log, write_kept_log

@@ -143,7 +143,7 @@ class Replaced(Trainer):
 
 
 class Adelai(Trainer):
-    """As AdelaiDet does: a checkpointer without the trainer, and a loop of its own."""
+    """As AdelaiDet does: a checkpointer without the trainer, and an own loop."""
 
     def build_hooks(self):
         built = super().build_hooks()
