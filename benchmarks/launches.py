@@ -34,8 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megdet_d2 import CrossGPUBatchNorm
 from megdet_d2.norm import batch_norm as layer_module
-from megdet_d2.norm import collective, functional, kernels
+from megdet_d2.norm import collective, functional
 from megdet_d2.norm.groups import SELF
+from megdet_d2.norm.kernels import elementwise, launch, per_channel, reductions
 
 SHAPE = (2, 256, 20, 20)
 # Operators that launch nothing.
@@ -44,7 +45,12 @@ VIEWS = set(
     "unbind t transpose permute as_strided reshape view_as lift_fresh _reshape_alias".split()
 )
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-TRITON = [name for name, value in vars(kernels).items() if hasattr(value, "arg_names")]
+TRITON = [
+    (module, name)
+    for module in (reductions, elementwise, per_channel)
+    for name, value in vars(module).items()
+    if hasattr(value, "arg_names")
+]
 
 
 class Record(TorchDispatchMode):
@@ -144,8 +150,8 @@ def on_fake_gpu(record: Record, triton: bool) -> Iterator[None]:
     group = Group()
     with contextlib.ExitStack() as stack:
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        for name in TRITON:
-            patch(kernels, name, Kernel(name, record))
+        for module, name in TRITON:
+            patch(module, name, Kernel(name, record))
         for name, outputs in NATIVE.items():
             patch(torch, name, native(name, outputs, record))
         patch(functional, "use_triton", lambda x: triton)
@@ -283,7 +289,7 @@ def count_cgbn(
 
 def _clear_what_is_kept() -> None:
     collective._mismatch.clear()
-    kernels._counters.clear()
+    launch._counters.clear()
 
 
 def main() -> None:

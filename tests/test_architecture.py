@@ -40,14 +40,14 @@ FLOORS = {
 PLAIN = [
     "norm/groups.py",
     "norm/functional.py",
-    "norm/kernels.py",
     "norm/collective.py",
     "norm/aten.py",
-    "norm/kernels.py",
     "norm/padding.py",
     "norm/batch_norm.py",
     "norm/convert.py",
-] + ["schedule/scaling.py"]
+    *(f"norm/kernels/{path.name}" for path in (PACKAGE / "norm/kernels").glob("*.py")),
+    "schedule/scaling.py",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

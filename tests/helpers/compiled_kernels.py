@@ -40,24 +40,24 @@ COUNTS = {"tracked": "i64", "skipped": "i64", "tickets": "i32", "mismatch": "i32
 NAMES = {torch.float64: "fp64", torch.float32: "fp32"}
 # The optional arguments and the constants of each kernel's variants.
 PASSES: dict[str, list[dict[str, Any]]] = {
-    "_moments": [
+    "moments": [
         {"valid": None, "own": None},
         {"own": None},
         {},
         {"valid": None, "own": None, "stamp": None},
     ],
-    "_gradient_sums": [
+    "gradient_sums": [
         {"RELU": False, "y": None},
         {"RELU": True, "y": None},
         {"RELU": True},
         {"RELU": False, "y": None, "stamp": None},
     ],
-    "_normalize": [
+    "normalize": [
         {"RELU": relu, **residual}
         for relu in (False, True)
         for residual in ({}, {"residual": None})
     ],
-    "_input_gradient": [
+    "input_gradient": [
         {"RELU": False, "y": None, "dresidual": None, "valid": None},
         {"RELU": False, "y": None, "dresidual": None, "valid": None, "mismatch": None},
         {"RELU": True, "y": None, "dresidual": None, "valid": None},
@@ -69,14 +69,14 @@ PASSES: dict[str, list[dict[str, Any]]] = {
 _NO_BUFFERS = dict.fromkeys(("running_mean", "running_var", "tracked", "skipped"))
 _NO_GROUP = dict.fromkeys(("mismatch", "second"))
 PER_CHANNEL: dict[str, list[dict[str, Any]]] = {
-    "_finish": [
+    "finish": [
         {"EPS": 1e-5, "CUMULATIVE": False, "second": None},
         {"EPS": 1e-5, "CUMULATIVE": True},
         {"EPS": 1e-5, "CUMULATIVE": False, "tracked": None, "skipped": None},
         {"EPS": 1e-5, "CUMULATIVE": False, "weight": None, "bias": None, **_NO_GROUP},
         {"EPS": 1e-5, "CUMULATIVE": False, **_NO_BUFFERS, **_NO_GROUP},
     ],
-    "_deviations": [{}],
+    "deviations": [{}],
 }
 
 
@@ -120,19 +120,20 @@ def compile_variant(variant: Variant, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megdet_d2.norm import kernels
+    from megdet_d2.norm.kernels import elementwise, launch, per_channel, reductions, tiling
 
-    kernel = getattr(kernels, variant.kernel)
+    modules = (reductions, elementwise, per_channel)
+    kernel = next(vars(m)[variant.kernel] for m in modules if variant.kernel in vars(m))
     constants: dict[str, Any] = dict(variant.given)
     if variant.layout:
         x = torch.empty(LAYOUTS[variant.layout](variant.vector), dtype=variant.dtype)
-        tiling = kernels._tiling(x).constants
-        assert tiling["VECTOR"] == variant.vector, tiling
-        constants |= {"STAGES": kernels.STAGES, **tiling}
+        tiles = tiling.tiling_of(x).constants
+        assert tiles["VECTOR"] == variant.vector, tiles
+        constants |= {"STAGES": tiling.STAGES, **tiles}
         warps = constants.pop("num_warps")
     else:
-        constants |= {"BLOCK": kernels.CHANNELS}
-        warps = (2 if variant.kernel == "_finish" else 1) * kernels.NUM_WARPS
+        constants |= {"BLOCK": launch.CHANNELS}
+        warps = (2 if variant.kernel == "finish" else 1) * tiling.NUM_WARPS
     statistics = torch.float64 if variant.dtype == torch.float64 else torch.float32
     name_of_x = next(name for name, dtype in DTYPES.items() if dtype == variant.dtype)
     signature, values, attributes = {}, {}, {}
@@ -142,7 +143,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
             continue
         if argument in LIKE_X:
             kind = f"*{name_of_x}"
-        elif argument in DOUBLE or (argument == "partials" and variant.kernel == "_moments"):
+        elif argument in DOUBLE or (argument == "partials" and variant.kernel == "moments"):
             kind = "*fp64"
         elif argument in COUNTS:
             kind = f"*{COUNTS[argument]}"
@@ -182,7 +183,7 @@ def check_code(variant: Variant, compiled: Any) -> None:
     assert local <= 2 * (variant.dtype == torch.float64), (str(variant), found)
     if not variant.layout:
         return
-    reduces = variant.kernel in ("_moments", "_gradient_sums")
+    reduces = variant.kernel in ("moments", "gradient_sums")
     wide = "LDGSTS.E.BYPASS.128" if reduces else "LDG.E.128"
     assert found[wide] >= 1, (str(variant), found)
     if not reduces:

@@ -48,10 +48,10 @@ def interpreter():
 def _in_the_interpreter(check, args) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
-    from megdet_d2.norm import kernels
+    from megdet_d2.norm.kernels import reductions, tiling
 
-    assert isinstance(kernels._moments, InterpretedFunction)
-    kernels.PROGRAMS = 8  # the interpreter takes some 20 ms for one
+    assert isinstance(reductions.moments, InterpretedFunction)
+    tiling.PROGRAMS = 8  # the interpreter takes some 20 ms for one
     check(*args)
 
 
@@ -93,9 +93,9 @@ def test_errors(interpreter):
 def test_the_cases_reach_every_path():
     """Checks that the cases cover one and several tiles, one and several splits, both tiles, both
     layouts, and loads of every width."""
-    from megdet_d2.norm import kernels
+    from megdet_d2.norm.kernels.tiling import tiling_of
 
-    tilings = [kernels._tiling(make(case)) for case in CASES]
+    tilings = [tiling_of(make(case)) for case in CASES]
     splits = [min(t.tiles, -(-8 // t.groups)) for t in tilings]
     for innermost in (False, True):
         chosen = [

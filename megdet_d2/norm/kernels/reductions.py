@@ -1,0 +1,186 @@
+"""The kernels that reduce x to values per channel: its moments, and the sums of the backward.
+
+Each program sums up the tiles of one split. The last program of a group to end merges the results
+of all its splits, in their order. Counters of ended programs, the tickets, tell which one it is.
+"""
+
+from __future__ import annotations  # the annotation tl.constexpr works without Triton
+
+from .elementwise import before_relu, load_stats
+from .jit import jit
+from .per_channel import store_stamp
+from .tiling import channels_of, load_valid, tile
+
+try:
+    import triton.language as tl
+except ImportError:
+    pass
+
+
+@jit
+def moments(
+    message, own, partials, tickets, x, valid, end, stamp,
+    rows, channels, vectors, groups, tiles, splits,
+    INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Stores Σ x, Σ x² and n in the message, and Σ(x - mean)² in ``own``, from the splits' moments.
+
+    partials (3, splits, C) has n, mean and Σ(x - mean)² of each split.
+    """
+    group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
+    # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile. With
+    # n₁ values in it, (pivot - mean)² ≤ variance · n / n₁ for all data, so Σd² - (Σd)²/n keeps its
+    # digits. Where the mean is far from zero, x - pivot is exact.
+    offsets, mask, n = tile(
+        split, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K
+    )
+    values = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+    if valid is not None:  # after the load of x, which is wide where the mask is of whole vectors
+        mask &= load_valid(valid, split, rows, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
+        values = tl.where(mask, values, 0.0)
+        n = _sum(mask.to(tl.int32), INNERMOST)
+    pivot = _sum(values, INNERMOST) / tl.maximum(n, 1)
+    sums = tl.where(mask, values - pivot, 0.0)
+    squares = sums * sums
+    for t in tl.range(split + splits, tiles, splits, num_stages=STAGES):
+        offsets, mask, count = tile(
+            t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K
+        )
+        values = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+        if valid is not None:
+            mask &= load_valid(valid, t, rows, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
+            count = _sum(mask.to(tl.int32), INNERMOST)
+        d = tl.where(mask, values - pivot, 0.0)
+        sums += d
+        squares += d * d
+        n += count
+    sum_d = _sum(sums, INNERMOST).to(tl.float64)
+    sum_d2 = _sum(squares, INNERMOST).to(tl.float64)
+    values_or_1 = tl.maximum(n, 1)
+    channel, inside = channels_of(group, vectors, INNERMOST, VECTOR, BLOCK_K)
+    plane = splits * channels
+    out = partials + split * channels + channel
+    tl.store(out, n + tl.zeros_like(sum_d), mask=inside)
+    tl.store(out + plane, pivot.to(tl.float64) + sum_d / values_or_1, mask=inside)
+    tl.store(out + 2 * plane, sum_d2 - sum_d * sum_d / values_or_1, mask=inside)
+
+    if _is_last(tickets, group, splits):
+        at_once: tl.constexpr = BLOCK_R // 4 if INNERMOST else BLOCK_R * BLOCK_K // 16
+        width: tl.constexpr = BLOCK_K if INNERMOST else 1
+        all_n = tl.zeros([at_once, width], tl.float64)
+        all_x = tl.zeros([at_once, width], tl.float64)
+        all_x2 = tl.zeros([at_once, width], tl.float64)
+        for first in range(0, splits, at_once):
+            at, there = _partials_at(partials, first, splits, channels, channel, inside, at_once)
+            ns = _load_partials(at, there)
+            means = _load_partials(at + plane, there)
+            all_n += ns
+            all_x += ns * means
+            all_x2 += _load_partials(at + 2 * plane, there) + ns * means * means
+        sum_n = tl.sum(all_n, 0, keep_dims=True)
+        sum_x = tl.sum(all_x, 0, keep_dims=True)
+        tl.store(message + channel, sum_x, mask=inside)
+        tl.store(message + channels + channel, tl.sum(all_x2, 0, keep_dims=True), mask=inside)
+        if own is not None:
+            mean = sum_x / tl.maximum(sum_n, 1.0)
+            around = tl.zeros([at_once, width], tl.float64)
+            for first in range(0, splits, at_once):
+                at, there = _partials_at(
+                    partials, first, splits, channels, channel, inside, at_once
+                )
+                rest = tl.where(there, _load_partials(at + plane, there) - mean, 0.0)
+                around += _load_partials(at + 2 * plane, there)
+                around += _load_partials(at, there) * rest * rest
+            tl.store(own + channel, sum_x, mask=inside)
+            tl.store(own + channels + channel, tl.sum(around, 0, keep_dims=True), mask=inside)
+        if group == 0:
+            tl.store(message + 2 * channels + channel, sum_n, mask=channel == 0)
+            if own is not None:
+                tl.store(own + 2 * channels + channel, sum_n, mask=channel == 0)
+            store_stamp(message, end, stamp)
+
+
+@jit
+def gradient_sums(
+    message, totals, partials, tickets, dy, x, y, stats, end, stamp,
+    rows, channels, vectors, groups, tiles, splits,
+    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Stores Σ dy' and Σ dy' x̂ in the message and in totals (2, C), by way of the splits' sums.
+
+    partials (2, splits, C) has the sums of each split.
+    """
+    group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
+    channel, inside = channels_of(group, vectors, INNERMOST, VECTOR, BLOCK_K)
+    mean, invstd, scale, bias = load_stats(stats, channels, channel, inside, ACC)
+    sums = tl.zeros([BLOCK_R, BLOCK_K], ACC)
+    products = tl.zeros([BLOCK_R, BLOCK_K], ACC)
+    for t in tl.range(split, tiles, splits, num_stages=STAGES):
+        offsets, mask, _ = tile(
+            t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K
+        )
+        values = tl.load(x + offsets, mask=mask, other=0.0)
+        gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(ACC)
+        if RELU:
+            gradient = before_relu(gradient, values, mean, scale, bias, y, offsets, mask, ACC)
+        sums += gradient
+        products += gradient * (values.to(ACC) - mean)
+    plane = splits * channels
+    out = partials + split * channels + channel
+    tl.store(out, _sum(sums, INNERMOST), mask=inside)
+    tl.store(out + plane, _sum(products, INNERMOST) * invstd, mask=inside)
+
+    if _is_last(tickets, group, splits):
+        at_once: tl.constexpr = BLOCK_R // 4 if INNERMOST else BLOCK_R * BLOCK_K // 16
+        width: tl.constexpr = BLOCK_K if INNERMOST else 1
+        all_dy = tl.zeros([at_once, width], tl.float64)
+        all_products = tl.zeros([at_once, width], tl.float64)
+        for first in range(0, splits, at_once):
+            at, there = _partials_at(partials, first, splits, channels, channel, inside, at_once)
+            all_dy += _load_partials(at, there)
+            all_products += _load_partials(at + plane, there)
+        sum_dy = tl.sum(all_dy, 0, keep_dims=True)
+        sum_products = tl.sum(all_products, 0, keep_dims=True)
+        tl.store(message + channel, sum_dy, mask=inside)
+        tl.store(message + channels + channel, sum_products, mask=inside)
+        tl.store(totals + channel, sum_dy, mask=inside)
+        tl.store(totals + channels + channel, sum_products, mask=inside)
+        if group == 0:
+            store_stamp(message, end, stamp)
+
+
+@jit
+def _sum(values, INNERMOST: tl.constexpr):
+    """Returns the sum of each channel in a tile, in the shape that channels_of returns."""
+    total = tl.sum(values, 0, keep_dims=True)
+    if not INNERMOST:
+        total = tl.sum(total, 1, keep_dims=True)
+    return total
+
+
+@jit
+def _is_last(tickets, group, splits):
+    """Returns True in the program of a group that ends last; it can then read what all stored."""
+    tl.debug_barrier()  # all threads of this program have stored
+    # The default order, acquire and release, makes the stores of each program visible to the last.
+    last = tl.atomic_add(tickets + group, 1) == splits - 1
+    if last:
+        tl.store(tickets + group, 0)
+    return last
+
+
+@jit
+def _partials_at(
+    partials, first, splits, channels, channel, inside, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """Returns addresses and mask of a channel's values of AT_ONCE splits, from ``first`` on."""
+    split = first + tl.arange(0, AT_ONCE)[:, None]
+    return partials + split * channels + channel, (split < splits) & inside
+
+
+@jit
+def _load_partials(at, mask):
+    # From the L2 cache: programs on other multiprocessors have stored them.
+    return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
