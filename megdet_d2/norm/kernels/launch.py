@@ -1,4 +1,4 @@
-"""Functions that launch the kernels on tensors, one kernel each."""
+"""The launches of the kernels on tensors, one kernel a function."""
 
 import torch
 from torch import Tensor
