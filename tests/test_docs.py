@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
-from scripts import config_page, readme_plot
+from scripts import config_page, headline_page, readme_plot
 from tests.helpers.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -113,6 +113,34 @@ def test_the_plot_is_drawn_from_the_committed_results(tmp_path):
     with Image.open(readme_plot.draw(tmp_path / "plot.png")) as drawn:
         with Image.open(readme_plot.OUTPUT) as committed:
             assert drawn.size == committed.size
+
+
+def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
+    page = headline_page.PAGE.read_text()
+    assert page == headline_page.render(page), "run  python scripts/headline_page.py"
+    known = {path.name for path in headline_page.FILES.glob("headline_*.csv")}
+    assert known <= set(headline_page.STUDIES)
+    with Image.open(headline_page.draw(tmp_path / "plot.png")) as drawn:
+        with Image.open(headline_page.PLOT) as committed:
+            assert drawn.size == committed.size
+
+
+def test_the_headline_pairs_seeds_and_tests_equality():
+    def line(row, seed, ap):
+        return {"row": row, "seed": str(seed), "ap": str(ap), "failed": str(int(ap == "")),
+                "batch": "8", "bn_size": "8", "lr": "0.02", "iterations": "3003"}  # fmt: skip
+
+    pair = headline_page.PAIR
+    lines = [line(pair[0], s, 70 + s) for s in (1, 2, 3, 4)]
+    lines += [line(pair[1], s, 70.1 + s + 0.01 * s) for s in (3, 1, 2)] + [line(pair[1], 5, "")]
+    assert headline_page.paired_gaps(lines, pair[1], pair[0]) == pytest.approx([0.11, 0.12, 0.13])
+    assert headline_page.pair_seeds(lines) == ["1", "2", "3"]
+    last = headline_page.study_table(lines, lambda row: pair[0]).splitlines()[-1]
+    assert "| 4 | 1 (5 to 70 %) | 72.12 ± 1.01 | +0.12 ± 0.01 | +0.10 to +0.14 | yes |" in last
+    assert "equal within 0.5" in headline_page.verdict(lines)
+    lines[-2]["ap"] = "80"
+    assert "not shown to be equal" in headline_page.verdict(lines)
 
 
 def test_tests_that_a_page_names_are_there():

@@ -127,22 +127,3 @@ def test_a_digest_is_of_what_changes_the_result(source):
     small, large = read_rows(source)
     same = read_rows(source, ["OUTPUT_DIR", "elsewhere", "SEED", "7"])[0]
     assert config_digest(small) == config_digest(same) != config_digest(large)
-
-
-def test_the_page_shows_the_pairs_of_the_committed_file():
-    """The page has a line per seed for which both ends of the headline are trained."""
-    with open(ROOT / "docs/results/experiments/headline_runs.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    curves = {
-        (line["row"], line["seed"]): dict(p.split(":") for p in line["ap_by_epoch"].split())
-        for line in lines
-    }
-    page = (ROOT / "docs/experiments.md").read_text()
-    ends = ("01_b8_bn8", "05_b128_bn8")
-    for seed in {seed for _, seed in curves}:
-        if all((row, seed) in curves for row in ends):
-            cells = (
-                ", ".join(f"{float(curves[row, seed][epoch]):.1f}" for epoch in "3 6 9 11".split())
-                for row in ends
-            )
-            assert f"| {seed} | {' | '.join(cells)} |" in page, seed

@@ -1,0 +1,203 @@
+"""Writes the tables and the plot of the headline study from its committed CSV files.
+
+    python scripts/headline_page.py
+
+``megdet ablate --ledger`` writes the files, one line per training. The tables go between the
+markers of docs/results/experiments.md; the text around them is written by hand.
+"""
+
+import csv
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from megdet_d2.ablation.equivalence import ALPHA, assess_equivalence, seeds_needed, wilson_interval
+from megdet_d2.ablation.results import MARGIN
+from megdet_d2.report.style import make_figure, save_figure, tidy
+
+ROOT = Path(__file__).parent.parent
+FILES = ROOT / "docs" / "results" / "experiments"
+PAGE = ROOT / "docs" / "results" / "experiments.md"
+PLOT = ROOT / "docs" / "assets" / "headline.png"
+BEGIN = "<!-- The tables below are written by scripts/headline_page.py. -->"
+END = "<!-- The tables end here. -->"
+
+Line = dict[str, str]
+PAIR = ("01_b8_bn8", "05_b128_bn8")
+# File -> heading, and the row with which each row is compared.
+STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "headline_runs.csv": (
+        "Mini-batches at equal epochs",
+        lambda row: PAIR[0] + ("_long" if row.endswith("_long") else ""),
+    ),
+    "headline_iterations.csv": (
+        "The same pair with fewer iterations",
+        lambda row: row.replace("b128", "b8"),
+    ),
+    "headline_range.csv": ("The largest stable learning rate", lambda row: "lr_0.32"),
+    "headline_grid.csv": (
+        "Learning rates of both mini-batches",
+        lambda row: row.split("_")[0] + "_lr_one",
+    ),
+    "headline_no_bn.csv": ("How often trainings without BN fail", lambda row: "b8_cgbn"),
+    "headline_bn_size.csv": ("BN sizes", lambda row: row.split("_")[0] + "_bn8"),
+    "headline_rules.csv": ("Scaling rules, warm-ups, algorithms", lambda row: "linear"),
+    "headline_bccd.csv": ("Photographs", lambda row: "b8"),
+}
+EPOCHS = ("1", "3", "6", "8", "9", "11")
+
+
+def read(path: Path) -> list[Line]:
+    """Returns the lines of a ledger, one per training."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def paired_gaps(lines: list[Line], row: str, baseline: str) -> list[float]:
+    """Returns AP of ``row`` minus AP of ``baseline`` for each seed that has both, in AP."""
+    ap = {(line["row"], line["seed"]): float(line["ap"]) for line in lines if line["ap"]}
+    seeds = sorted(seed for name, seed in ap if name == row)
+    return [ap[row, s] - ap[baseline, s] for s in seeds if (baseline, s) in ap]
+
+
+def study_table(lines: list[Line], baseline_of: Callable[[str], str]) -> str:
+    """Returns one Markdown line per row: AP, failures, and the paired gap with its test."""
+    rows: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        rows[line["row"]].append(line)
+    table = [
+        "| row | mini-batch | BN size | LR | iterations | seeds | failed (95 %) | AP "
+        f"| gap, seed by seed | 90 % of the gap | equal within {MARGIN:g} |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, own in rows.items():
+        first, failed = own[0], sum(int(line["failed"]) for line in own)
+        low, high = wilson_interval(failed, len(own))
+        aps = [float(line["ap"]) for line in own if line["ap"]]
+        baseline = baseline_of(row)
+        gaps = paired_gaps(lines, row, baseline) if row != baseline else []
+        test = assess_equivalence(gaps, MARGIN)
+        cells = [
+            f"`{row}`", first["batch"], first["bn_size"], f"{float(first['lr']):g}",
+            f"{int(first['iterations']):,}", str(len(own)),
+            f"{failed} ({100 * low:.0f} to {100 * high:.0f} %)", spread(aps),
+            spread(gaps, "+") if gaps else "",
+            f"{test.low:+.2f} to {test.high:+.2f}" if test else "",
+            ("yes" if test.p < ALPHA else "not shown") if test else "",
+        ]  # fmt: skip
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def curve_table(lines: list[Line]) -> str:
+    """Returns Figure 4 as Markdown: AP after some epochs for each seed of both ends."""
+    curves = read_curves(lines)
+    table = [
+        f"| seed | mini-batch | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
+        "|---|---|" + "---|" * len(EPOCHS),
+    ]
+    for seed in pair_seeds(lines):
+        for row, batch in zip(PAIR, ("8, the paper's 16", "128, the paper's 256"), strict=True):
+            cells = [f"{curves[row, seed][epoch]:.1f}" for epoch in EPOCHS]
+            table.append(f"| {seed} | {batch} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def read_curves(lines: list[Line]) -> dict[tuple[str, str], dict[str, float]]:
+    """Returns (row, seed) -> epoch -> AP."""
+    return {
+        (line["row"], line["seed"]): {
+            epoch: float(ap)
+            for epoch, ap in (point.split(":") for point in line["ap_by_epoch"].split())
+        }
+        for line in lines
+    }
+
+
+def pair_seeds(lines: list[Line]) -> list[str]:
+    """Returns the seeds for which both ends of the headline are trained."""
+    small, large = ({x["seed"] for x in lines if x["row"] == row and x["ap"]} for row in PAIR)
+    return sorted(small & large, key=int)
+
+
+def spread(values: list[float], sign: str = "-") -> str:
+    """Returns mean ± sample deviation with two digits, or "" without values."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):{sign}.2f}"
+    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def verdict(lines: list[Line]) -> str:
+    """Returns the headline's result in one sentence per fact."""
+    gaps = paired_gaps(lines, PAIR[1], PAIR[0])
+    test = assess_equivalence(gaps, MARGIN)
+    first = f"Mini-batch 128 against 8, the paper's 256 against 16: pairs trained {len(gaps)} of 5."
+    if test is None:
+        return first
+    answer = "equal" if test.equal else "not shown to be equal"
+    deviation = statistics.stdev(gaps)
+    try:
+        needed = f"{seeds_needed(deviation, MARGIN)} seeds"
+    except ValueError:
+        needed = "more than 1,000 seeds"
+    return (
+        f"{first} The gap is {spread(gaps, '+')} AP, with an interval of 90 % from "
+        f"{test.low:+.2f} to {test.high:+.2f}: {answer} within {MARGIN:g} (p = {test.p:.2g}). At "
+        f"this deviation {needed} would show that mini-batches without any gap are equal, with a "
+        "probability of 80 %."
+    )
+
+
+def tables() -> str:
+    """Returns the Markdown that stands between the markers."""
+    lines = read(FILES / "headline_runs.csv")
+    parts = [verdict(lines), "![AP over epochs at both mini-batches](../assets/headline.png)"]
+    for name, (heading, baseline_of) in STUDIES.items():
+        if (FILES / name).is_file():
+            link = f"Every training is a line of [{name}](experiments/{name})."
+            parts += [f"### {heading}", link, study_table(read(FILES / name), baseline_of)]
+    parts += ["### Figure 4: AP after epochs", curve_table(lines)]
+    return "\n\n".join(parts)
+
+
+def render(page: str) -> str:
+    """Returns ``page`` with the tables between its markers.
+
+    Raises:
+        ValueError: the page does not have each marker once.
+    """
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
+def draw(path: Path) -> Path:
+    """Draws AP over epochs: a thin line per seed, a thick one for the mean of each mini-batch."""
+    lines = read(FILES / "headline_runs.csv")
+    curves, seeds = read_curves(lines), pair_seeds(lines)
+    figure = make_figure(6.4, 3.4)
+    axes = figure.subplots()
+    for colour, (row, batch) in enumerate(zip(PAIR, (8, 128), strict=True)):
+        epochs = sorted(curves[row, seeds[0]], key=float)
+        x = [float(epoch) for epoch in epochs]
+        for seed in seeds:
+            y = [curves[row, seed][epoch] for epoch in epochs]
+            axes.plot(x, y, color=f"C{colour}", linewidth=0.7, alpha=0.5)
+        means = [statistics.fmean(curves[row, seed][epoch] for seed in seeds) for epoch in epochs]
+        label = f"mini-batch {batch}, the paper's {2 * batch}"
+        axes.plot(x, means, color=f"C{colour}", linewidth=2, marker=".", label=label)
+    for decay in (8, 10):
+        axes.axvline(decay, color="grey", linestyle="--", linewidth=0.8, alpha=0.6)
+    axes.set_xlabel("epoch; dashed: the learning rate is divided by 10")
+    axes.set_ylabel("box AP (%)")
+    axes.legend(frameon=False, loc="lower right")
+    tidy(axes)
+    return save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else PLOT)
