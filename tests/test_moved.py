@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megdet_d2 import _moved
-from megdet_d2.engine import ddp, divergence
+from megdet_d2.engine import ddp, rollback
 from megdet_d2.norm import batch_norm, configure, registry, retinanet
 
 
@@ -49,7 +49,7 @@ def test_a_function_that_moved_to_another_module_is_the_new_one(name, home):
 def test_old_module_and_old_name_together():
     with pytest.warns(DeprecationWarning):
         from megdet_d2.engine.guard import Relief
-    assert Relief is divergence.ScheduleBackoff
+    assert Relief is rollback.ScheduleBackoff
 
 
 def test_the_warning_points_to_the_user():

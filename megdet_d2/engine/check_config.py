@@ -27,9 +27,9 @@ from megdet_d2.schedule.build import (
 
 from .advice import count_images, find_schedule_faults
 from .disk import check_output_dir
-from .divergence import ON_DIVERGENCE
 from .early_log import kept_log
 from .launch import limit_waiting
+from .rollback import ON_DIVERGENCE
 from .same_config import check_same_config
 
 logger = logging.getLogger(__name__)

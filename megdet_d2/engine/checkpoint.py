@@ -4,12 +4,11 @@ import contextlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
@@ -274,47 +273,12 @@ def find_damage(path: str) -> str:
     return f"is corrupt (checksum of {damaged})" if damaged else ""
 
 
-def claim_run(launchers: Sequence[str], save_dir: str) -> bool:
-    """Returns True if one of ``launchers`` began the run in ``save_dir``; else records them there.
-
-    In that case an older run's last_checkpoint is renamed, so that a restart never resumes it.
-
-    Args:
-        launchers: names from ``find_launcher``, of all processes.
-        save_dir: OUTPUT_DIR.
-    """
-    path, last = (os.path.join(save_dir, name) for name in ("launchers", "last_checkpoint"))
-    if PathManager.isfile(path) and set(_read(path).splitlines()) & set(launchers):
-        return True
-    if PathManager.isfile(last):
-        _write(f"{last}.old", _read(last))
-        PathManager.rm(last)
-        logger.warning(
-            f"{save_dir!r} has the checkpoints of another run, and this one starts from the "
-            "beginning: "
-            f"renamed {last} to {last}.old"
-        )
-    PathManager.mkdirs(save_dir)
-    _write(path, "\n".join(sorted(set(launchers))))
-    return False
-
-
 def _move_progress(checkpoint: dict[str, Any]) -> None:
     """Moves the progress of a file to its key; version 0.1.0 had it in the trainer's."""
     trainer = checkpoint.get("trainer")
     if isinstance(trainer, dict) and "megdet" in trainer:
         progress = trainer.pop("megdet")
         checkpoint["progress"] = progress | {"backoff": progress.pop("relief", {})}
-
-
-def _read(path: str) -> str:
-    with PathManager.open(path) as file:
-        return file.read()
-
-
-def _write(path: str, text: str) -> None:
-    with PathManager.open(path, "w") as file:
-        file.write(text)
 
 
 class _WholeFiles:

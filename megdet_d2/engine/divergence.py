@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +15,6 @@ from .collectives import largest_over_processes
 from .ddp import parameters_without_gradient, summed_parameters
 from .hooks import StepObserver
 
-ON_DIVERGENCE = ("stop", "half_lr", "longer_warmup")
 # Seconds in which all processes that fail in the same forward have to report it.
 PATIENCE = 30
 # The least scale of a ``GradScaler``: it starts at 2^16 and halves in each step that it skips.
@@ -179,34 +177,9 @@ def describe_images(batch: Iterable[Any]) -> list[str]:
     return [str(e.get("file_name") or e.get("image_id", "?")) for e in entries]
 
 
-@dataclass(frozen=True)
-class ScheduleBackoff:
-    """The changes that roll-backs have made to the schedule; saved in checkpoints.
-
-    Attributes:
-        rollbacks: number of roll-backs.
-        lr_factor: multiplies the learning rate.
-        warmup_images: the least length of the warm-up, in images.
-    """
-
-    rollbacks: int = 0
-    lr_factor: float = 1.0
-    warmup_images: int = 0
-
-    def next(self, action: str, warmup_images: int, images_seen: int) -> "ScheduleBackoff":
-        """Returns the changes after one more roll-back.
-
-        Args:
-            action: "half_lr", or "longer_warmup" for one twice as long, and of at least twice
-                ``images_seen``.
-            warmup_images: length of the config's warm-up, in images.
-            images_seen: images when training diverged.
-        """
-        rollbacks = self.rollbacks + 1
-        if action == "half_lr":
-            return ScheduleBackoff(rollbacks, self.lr_factor / 2, self.warmup_images)
-        so_far = max(warmup_images, self.warmup_images)
-        return ScheduleBackoff(rollbacks, self.lr_factor, 2 * max(so_far, images_seen))
-
-
-__getattr__ = renamed(__name__, Relief="ScheduleBackoff")
+__getattr__ = renamed(
+    __name__,
+    Relief="megdet_d2.engine.rollback.ScheduleBackoff",
+    ScheduleBackoff="megdet_d2.engine.rollback.ScheduleBackoff",
+    ON_DIVERGENCE="megdet_d2.engine.rollback.ON_DIVERGENCE",
+)

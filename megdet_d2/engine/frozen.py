@@ -1,10 +1,41 @@
 """Finds frozen layers that no weights were loaded into, which stay random to the end."""
 
+import logging
+
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+logger = logging.getLogger(__name__)
+
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, nn.GroupNorm)
+
+
+def check_frozen(model: nn.Module, cfg: CfgNode, refuse: bool) -> None:
+    """Checks that no layer is frozen with random weights.
+
+    Args:
+        model: after its weights were loaded.
+        cfg: names the keys of the fix.
+        refuse: raise; otherwise, as after a resume, warn.
+
+    Raises:
+        ValueError: there are such layers. The message names them and the fix.
+    """
+    layers = find_frozen_at_random(model)
+    if not layers:
+        return
+    more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+    said = (
+        f"{', '.join(layers[:3])}{more} are frozen with random weights, since "
+        f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} has none for them, and "
+        f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}. Set "
+        "MODEL.BACKBONE.FREEZE_AT 0, or MODEL.WEIGHTS to a file that has them"
+    )
+    if refuse:
+        raise ValueError(said)
+    logger.warning(said)
 
 
 def find_frozen_at_random(model: nn.Module) -> list[str]:

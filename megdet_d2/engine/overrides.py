@@ -101,6 +101,47 @@ class LearningRateCheck:
         logger.warning(said)
 
 
+class GuardCheck:
+    """Finds updates that a divergence guard has not checked, as an own ``run_step`` may make.
+
+    Args:
+        guard: a ``DivergenceGuard``, or another object that counts its ``checks``.
+        action: ``MEGDET.ON_DIVERGENCE``; with "stop" there is a warning, once, else an error.
+        owner: the name of the trainer's class, for messages.
+    """
+
+    def __init__(self, guard: Any, action: str, owner: str):
+        self._guard = guard
+        self._action = action
+        self._owner = owner
+        self._checks = 0
+        self._warned = False
+
+    def begin(self) -> None:
+        """Starts an update."""
+        self._checks = self._guard.checks
+
+    def end(self) -> None:
+        """Ends an update.
+
+        Raises:
+            ValueError: it was not checked, and roll-backs need that.
+        """
+        if self._guard.checks != self._checks:
+            return
+        said = (
+            f"{self._owner}.run_step does not call self._trainer.after_backward() after "
+            "its backward, so losses and gradients that are not finite are not noticed"
+        )
+        if self._action != "stop":
+            raise ValueError(
+                f'{said}; call it, or set MEGDET.ON_DIVERGENCE "stop", which is {self._action!r}'
+            )
+        if not self._warned:
+            self._warned = True
+            logger.warning(f"{said}; call it")
+
+
 def can_be_lowered(scheduler: Any) -> bool:
     """Returns True if a scheduler's learning rates follow from its ``base_lrs``, as a closed form.
 

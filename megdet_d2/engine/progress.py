@@ -16,8 +16,8 @@ from megdet_d2.data.stream import find_stream, step_seed
 from megdet_d2.schedule.build import images_per_micro_batch
 from megdet_d2.schedule.scaling import NEAR_ZERO
 
-from .divergence import ScheduleBackoff
 from .metrics import recent_scalars, restore_scalars
+from .rollback import ScheduleBackoff
 
 logger = logging.getLogger(__name__)
 

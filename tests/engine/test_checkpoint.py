@@ -18,7 +18,8 @@ from torch import nn
 
 import megdet_d2
 from megdet_d2.engine import Trainer, prepare_config
-from megdet_d2.engine.checkpoint import Checkpointer, claim_run, find_damage
+from megdet_d2.engine.checkpoint import Checkpointer, find_damage
+from megdet_d2.engine.restart import claim_run
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.running_statistics import averaged_statistics, own_statistics
 from tests.helpers.training import config, train, write_images

@@ -12,7 +12,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from megdet_d2.engine.accumulation import accumulate
-from megdet_d2.engine.divergence import DivergenceError, DivergenceGuard, ScheduleBackoff
+from megdet_d2.engine.divergence import DivergenceError, DivergenceGuard
+from megdet_d2.engine.rollback import ScheduleBackoff
 from tests.helpers.training import config, differing, train
 
 # --- faults: each breaks a trainer on ``rank`` from ``iteration`` on ------------------------------
