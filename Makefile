@@ -1,12 +1,12 @@
 # Everything a fresh machine needs is Python >= 3.10 and a package registry.
 PYTHON ?= python3
 VENV := .venv
-PY := $(VENV)/bin/python
+PY ?= $(VENV)/bin/python
 DEMO_CONFIG := configs/Digits-Detection/megdet_R18_FPN_b32_bn32.yaml
 DEMO_OUTPUT ?= output/demo
 TODAY := $(shell date +%F)
 
-.PHONY: setup demo backbone test test-slow test-gpu bench-gpu lint docs
+.PHONY: setup demo backbone test test-slow older matrix gpu bundle test-gpu bench-gpu lint docs
 
 setup: $(VENV)/.ready
 
@@ -53,11 +53,33 @@ test: setup lint
 test-slow: setup
 	$(PY) -m pytest -m slow
 
+# The oldest torch whose Triton the kernels support, in .nox/; some slow tests use it where it is.
+older: setup
+	$(PY) -m nox -s "tests(torch-2.11)" --install-only
+
+# All versions of noxfile.py whose Python is here.
+matrix: setup
+	$(PY) -m nox -s tests
+
+# On a machine with a GPU: tests and measurements in 8 minutes (docs/gpu.md). It goes on where it was stopped.
+# PY=python3 takes a Python of the machine with torch.
+OUT ?= # folder for results and log
+PARTS ?= # all
+FORCE ?= # 1: repeats what has passed
+DRY ?= # 1: tries it on a CPU
+gpu: $(if $(findstring $(VENV),$(PY)),setup)
+	$(PY) -W ignore benchmarks/gpu.py $(if $(OUT),--output $(OUT)) $(if $(PARTS),--parts $(PARTS)) \
+		$(if $(FORCE),--force) $(if $(DRY),--dry-run)
+
+# What a GPU machine without a package registry lacks, into bundle/.
+bundle: setup
+	tools/gpu_bundle.sh
+
 # On a machine with a GPU.
 test-gpu: setup
 	MEGDET_TEST_GPU=1 $(PY) -m pytest tests/norm/test_cuda.py
 
-# On a machine with a GPU: correct first, then timed beside the peers, into docs/results/.
+# On a machine with a GPU: correct first, then the long tables beside the peers, into docs/results/.
 bench-gpu: test-gpu
 	for dtype in float32 bfloat16 float16; do \
 		$(PY) -W ignore benchmarks/norm.py --fake-group --height 800 --width 1344 --repeats 20 --dtype $$dtype \

@@ -2,6 +2,7 @@
 
     python benchmarks/exactness.py
     python benchmarks/exactness.py --rows empty checkpoint --output result.json
+    python benchmarks/exactness.py --devices cuda --rows "host waits" "N, H, W"   # in this order
 
 It compares CGBN, Detectron2's NaiveSyncBatchNorm in both modes and torch's SyncBatchNorm with batch
 norm of the pooled mini-batch in float64, on the same inputs. Each cell of the table starts new
@@ -13,7 +14,7 @@ inputs as rounded to their dtype, so this rounding is no error of a norm.
 
 The benchmark always runs on CPU, and also on a GPU if there is one: by NCCL if every process has a
 GPU, by gloo if processes share one. SyncBatchNorm takes CPU tensors only in one process and in
-evaluation. It prints a table, and with --output writes all answers as JSON.
+evaluation. It prints a table, and with --output writes all answers as JSON, after every row.
 """
 
 import argparse
@@ -577,14 +578,18 @@ def processor() -> str:
     return "unknown processor"
 
 
+def choose(words: Sequence[str]) -> list[Row]:
+    """Returns the rows with one of the words in their names, in the order of the words."""
+    return list({id(r): r for word in words or [""] for r in ROWS if word in r.name}.values())
+
+
 def main(args: argparse.Namespace) -> None:
     """Measures all rows, prints the tables and writes the JSON file."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    chosen = [r for r in ROWS if not args.rows or any(word in r.name for word in args.rows)]
-    results, start = [], time.monotonic()
-    for device in ("cpu", "cuda"):
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    chosen, results, start = choose(args.rows), [], time.monotonic()
+    for device in args.devices:
         for row in chosen:
-            runs = device in devices and device in row.devices
+            runs = device in here and device in row.devices
             for norm in NORMS:
                 answers = attempt(row, norm, device) if runs else []
                 text = cell(answers) if runs else "not run"
@@ -593,7 +598,8 @@ def main(args: argparse.Namespace) -> None:
                 results.append((row.name, row.processes, device, norm, text, answers))
             if runs:
                 print(f"{time.monotonic() - start:4.0f} s  {device}: {row.name}", file=sys.stderr)
-        if device not in devices:
+                write(results, args.output)
+        if device not in here:
             print("\nOn a GPU: not run, there is none here.")
             continue
         table = [
@@ -602,23 +608,29 @@ def main(args: argparse.Namespace) -> None:
         ]
         print(f"\nOn a {device.upper().replace('CUDA', 'GPU')}:\n")
         print(tabulate(table, ("", *NORMS), tablefmt="pipe", disable_numparse=True))
-    if args.output:
-        hardware = f"{processor()}, {os.cpu_count()} cores"
-        if "cuda" in devices:
-            hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-        report = {
-            "date": str(date.today()),
-            "hardware": hardware,
-            "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
-            "collective_timeout_s": COLLECTIVE_TIMEOUT,
-            "limit_s": LIMIT,
-            "columns": ["row", "processes", "device", "norm", "cell", "answers by rank"],
-        }
-        head = json.dumps(report, indent=1).removesuffix("\n}")
-        # One result per line, so that the file can be read.
-        lines = ",\n  ".join(json.dumps(result) for result in results)
-        Path(args.output).write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n')
+    write(results, args.output)
+
+
+def write(results: Sequence[tuple], output: str) -> None:
+    """Writes the results so far to the file ``output``, if it has a name."""
+    if not output:
+        return
+    hardware = f"{processor()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        hardware += f"; {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    report = {
+        "date": str(date.today()),
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "command": shlex.join(["python", *sys.argv]),
+        "collective_timeout_s": COLLECTIVE_TIMEOUT,
+        "limit_s": LIMIT,
+        "columns": ["row", "processes", "device", "norm", "cell", "answers by rank"],
+    }
+    head = json.dumps(report, indent=1).removesuffix("\n}")
+    # One result per line, so that the file can be read.
+    lines = ",\n  ".join(json.dumps(result) for result in results)
+    Path(output).write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
@@ -626,5 +638,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--rows", nargs="*", default=[], metavar="WORD", help="only rows with one of these words"
     )
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=("cpu", "cuda"))
     parser.add_argument("--output", default="", metavar="FILE", help="also write JSON to this file")
     main(parser.parse_args())
