@@ -1,6 +1,11 @@
-"""Compares the layer on a GPU with the layer on the CPU; `make test-gpu` runs it."""
+"""Compares the layer on a GPU with the layer on the CPU; `make test-gpu` runs it.
+
+With MEGDET_TEST_GPU=dry-run, as in `make gpu DRY=1`, the tests run on a CPU as far as they can. So
+mistakes in them show before a GPU is at hand.
+"""
 
 import copy
+import os
 import socket
 
 import pytest
@@ -28,8 +33,16 @@ from tests.helpers.kernel_cases import (
     moments,
 )
 
+DRY = os.environ.get("MEGDET_TEST_GPU") == "dry-run"
+DEVICE = torch.device("cpu" if DRY else "cuda")
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU, or hidden from the tests: `make test-gpu`"
+    not DRY and not torch.cuda.is_available(),
+    reason="no GPU, or hidden from the tests: `make test-gpu`",
+)
+gpu_only = pytest.mark.skipif(DRY, reason="a CPU cannot do this")
+with_triton = pytest.mark.skipif(
+    DRY or not kernels.available(),
+    reason="Triton is not installed, or it is a dry run: test_kernels.py interprets the kernels",
 )
 
 # (rtol, atol) of outputs and gradients.
@@ -49,6 +62,9 @@ INPUTS = {
     "5-D": lambda: torch.randn(2, 7, 3, 4, 5, dtype=torch.float64),
     "empty": lambda: torch.zeros(0, 7, 9, 11, dtype=torch.float64),
     "non-contiguous": lambda: torch.randn(4, 7, 18, 11, dtype=torch.float64)[:, :, ::2],
+    "one image": lambda: torch.randn(1, 7, 9, 11, dtype=torch.float64),
+    "one channel": lambda: torch.randn(4, 1, 9, 11, dtype=torch.float64),
+    "one value an image": lambda: torch.randn(16, 7, 1, 1, dtype=torch.float64),
 }
 
 
@@ -69,24 +85,49 @@ def test_equals_the_cpu(name, dtype, layout):
         if x.dim() != 4:
             pytest.skip("channels_last is a layout of 4-D tensors")
         x = x.contiguous(memory_format=layout)
-    layer = CrossGPUBatchNorm(7, eps=1e-3)
-    layer.weight.data, layer.bias.data = torch.linspace(-1, 2, 7), torch.linspace(1, -1, 7)
+    channels = x.shape[1]
+    layer = CrossGPUBatchNorm(channels, eps=1e-3)
+    layer.weight.data = torch.linspace(-1, 2, channels)
+    layer.bias.data = torch.linspace(1, -1, channels)
     if dtype == torch.float64:
         layer.double()
-    twin = copy.deepcopy(layer).cuda()
+    twin = copy.deepcopy(layer).to(DEVICE)
     dy = torch.randn(x.shape, dtype=torch.float64).to(dtype)
     rtol, atol = TOLERANCES[dtype]
     if name == "far from zero" and dtype in (torch.float16, torch.bfloat16):
         pytest.skip("a half has no digits left there")
+    if name == "far from zero" and DRY:
+        pytest.skip("float32 on a CPU is less exact there")
     expected = run(layer, x, dy)
     if name == "far from zero":  # where the CPU's own float32 has an error of 4e-5
         exact = run(copy.deepcopy(layer).double(), x.double(), dy.double())
         expected = [e.to(o.dtype) for e, o in zip(exact, expected, strict=True)]
-    for ours, reference in zip(run(twin, x.cuda(), dy.cuda()), expected, strict=True):
+    for ours, reference in zip(run(twin, x.to(DEVICE), dy.to(DEVICE)), expected, strict=True):
         scale = 1 + float(x.numel() > 0) * 30 * float(ours.dim() == 1)  # sums over the batch
         torch.testing.assert_close(ours, reference, rtol=rtol, atol=atol * scale)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 7, 1, 1), (4, 7, 9, 11)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_an_expanded_gradient(shape, layout, relu):
+    """Checks dy without memory for each value, as ``y.sum().backward()`` makes it."""
+    layer = CrossGPUBatchNorm(7, eps=1e-3)
+    layer.weight.data, layer.bias.data = torch.linspace(-1, 2, 7), torch.linspace(1, -1, 7)
+    x, dy = torch.randn(4, 7, 9, 11).contiguous(memory_format=layout), torch.randn(shape)
+    results = []
+    for device in ("cpu", DEVICE):
+        twin = copy.deepcopy(layer).to(device)
+        leaf = x.detach().to(device).requires_grad_()
+        gradient = dy.to(device).expand_as(x)
+        y = twin(leaf, relu=relu)
+        y.backward(gradient.clone() if device == "cpu" else gradient)
+        results.append([t.cpu() for t in (y, leaf.grad, twin.weight.grad, twin.bias.grad)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@gpu_only
 def test_one_value_gives_beta_and_is_counted():
     layer = CrossGPUBatchNorm(5).cuda()
     layer.bias.data = torch.arange(5.0, device="cuda")
@@ -113,11 +154,14 @@ def test_second_derivatives_equal_those_of_the_cpu(relu):
     x, residual = torch.randn(2, 4, 5, 6, 7, dtype=torch.float64)
     expected = penalty(layer, x, residual, relu)
     for found, right in zip(
-        penalty(copy.deepcopy(layer).cuda(), x.cuda(), residual.cuda(), relu), expected, strict=True
+        penalty(copy.deepcopy(layer).to(DEVICE), x.to(DEVICE), residual.to(DEVICE), relu),
+        expected,
+        strict=True,
     ):
         torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-9 * (1 + right.abs().max()))
 
 
+@gpu_only
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_host_never_waits(dtype, momentum):
@@ -142,6 +186,7 @@ def fake_group():
     dist.destroy_process_group()
 
 
+@gpu_only
 @pytest.mark.parametrize("activation", [{}, {"relu": True}, {"relu": True, "residual": True}])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
@@ -162,9 +207,9 @@ def test_in_a_group_the_host_never_waits_either(fake_group, layout, activation):
 def test_in_step_a_group_normalises_over_both_halves(fake_group, layout, monkeypatch):
     """Doubles the message: the other process has the same images and would send the same."""
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))
-    layer = CrossGPUBatchNorm(16, process_group=fake_group).cuda()
-    reference = torch.nn.BatchNorm2d(16).cuda()
-    x = torch.randn(3, 16, 9, 7, device="cuda").to(memory_format=layout).requires_grad_()
+    layer = CrossGPUBatchNorm(16, process_group=fake_group).to(DEVICE)
+    reference = torch.nn.BatchNorm2d(16).to(DEVICE)
+    x = torch.randn(3, 16, 9, 7, device=DEVICE).to(memory_format=layout).requires_grad_()
     both = torch.cat([x.detach(), x.detach()]).requires_grad_()
     dy = torch.randn_like(x)
     layer(x).backward(dy)
@@ -178,6 +223,7 @@ def test_in_step_a_group_normalises_over_both_halves(fake_group, layout, monkeyp
     collective.raise_if_out_of_step()  # nothing
 
 
+@gpu_only
 def test_out_of_step_is_noticed_on_the_device(fake_group):
     layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
     layer(torch.randn(2, 8, 4, 4, device="cuda"))
@@ -185,6 +231,7 @@ def test_out_of_step_is_noticed_on_the_device(fake_group):
         collective.raise_if_out_of_step()
 
 
+@gpu_only
 def test_out_of_step_stays_noticed_when_the_next_layers_match(fake_group, monkeypatch):
     layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
     x = torch.randn(2, 8, 4, 4, device="cuda")
@@ -197,7 +244,7 @@ def test_out_of_step_stays_noticed_when_the_next_layers_match(fake_group, monkey
     collective.raise_if_out_of_step()  # each is raised once
 
 
-@pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
+@with_triton
 @pytest.mark.parametrize("layout", [OUTERMOST, INNERMOST])
 @pytest.mark.parametrize(("relu", "addition"), ACTIVATIONS)
 @pytest.mark.parametrize("padded", [False, True])
@@ -205,6 +252,7 @@ def test_a_layer_on_the_kernels(layout, relu, addition, padded):
     check_layer("cuda", layout, relu, addition, padded)
 
 
+@gpu_only
 def test_a_layer_in_a_cuda_graph():
     layer = CrossGPUBatchNorm(64).cuda()
     x = torch.randn(2, 64, 20, 24, device="cuda", requires_grad=True)
@@ -229,19 +277,198 @@ def test_a_layer_in_a_cuda_graph():
     torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
-def test_autocast():
-    layer = CrossGPUBatchNorm(8).cuda()
-    convolution = torch.nn.Conv2d(3, 8, 3).cuda()
-    with torch.autocast("cuda", dtype=torch.float16):
-        y = layer(convolution(torch.randn(2, 3, 16, 16, device="cuda")))
-    assert y.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
-    y.float().sum().backward()
-    assert convolution.weight.grad.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    layer = CrossGPUBatchNorm(8).to(DEVICE)
+    convolution = torch.nn.Conv2d(3, 8, 3).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        y = layer(convolution(torch.randn(2, 3, 16, 16, device=DEVICE)), relu=True)
+    assert y.dtype == dtype and layer.running_mean.dtype == torch.float32
+    y.float().square().sum().backward()
+    gradients = [convolution.weight.grad, layer.weight.grad, layer.bias.grad]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+    assert convolution.weight.grad.any()
+
+
+class Block(nn.Module):
+    """A block of a ResNet: two convolutions, the shortcut and ReLU in the last norm."""
+
+    def __init__(self, channels, **options):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = CrossGPUBatchNorm(channels, **options)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = CrossGPUBatchNorm(channels, **options)
+
+    def forward(self, x):
+        y = self.norm1(self.first(x), relu=True)
+        return self.norm2(self.second(y), x, relu=True)
+
+
+def state(model):
+    """Returns parameters and buffers, also those that are not saved."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def restore(model, saved):
+    with torch.no_grad():
+        for name, value in state(model).items():
+            value.copy_(saved[name])
+
+
+@gpu_only
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_whole_step_in_a_cuda_graph(fake_group, layout, monkeypatch):
+    """Compares three replays of forward, backward and update with three such steps."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: tensor.mul_(2))
+    model = Block(16, process_group=fake_group).cuda().to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    xs = torch.randn(3, 4, 16, 12, 10, device="cuda")
+    x = xs[0].clone(memory_format=layout)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    before = {name: value.detach().clone() for name, value in state(model).items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()  # compiles, and chooses the convolutions' algorithms
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    results = []
+    for run_step in (graph.replay, step):
+        restore(model, before)
+        for new in xs:
+            x.copy_(new)
+            run_step()
+        results.append([value.detach().clone() for value in state(model).values()])
+    for replayed, eager in zip(*results, strict=True):
+        torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-5)
+    assert model.norm1.num_batches_tracked == 3
+    collective.raise_if_out_of_step()  # nothing
+
+
+@gpu_only
+@pytest.mark.parametrize("warm", [True, False], ids=["after a step", "first use"])
+def test_a_captured_layer_reports_processes_out_of_step(fake_group, warm):
+    """Checks the flag of a mismatch in a replayed graph, also if the graph is the first to use it.
+
+    The group's collectives do nothing, so each message is out of step.
+    """
+    layer = CrossGPUBatchNorm(8, process_group=fake_group).cuda()
+    twin = CrossGPUBatchNorm(8).cuda()
+    x = torch.randn(2, 8, 4, 4, device="cuda")
+    (layer if warm else twin)(x)  # compiles
+    torch.cuda.synchronize()
+    if warm:
+        with pytest.raises(collective.OutOfStepError):
+            collective.raise_if_out_of_step()
+    layer._sync_name()  # makes the group and its flag, which a capture cannot do
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x)
+    collective.raise_if_out_of_step()  # a capture runs nothing
+    for _ in range(2):
+        graph.replay()
+        with pytest.raises(collective.OutOfStepError):
+            collective.raise_if_out_of_step()
+
+
+@gpu_only
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_side_stream_shares_no_memory_with_the_main_one(layout):
+    """Runs steps on a side stream while the main one takes and fills the memory that is free."""
+    model, stream = Block(32).cuda().to(memory_format=layout), torch.cuda.Stream()
+    x = torch.randn(4, 32, 40, 56, device="cuda").to(memory_format=layout)
+    expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    torch.cuda.synchronize()
+    stream.wait_stream(torch.cuda.current_stream())
+    found = []
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            loss = model(x).square().mean()
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+        for size in (64, 4099, 4 * 32 * 40 * 56):
+            torch.full((size,), float("nan"), device="cuda")
+    torch.cuda.synchronize()
+    for gradients in found:
+        for ours, right in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_scaler_skips_a_step_and_the_layer_keeps_finite_statistics():
+    model = Block(8).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**100, growth_interval=1)
+    x = torch.randn(2, 8, 12, 10, device=DEVICE)
+    before = copy.deepcopy(model)
+    moved = []
+    for scale in (4.0, None):
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
+            loss = model(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update(scale)
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        moved.append(any(not torch.equal(a, b) for a, b in pairs))
+    assert moved == [False, True]  # the first gradients overflow, the second do not
+    for norm in (model.norm1, model.norm2):
+        assert norm.num_batches_tracked == 2 and norm.num_batches_skipped == 0
+        assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+
+
+@gpu_only
+def test_a_half_that_overflows_leaves_the_running_statistics():
+    layer = CrossGPUBatchNorm(4).cuda()
+    x = torch.randn(2, 4, 6, 5, device="cuda", dtype=torch.float16)
+    layer(x)
+    before = copy.deepcopy(layer.state_dict())
+    x[0, 1, 2, 3] = float("inf")
+    layer(x)
+    assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
+    assert layer.num_batches_skipped == 1
+
+
+@pytest.mark.skipif(
+    DRY or torch.cuda.device_count() < 2, reason="takes two GPUs, of which another is the current"
+)
+def test_a_layer_on_another_device_than_the_current():
+    x = torch.randn(4, 8, 9, 11)
+    expected = run(CrossGPUBatchNorm(8), x, torch.ones_like(x))
+    layer = CrossGPUBatchNorm(8).to("cuda:1")
+    with torch.cuda.device(0):
+        found = run(layer, x.to("cuda:1"), torch.ones_like(x).to("cuda:1"))
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+@gpu_only
+def test_nccl_sends_the_message():
+    """Sends the float64 message through NCCL, in a group of one."""
+    dist.init_process_group(
+        "nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
+    )
+    try:
+        parts = torch.rand(9, device="cuda", dtype=torch.float64).split([8, 1])
+        group = dist.new_group().group_name
+        sums = collective.all_reduce(group, "layer", "forward", *parts)
+        assert all(torch.equal(a, b) for a, b in zip(sums, parts, strict=True))
+        collective.raise_if_out_of_step()  # nothing
+    finally:
+        collective._mismatch.clear()
+        dist.destroy_process_group()
 
 
 # --- the Triton kernels; what they must satisfy is in kernel_cases.py ----------------------------
 
-with_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
 # Besides those that the interpreter can do: real sizes, which take many programs and waves.
 LARGE_CASES = [
     ((2, 64, 200, 336), OUTERMOST, torch.bfloat16),
@@ -357,14 +584,26 @@ def test_kernels_in_a_cuda_graph_and_the_host_never_waits():
         assert torch.equal(ours, eager)  # sums have one order, too
 
 
+@gpu_only
 @pytest.mark.parametrize("relu", [False, True])
 def test_compiles_into_one_graph(relu):
     layer = CrossGPUBatchNorm(8).cuda()
     twin = copy.deepcopy(layer)
-    x = torch.randn(2, 8, 6, 5, device="cuda")
-    y = torch.compile(layer, fullgraph=True)(x, relu=relu)
-    torch.testing.assert_close(y, twin(x, relu=relu))
-    torch.testing.assert_close(layer.running_var, twin.running_var)
+    x, dy = torch.randn(2, 2, 8, 6, 5, device="cuda")
+    results = []
+    for call, module in ((torch.compile(layer, fullgraph=True), layer), (twin, twin)):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf, relu=relu)
+        y.backward(dy)
+        results.append([y, leaf.grad, module.weight.grad, module.bias.grad, *module.buffers()])
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def one_of_two(rank, port, images):
@@ -402,7 +641,4 @@ def one_of_two(rank, port, images):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two processes of NCCL take two GPUs")
 @pytest.mark.parametrize("images", [(3, 2), (5, 0)])
 def test_two_gpus_normalise_as_one(images):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(one_of_two, args=(port, images), nprocs=2)
+    mp.spawn(one_of_two, args=(free_port(), images), nprocs=2)
