@@ -69,7 +69,8 @@ PARTS = [
         "train_step",
         90,
         ["gpu_step.py"],
-        ["--height", "64", "--width", "96", "--images", "1", "--repeats", "1"],
+        ["--height", "64", "--width", "96", "--images", "1", "--repeats", "1"]
+        + ["--dtypes", "float32", "--warm-up", "1"],
     ),
     Part(
         "memory",

@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
@@ -138,7 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file")
     args = parser.parse_args()
-    args.shapes: list[Any] = [(2, 8, 4, 6)] if args.tiny else LARGE
+    args.shapes = [(2, 8, 4, 6)] if args.tiny else LARGE
     return args
 
 

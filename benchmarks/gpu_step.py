@@ -71,13 +71,13 @@ def main(args: argparse.Namespace) -> None:
     record = Record(args.output, about)
     inputs = make_inputs(args)
     built = {name: build(changes) for name, changes in NORMS.items() if GPU or name != "SyncBN"}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in args.dtypes:
         times: dict[str, list[float]] = {name: [] for name in built}
-        for i in range(args.repeats + 2):
+        for i in range(args.warm_up + args.repeats):
             for name, (model, optimizer) in built.items():
                 one = functools.partial(step, model, optimizer, inputs, getattr(torch, dtype))
                 elapsed = seconds(one, DEVICE)
-                if i >= 2:  # the first two warm up
+                if i >= args.warm_up:
                     times[name].append(elapsed)
         medians = {name: statistics.median(values) for name, values in times.items()}
         table = []
@@ -94,6 +94,8 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=2, help="images per step")
     parser.add_argument("--height", type=int, default=800, help="image height")
     parser.add_argument("--width", type=int, default=1344, help="image width")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--warm-up", type=int, default=2, help="steps per norm before those")
     parser.add_argument("--repeats", type=int, default=6, help="timed steps per norm")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file")
     main(parser.parse_args())
