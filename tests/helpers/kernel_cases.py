@@ -14,6 +14,8 @@ CASES = [
     ((3, 2, 1026), OUTERMOST, torch.float16),
     ((20, 3, 7, 7), OUTERMOST, torch.float64),
     ((5, 3, 6), OUTERMOST, torch.bfloat16),
+    ((1, 4, 515), OUTERMOST, torch.float16),
+    ((33, 8, 3, 3), OUTERMOST, torch.bfloat16),
     ((300, 64), INNERMOST, torch.bfloat16),
     ((2, 64, 2, 3, 4), INNERMOST, torch.float64),
     ((5, 3, 1, 1), INNERMOST, torch.float32),
@@ -173,6 +175,40 @@ def check_moments_are_robust(device: str, innermost: bool) -> None:
     mean, var = moments(torch.full_like(x, 12345.6789))
     assert float((mean - float(x.new_tensor(12345.6789))).abs().max()) < 1e-9
     assert float(var.abs().max()) < 1e-6
+
+
+def check_odd_sizes(device: str) -> None:
+    """Checks reductions that load values of the next rows, or cannot since x is not aligned."""
+    from megdet_d2.norm.kernels.tiling import tiling_of
+
+    # The third tile of a row has values of the last channel alone. The mean is far from zero.
+    noise = torch.randn(2, 4, 1019, generator=torch.Generator().manual_seed(0)).half()
+    storage = torch.cat([noise.new_zeros(1), 0.25 * noise.flatten() + 1000]).to(device)
+    found = []
+    for x in (storage[1:].view(2, 4, 1019), storage[1:].view(2, 4, 1019).clone()):
+        constants = tiling_of(x, True).constants
+        found.append(constants["LOAD"] // constants["VECTOR"])
+        mean, var = moments(x)
+        exact = x.double().transpose(0, 1).flatten(1)
+        torch.testing.assert_close(mean, exact.mean(1), rtol=1e-9, atol=0)
+        torch.testing.assert_close(var, exact.var(1, correction=0), rtol=1e-6, atol=0)
+    assert found == [1, 8]
+    x[:, 1] = float("nan")  # the other channels stay finite
+    x[1, 3, -1] = float("inf")
+    assert moments_are_finite(x) == [True, False, True, False]
+    stats = torch.ones(4, 4, device=device)
+    sums, _ = sum_gradients(torch.ones_like(x), x, stats)
+    assert sums.isfinite().all(0).tolist() == [True, False, True, False]
+    sums, _ = sum_gradients(x, torch.ones_like(x), stats)
+    assert sums.isfinite().all(0).tolist() == [True, False, True, False]
+
+
+def moments_are_finite(x: Tensor) -> list[bool]:
+    from megdet_d2.norm import kernels
+
+    message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
+    kernels.power_sums(x, None, message, None)
+    return message[:-1].view(2, -1).isfinite().all(0).tolist()
 
 
 def check_relu_masks_agree(device: str, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ from tests.helpers.kernel_cases import (
     check_finish,
     check_layer,
     check_moments_are_robust,
+    check_odd_sizes,
     check_relu_masks_agree,
     make_stats,
     moments,
@@ -491,6 +492,11 @@ def test_kernels_equal_float64(case):
 @pytest.mark.parametrize("innermost", [False, True])
 def test_kernels_moments_hold_far_from_zero(innermost):
     check_moments_are_robust("cuda", innermost)
+
+
+@with_triton
+def test_kernels_on_odd_sizes_and_tensors_that_are_not_aligned():
+    check_odd_sizes("cuda")
 
 
 @with_triton

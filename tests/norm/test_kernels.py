@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.helpers.compiled_kernels import PASSES, Variant, check_code, compile_variant
+from benchmarks.offline_compiler import PASSES, Variant, compile_variant
+from tests.helpers.compiled_kernels import check_code
 from tests.helpers.kernel_cases import (
     ACTIVATIONS,
     CASES,
@@ -25,6 +26,7 @@ from tests.helpers.kernel_cases import (
     check_finish,
     check_layer,
     check_moments_are_robust,
+    check_odd_sizes,
     check_relu_masks_agree,
     make,
 )
@@ -65,6 +67,10 @@ def test_moments_hold_far_from_zero(interpreter, innermost):
     interpreter(check_moments_are_robust, "cpu", innermost)
 
 
+def test_odd_sizes_and_tensors_that_are_not_aligned(interpreter):
+    interpreter(check_odd_sizes, "cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_backward_masks_where_the_forward_did(interpreter, dtype):
     interpreter(check_relu_masks_agree, "cpu", dtype)
@@ -91,22 +97,27 @@ def test_errors(interpreter):
 
 
 def test_the_cases_reach_every_path():
-    """Checks that the cases cover one and several tiles, one and several splits, both tiles, both
-    layouts, and loads of every width."""
+    """Checks that the cases cover one and several tiles, one and several splits, all kinds of tile,
+    and loads of every width."""
     from megdet_d2.norm.kernels.tiling import tiling_of
 
-    tilings = [tiling_of(make(case)) for case in CASES]
-    splits = [min(t.tiles, -(-8 // t.groups)) for t in tilings]
-    for innermost in (False, True):
+    reductions = [tiling_of(make(case), True) for case in CASES]
+    for layout in ("outermost", "innermost"):
         chosen = [
-            (t, s)
-            for t, s in zip(tilings, splits, strict=True)
-            if t.constants["INNERMOST"] == innermost
+            (t, min(t.tiles, -(-8 // t.groups)))
+            for t in reductions
+            if t.constants["LAYOUT"] == layout
         ]
         assert any(s == 1 for _, s in chosen) and any(s > 1 for _, s in chosen)
         assert any(t.tiles > s > 1 and t.tiles % s for t, s in chosen)
         assert {t.constants["VECTOR"] for t, _ in chosen} >= {1, 2, 8}
-    assert {t.constants["BLOCK_R"] for t in tilings if not t.constants["INNERMOST"]} >= {1, 32}
+    outermost = [t.constants for t in reductions if t.constants["LAYOUT"] == "outermost"]
+    assert {(c["BLOCK_R"], c["LOAD"] > c["VECTOR"]) for c in outermost} >= {
+        (4, False), (4, True), (32, True),
+    }  # fmt: skip
+    others = [tiling_of(make(case), False).constants for case in CASES]
+    assert {c["LAYOUT"] for c in others} == {"outermost", "innermost", "flat"}
+    assert {c["BLOCK_R"] for c in others if c["LAYOUT"] == "flat"} == {1, 2, 32}
 
 
 # --- as far as the compiler goes; test_compile_kernels.py has all variants ------------------------

@@ -44,13 +44,15 @@ def before_relu(dy, x, mean, scale, bias, y, offsets, mask, ACC: tl.constexpr):
 @jit
 def normalize(
     y, x, residual, stats, rows, channels, vectors, groups,
-    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    RELU: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, LOAD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores y of one tile."""
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
-    offsets, mask, _ = tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
-    channel, inside = channels_of(group, vectors, INNERMOST, VECTOR, BLOCK_K)
+    offsets, _, mask, _ = tile(
+        t, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K
+    )
+    channel, inside = channels_of(group, channels, vectors, LAYOUT, VECTOR, BLOCK_R, BLOCK_K)
     values = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
     mean, _, scale, bias = load_stats(stats, channels, channel, inside, ACC)
     output = affine(values, mean, scale, bias)
@@ -65,16 +67,18 @@ def normalize(
 def input_gradient(
     dx, dresidual, dy, x, y, stats, message, values_of_all, valid, mismatch, end, processes,
     rows, channels, vectors, groups,
-    RELU: tl.constexpr, INNERMOST: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    RELU: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, LOAD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores dx of one tile, and dy' where dresidual is given."""
     if mismatch is not None:
         if tl.program_id(0) == 0:
             compare_stamps(mismatch, message, end, processes)
     group, t = tl.program_id(0) % groups, tl.program_id(0) // groups
-    offsets, mask, _ = tile(t, group, rows, channels, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
-    channel, inside = channels_of(group, vectors, INNERMOST, VECTOR, BLOCK_K)
+    offsets, _, mask, _ = tile(
+        t, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K
+    )
+    channel, inside = channels_of(group, channels, vectors, LAYOUT, VECTOR, BLOCK_R, BLOCK_K)
     values = tl.load(x + offsets, mask=mask, other=0.0)
     gradient = tl.load(dy + offsets, mask=mask, other=0.0).to(ACC)
     mean, invstd, scale, bias = load_stats(stats, channels, channel, inside, ACC)
@@ -89,6 +93,9 @@ def input_gradient(
     xhat = (values.to(ACC) - mean) * invstd
     through_statistics = mean_dy + xhat * mean_products
     if valid is not None:
-        counted = load_valid(valid, t, rows, vectors, INNERMOST, VECTOR, BLOCK_R, BLOCK_K)
+        counted = load_valid(
+            valid, t, group, offsets, mask, rows, channels, vectors,
+            LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
         through_statistics = tl.where(counted, through_statistics, 0.0)
     tl.store(dx + offsets, scale * (gradient - through_statistics), mask=mask)

@@ -30,7 +30,7 @@ def power_sums(
     Raises:
         ValueError: x is empty, or neither contiguous nor channels_last.
     """
-    tiling = tiling_of(x)
+    tiling = tiling_of(x, True)
     partials = x.new_empty(3, tiling.splits, x.shape[1], dtype=torch.float64)
     with torch.cuda.device_of(x):
         reductions.moments[(tiling.groups * tiling.splits,)](
@@ -127,8 +127,8 @@ def gradient_sums(
     Raises:
         ValueError: x is not valid, see :func:`power_sums`; dy or y does not have x's shape.
     """
-    tiling = tiling_of(x)
     dy, y = _gradient_inputs(dy, x, relu, y)
+    tiling = tiling_of(x, True, dy, y)
     partials = stats.new_empty(2, tiling.splits, x.shape[1])
     sums = torch.empty_like(partials[:, 0])
     with torch.cuda.device_of(x):
@@ -154,7 +154,7 @@ def normalize(
     Raises:
         ValueError: x is not valid, see :func:`power_sums`; or the residual does not have x's shape.
     """
-    tiling = tiling_of(x)
+    tiling = tiling_of(x, False)
     if residual is not None:
         residual = laid_out_as(x, residual, "residual")
     y = torch.empty_like(x)
@@ -194,7 +194,7 @@ def input_gradient(
     Raises:
         ValueError: an argument is not valid, see :func:`gradient_sums`.
     """
-    tiling = tiling_of(x)
+    tiling = tiling_of(x, False)
     dy, y = _gradient_inputs(dy, x, relu, y)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if needs_residual else None
