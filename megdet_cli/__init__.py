@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import Protocol
 
-from . import ablate, check, ensemble, report, train, variance
+from . import ablate, check, ensemble, plan, report, train, variance
 
 
 class Command(Protocol):
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "ablate": ablate,
     "check": check,
     "ensemble": ensemble,
+    "plan": plan,
     "report": report,
     "train": train,
     "variance": variance,

@@ -31,6 +31,7 @@ FLOORS = {
     "check": 3,
     "ensemble": 3,
     "gradient_noise": 3,
+    "planner": 3,
     "report": 3,
     "cli": 3,
     "env": 3,

@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SECTIONS = "MODEL|MEGDET|SOLVER|TEST|INPUT|DATASETS|DATALOADER"
 FOLDERS = "configs|tests|benchmarks|docs|megdet_d2"
-MODULES = "ablation|data|engine|ensemble|gradient_noise|modeling|norm|report|schedule"
+MODULES = "ablation|data|engine|ensemble|gradient_noise|modeling|norm|planner|report|schedule"
 
 
 def found(pattern, page):

@@ -68,6 +68,8 @@ def test_it_carries_both_packages_and_every_config(wheel):
     carried = {name.removeprefix("megdet_d2/") for name in names if "/configs/" in name}
     assert carried == configs
     assert "megdet_d2/py.typed" in names
+    for path in (ROOT / "megdet_d2").rglob("*.csv"):
+        assert str(path.relative_to(ROOT)) in names
     assert not [name for name in names if name.startswith(("tests", "configs", "benchmarks"))]
 
 

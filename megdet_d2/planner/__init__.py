@@ -1,0 +1,1 @@
+"""Predicts how long a training takes on machines that are not there, and tests its predictions."""
