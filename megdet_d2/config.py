@@ -157,6 +157,34 @@ def add_megdet_config(cfg: CN) -> None:
     # logged and counted as skipped_images. Without it an error names the image.
     cfg.MEGDET.SKIP_BAD_IMAGES = False
 
+    # --- Switches of today's recipes. See docs/training.md ----------------------------------------
+    # Keeps the weights of convolutions and their feature maps in channels_last memory.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Compiles the backbone and the heads by torch.compile, in the first steps. On a CPU this needs
+    # a C++ compiler.
+    cfg.MODEL.COMPILE = False
+    # Number format of SOLVER.AMP.ENABLED. "float16" is Detectron2's and needs a GPU. "bfloat16"
+    # needs no loss scaling, and works on CPUs too.
+    if "PRECISION" not in cfg.SOLVER.AMP:
+        cfg.SOLVER.AMP.PRECISION = "float16"
+    # Implementation of torch's SGD: "for_loop", "foreach" or "fused". "" is Detectron2's choice,
+    # "foreach".
+    cfg.SOLVER.SGD_IMPLEMENTATION = ""
+    # Precision of float32 matrix products: "highest", "high" (TF32 on GPUs) or "medium". "" leaves
+    # torch's default.
+    if "FLOAT32_PRECISION" not in cfg:
+        cfg.FLOAT32_PRECISION = ""
+    # Decay of an exponential moving average of the weights, per update of REFERENCE_BATCH_SIZE
+    # images, such as 0.9998. With k times these images it is the k-th power. 0.0 keeps no average.
+    cfg.MEGDET.EMA_DECAY = 0.0
+    # Saves model_best.pth after each evaluation in which this metric is the best so far, such as
+    # "bbox/AP". "" saves none.
+    cfg.MEGDET.BEST_METRIC = ""
+    # "max" if larger values of BEST_METRIC are better, or "min".
+    cfg.MEGDET.BEST_MODE = "max"
+    # Experiment trackers that get config, metrics, images and the final model: "wandb", "mlflow".
+    cfg.MEGDET.TRACKERS = ()
+
     # --- Ablations. Only megdet ablate reads these; they change nothing in a training -------------
     cfg.MEGDET.ABLATION = CN()
     # Number of GPUs, over all machines, on which to run a row.

@@ -30,7 +30,7 @@ def read_blocks(source: str) -> list[tuple[str, list[tuple[str, str]]]]:
     function = next(node for node in functions if node.name == "add_megdet_config")
     assigned = {
         node.lineno: (ast.unparse(node.targets[0]).removeprefix("cfg."), ast.unparse(node.value))
-        for node in function.body
+        for node in ast.walk(function)
         if isinstance(node, ast.Assign)
     }
     blocks: list[tuple[list[str], list[tuple[str, str]]]] = [([], [])]

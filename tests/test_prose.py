@@ -31,12 +31,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 VERBS = frozenset(
     """
     Accumulates Adds Applies Averages Begins Binds Builds Calls Checks Chooses Collects Compares
-    Computes Copies Counts Cuts Defines Does Draws Ends Estimates Evaluates Finds Fits Fixes
-    Fuses Gathers Gives Goes Hides Imports Keeps Kills Lengthens Lets Loads Logs Makes Measures
-    Merges Moves Normalises Passes Predicts Prepares Prints Puts Raises Reads Records Reduces
-    Refuses Registers Removes Replaces Resolves Restores Resumes Returns Runs Saves Seeds Selects
-    Sends Sets Simulates Starts Stops Stores Tabulates Takes Tells Tests Times Trains Turns Undoes
-    Updates Waits Warns Writes Yields
+    Compiles Computes Copies Counts Cuts Defines Does Draws Ends Estimates Evaluates Finds Fits
+    Fixes Fuses Gathers Gives Goes Hides Imports Keeps Kills Lengthens Lets Loads Logs Makes
+    Measures Merges Moves Normalises Opens Passes Predicts Prepares Prints Puts Raises Reads Records
+    Reduces Refuses Registers Removes Replaces Resolves Restores Resumes Returns Runs Saves Seeds
+    Selects Sends Sets Simulates Starts Stops Stores Tabulates Takes Tells Tests Times Trains Turns
+    Undoes Updates Waits Warns Writes Yields
     """.split()
 )
 ARTICLES = {"A", "An", "The"}

@@ -25,6 +25,8 @@ from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_micro_batch
 
 from .check_evaluation import CLASS_FAULTS, inspect_evaluation
+from .compiled import prepare_model
+from .ema import SUFFIX
 from .evaluation import build_evaluator, build_test_loader
 from .overrides import overrides
 
@@ -44,6 +46,7 @@ class Builders(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Builds the model with every ``MODEL.CGBN`` and ``MODEL.SUBLINEAR`` key applied.
 
+        ``MODEL.CHANNELS_LAST`` and ``MODEL.COMPILE`` are applied too.
         Every process has to call it. Where the processes cannot form groups of BN_SIZE images, as
         in an evaluation on fewer GPUs, it warns and leaves one group per machine. The constructor
         of a ``Trainer`` raises there.
@@ -54,7 +57,7 @@ class Builders(DefaultTrainer):
             configure_cgbn(model, configured, images_per_gpu)
         if cfg.MODEL.SUBLINEAR.ENABLED:
             checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
-        return model
+        return prepare_model(model, cfg)
 
     @classmethod
     def build_lr_scheduler(
@@ -149,6 +152,18 @@ class Builders(DefaultTrainer):
         cfg.INPUT.MIN_SIZE_TEST = 0  # each scale is made from the file's pixels, in one step
         results = cls.test(cfg, build_tta(cfg, model), evaluators)
         return {f"{name}_TTA": result for name, result in results.items()}
+
+    @classmethod
+    def test_ema(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluates the averaged model of ``MEGDET.EMA_DECAY``.
+
+        Returns:
+            results by name: "bbox_EMA" in place of "bbox". Files are in OUTPUT_DIR/inference_EMA.
+        """
+        output_dir = os.path.join(cfg.OUTPUT_DIR, f"inference{SUFFIX}")
+        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, model, evaluators)
+        return {f"{name}{SUFFIX}": result for name, result in results.items()}
 
 
 def _fit_bn_size(cfg: CfgNode) -> tuple[CfgNode, int]:

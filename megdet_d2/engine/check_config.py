@@ -26,11 +26,13 @@ from megdet_d2.schedule.build import (
 )
 
 from .advice import count_images, find_schedule_faults
+from .best import check_best
 from .disk import check_output_dir
 from .early_log import kept_log
 from .launch import limit_waiting
 from .rollback import ON_DIVERGENCE
 from .same_config import check_same_config
+from .switches import check_switches
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> str:
         _register_datasets(cfg, ("TEST",))
         return ""
     found = _register_datasets(cfg, ("TRAIN", "TEST"))
+    check_best(cfg)
     schedule = scale_config(cfg)
     raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
     if uses_cgbn(cfg):
@@ -85,7 +88,8 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
     Args, Raises: see ``prepare_config``.
     """
     _check_faults(cfg)
-    _check_device(cfg, eval_only)
+    _check_device(cfg)
+    check_switches(cfg, eval_only)
     check_output_dir(cfg.OUTPUT_DIR)
     # A resume does not need the weights.
     if eval_only or not Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
@@ -134,7 +138,7 @@ def _check_faults(cfg: CfgNode) -> None:
         raise ValueError(f"MEGDET.TIMEOUT is {keys.TIMEOUT}; give seconds, from 1 (default: 600)")
 
 
-def _check_device(cfg: CfgNode, eval_only: bool) -> None:
+def _check_device(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         if comm.is_main_process():
             logger.warning("MODEL.DEVICE is %r and there is no GPU: using cpu", cfg.MODEL.DEVICE)
@@ -146,11 +150,6 @@ def _check_device(cfg: CfgNode, eval_only: bool) -> None:
             "MODEL.DEVICE is 'cpu', but the launcher has chosen NCCL because this machine has "
             "GPUs, and NCCL cannot send CPU tensors; hide the GPUs: "
             "CUDA_VISIBLE_DEVICES= python train_net.py ..."
-        )
-    if cfg.SOLVER.AMP.ENABLED and not eval_only:
-        raise ValueError(
-            "SOLVER.AMP.ENABLED is True, and there is no GPU, but Detectron2's mixed precision "
-            "needs one; set it to False"
         )
 
 

@@ -53,7 +53,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
         self._prepare()
 
     def _prepare(self) -> None:
-        self.path_manager = _WholeFiles(self.path_manager)
+        self.path_manager = WholeFiles(self.path_manager)
         self._gathered: tuple[int, dict[str, Any]] = (-1, {})
 
     def gather(self) -> None:
@@ -281,7 +281,7 @@ def _move_progress(checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = progress | {"backoff": progress.pop("relief", {})}
 
 
-class _WholeFiles:
+class WholeFiles:
     """A path manager that writes local files whole or not at all."""
 
     def __init__(self, paths: Any):

@@ -1,6 +1,7 @@
 """Trains and evaluates by Detectron2's command line, for ``megdet train`` and train_net.py."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from megdet_d2.config import load_config
 from .check_config import prepare_config
 from .disk import naming_output_dir
 from .early_log import write_kept_log
+from .ema import build_average
 from .launch import launch
+from .precision import set_float32_precision
 from .trainer import Trainer
 from .weights_only import WeightsOnlyCheckpointer
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -72,6 +77,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on DATASETS.TEST; with TEST.AUG.ENABLED by augmented tests too.
 
+    With ``MEGDET.EMA_DECAY`` the averaged model of the checkpoint is evaluated beside the last one.
+
     Args:
         cfg: from ``setup``.
         resume: take the last checkpoint in OUTPUT_DIR instead of MODEL.WEIGHTS, if there is one.
@@ -81,11 +88,18 @@ def evaluate(
         the results of each task, as ``Trainer.test``.
     """
     trainer.check_evaluators(cfg)
+    set_float32_precision(cfg)
     model = trainer.build_model(cfg)
+    average = build_average(cfg, model)
     checkpointer = WeightsOnlyCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)
+        if average is not None and "ema" in rest:
+            average.load_state_dict(rest["ema"])
+            results.update(trainer.test_ema(cfg, average.model))
+        elif average is not None:
+            logger.warning("MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate")
         if cfg.TEST.AUG.ENABLED:
             results.update(trainer.test_with_tta(cfg, model))
     if comm.is_main_process():

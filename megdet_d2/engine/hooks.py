@@ -189,6 +189,18 @@ def insert_before_savers(built: Sequence[HookBase], ours: Sequence[HookBase]) ->
     return [*built[:place], *ours, *built[place:]]
 
 
+def insert_after_evaluation(built: Sequence[HookBase], ours: Sequence[HookBase]) -> list[HookBase]:
+    """Returns ``built`` with ``ours`` before Detectron2's writers, which come after the evaluation.
+
+    Args:
+        built: the hooks of this process, in their order.
+        ours: hooks that read results, or add some.
+    """
+    writers = (i for i, hook in enumerate(built) if isinstance(hook, hooks.PeriodicWriter))
+    place = next(writers, len(built))
+    return [*built[:place], *ours, *built[place:]]
+
+
 def is_due(trainer: TrainerBase, *periods: int) -> bool:
     """Returns True if the completed step is the last, or ends a period; one of 0 never ends."""
     done = trainer.iter + 1

@@ -24,18 +24,21 @@ from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
-from .accumulation import accumulate
+from .best import build_best_checkpointer
 from .builders import OWN_DATA, Builders
 from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer
+from .compiled import prepare_model
 from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .disk import naming_output_dir
 from .divergence import DivergenceError, DivergenceGuard
 from .early_log import write_kept_log
+from .ema import UpdateAverage, build_average
 from .frozen import check_frozen
 from .hooks import (
     BatchScalars,
     CountSkippedImages,
     StopOutOfStep,
+    insert_after_evaluation,
     insert_before_savers,
     observed_step,
 )
@@ -45,11 +48,14 @@ from .minibatch import MiniBatchCheck
 from .model_classes import check_model_classes
 from .model_reads import ModelReads
 from .overrides import GuardCheck, LearningRateCheck, check_base_lr, overrides
+from .precision import build_inner_trainer, set_float32_precision
 from .progress import Layout, TrainingProgress
 from .restart import agree_on_resume
 from .rollback import RollBack, ScheduleBackoff, works_again
 from .sample_ratio import SampleRecorder
+from .sgd import set_sgd_implementation
 from .signals import StopOnSignal
+from .trackers import TrackRun
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +73,7 @@ class Trainer(Builders):
 
     Attributes:
         progress: a ``TrainingProgress``: images seen, place in the data, changes by roll-backs.
+        ema: the ``WeightAverage`` of ``MEGDET.EMA_DECAY``, or None.
 
     Raises:
         ValueError: a BN size that no whole number of processes gives, and other invalid keys.
@@ -93,11 +100,15 @@ class Trainer(Builders):
             )
         # Detectron2's constructor builds the hooks, before there is all that ours need.
         self.build_hooks = list  # type: ignore[method-assign]  # for this call alone
-        model_reads = ModelReads(self.build_model)
+        build = self.build_model
+        # Before DDP sees the layout of the weights; an overridden build_model may not have.
+        model_reads = ModelReads(lambda cfg: prepare_model(build(cfg), cfg))
         self.build_model = model_reads  # type: ignore[method-assign]  # for this call alone
         with ddp_without_device_ids(cfg):
             super().__init__(cfg)
         del self.build_hooks, self.build_model
+        set_float32_precision(cfg)
+        set_sgd_implementation(self.optimizer, cfg.SOLVER.SGD_IMPLEMENTATION)
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         own_data = overrides(type(self), Trainer, *OWN_DATA)
         check_model_classes(cfg, model_reads.keys, refuse=not own_data)
@@ -115,6 +126,7 @@ class Trainer(Builders):
         configure_cgbn(self.model, cfg, self.layout.images_per_gpu)
         if cfg.MODEL.SUBLINEAR.ENABLED:
             checkpoint_stages(bare_model(self.model), cfg.MODEL.SUBLINEAR.STAGES)
+        self.ema = build_average(cfg, self.model)
         self._mini_batch = MiniBatchCheck(self.layout, name)
         self._learning_rate = LearningRateCheck(cfg.MEGDET.POLICY, name)
         self._guard = DivergenceGuard(self.model)
@@ -253,7 +265,7 @@ class Trainer(Builders):
         if self._trainer is self._prepared:
             return
         if type(self._trainer) in (SimpleTrainer, AMPTrainer):
-            self._trainer = accumulate(self._trainer, self.layout.accumulation_steps)
+            self._trainer = build_inner_trainer(self._trainer, self.cfg)
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self._prepared = self._trainer
 
@@ -293,6 +305,8 @@ class Trainer(Builders):
         """
         resume = agree_on_resume(resume, self.cfg.OUTPUT_DIR)
         self.progress.clear_loaded()
+        if self.ema:
+            self.ema.clear()  # of updates that may come again, or that a file is without
         super().resume_or_load(resume)
         if self.progress.loaded_iteration is None and self.start_iter > 0:
             self.progress.load_state_dict({})  # a file of another trainer has none
@@ -321,8 +335,9 @@ class Trainer(Builders):
         self._checkpointer = adopt_checkpointer(other)
         saved = self._checkpointer.checkpointables
         # The progress is loaded after the trainer.
-        for key, part in (("trainer", weakref.proxy(self)), ("progress", self.progress)):
-            if key not in saved:
+        parts = {"trainer": weakref.proxy(self), "progress": self.progress, "ema": self.ema}
+        for key, part in parts.items():
+            if part is not None and key not in saved:
                 self._checkpointer.add_checkpointable(key, part)
 
     # --- hooks -----------------------------------------------------------------------------------
@@ -353,11 +368,15 @@ class Trainer(Builders):
         built: list[HookBase] = [BatchScalars(layout.batch_size, layout.images_per_gpu), recorder]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
             built.insert(0, CountSkippedImages(self.model))
+        collect = [recorder.reduce]
+        if self.ema:
+            built.append(UpdateAverage(self.ema, cfg.OUTPUT_DIR))
+            collect.append(self.ema.gather)
         gather, period = self.checkpointer.gather, cfg.TEST.EVAL_PERIOD
         return [
             *built,
-            GatherStatistics(self.checkpointer, checkpoint_period, period, recorder.reduce),
-            StopOnSignal(self.checkpointer, recorder.reduce, gather),
+            GatherStatistics(self.checkpointer, checkpoint_period, period, *collect),
+            StopOnSignal(self.checkpointer, *collect, gather),
         ]
 
     def rebuild_hooks(self) -> None:
@@ -377,8 +396,20 @@ class Trainer(Builders):
 
     def _register_built_hooks(self) -> None:
         theirs = [hook for hook in self.build_hooks() if hook is not None]
-        self.register_hooks(insert_before_savers(theirs, self.build_megdet_hooks()))
+        built = insert_before_savers(theirs, self.build_megdet_hooks())
+        self.register_hooks(insert_after_evaluation(built, self._build_late_hooks()))
         self._built = list(self._hooks)  # a user of the trainer may add more
+
+    def _build_late_hooks(self) -> list[HookBase]:
+        """Builds the hooks that need the results of the evaluation."""
+        cfg, late = self.cfg, list[HookBase]()
+        if self.ema:
+            late.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_ema))
+        if cfg.MEGDET.BEST_METRIC:
+            late.append(build_best_checkpointer(cfg, self.checkpointer, self.ema))
+        if cfg.MEGDET.TRACKERS:
+            late.append(TrackRun(cfg))
+        return late
 
     def _test_with_averages(self, cfg: CfgNode, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with averaged_statistics(model):  # an overridden test may not
@@ -387,6 +418,13 @@ class Trainer(Builders):
     def _test_with_tta(self) -> dict[str, Any]:
         with averaged_statistics(self.model):
             results = self.test_with_tta(self.cfg, self.model)
+        self._last_eval_results = {**self._last_eval_results, **results}
+        return results
+
+    def _test_ema(self) -> dict[str, Any]:
+        assert self.ema is not None
+        with averaged_statistics(self.ema.model):
+            results = self.test_ema(self.cfg, self.ema.model)
         self._last_eval_results = {**self._last_eval_results, **results}
         return results
 

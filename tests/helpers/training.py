@@ -81,6 +81,7 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
         "loss": dict((i, v) for v, i in histories["total_loss"].values()) if rank == 0 else None,
         "lr": dict((i, v) for v, i in histories["lr"].values()),
         "state": _digests(model.state_dict()),
+        "ema": _digests(trainer.ema.model.state_dict()) if trainer.ema else {},
         "momentum": _digests(
             {
                 str(i): state["momentum_buffer"]
