@@ -63,6 +63,7 @@ class CheckedMapper:
 
 def reads_8_bits(mapper: Mapper) -> bool:
     """Returns True if Detectron2 reads the images, which cuts values above 255."""
+    mapper = getattr(mapper, "stock", mapper)  # of a TorchvisionMapper
     return type(mapper).__call__ is DatasetMapper.__call__
 
 

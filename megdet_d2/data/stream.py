@@ -26,6 +26,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from .backend import apply_backend, pins_memory
 from .classes import num_classes
 from .coco import forget_parsed, refuse_unreadable
 from .mapping import BadImageError, CheckedMapper, Mapper
@@ -179,6 +180,7 @@ def build_stream_loader(
     num_workers: int,
     skip_bad: bool = False,
     timeout: float = 0,
+    **options: Any,
 ) -> DataLoader:
     """Builds Detectron2's training loader over a ``StreamSampler``.
 
@@ -188,6 +190,7 @@ def build_stream_loader(
             the images of a micro-batch over all processes.
         skip_bad: see ``SeededDataset``.
         timeout: seconds to wait for a worker; 0 for no limit.
+        options: other arguments of torch's ``DataLoader``.
     """
     images_per_gpu = total_batch_size // comm.get_world_size()
     buckets = None
@@ -210,6 +213,7 @@ def build_stream_loader(
         num_workers=num_workers,
         timeout=timeout if num_workers else 0,
         seed=seed,  # or each new loader would draw from the process's random numbers
+        **options,
     )
 
 
@@ -230,7 +234,8 @@ def build_train_loader(
     chosen = d2_build._train_loader_from_config(cfg, mapper=mapper)
     forget_parsed()
     refuse_unreadable(cfg.DATASETS.TRAIN, chosen["mapper"])
-    chosen["mapper"] = CheckedMapper(chosen["mapper"], num_classes(cfg))
+    mapper = apply_backend(chosen["mapper"], cfg.INPUT.BACKEND)
+    chosen["mapper"] = CheckedMapper(mapper, num_classes(cfg))
     chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
     if isinstance(chosen["dataset"], IterableDataset):
         return d2_build.build_detection_train_loader(**chosen)
@@ -240,6 +245,8 @@ def build_train_loader(
         seed,
         skip_bad=cfg.MEGDET.SKIP_BAD_IMAGES,
         timeout=cfg.MEGDET.TIMEOUT,
+        pin_memory=pins_memory(cfg),
+        prefetch_factor=cfg.DATALOADER.PREFETCH_FACTOR if chosen["num_workers"] else None,
         **chosen,
     )
 

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from megdet_d2.data import Inspection, register_datasets
+from megdet_d2.data.backend import find_backend_fault
 from megdet_d2.data.coco import left_to_mapper
 from megdet_d2.data.finding import raise_findings
 from megdet_d2.memory import check_stages
@@ -100,6 +101,12 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
             f"use one of {', '.join(ALGORITHMS)}"
         )
     check_stages(cfg.MODEL.SUBLINEAR.STAGES)
+    if fault := find_backend_fault(cfg.INPUT.BACKEND):
+        raise ValueError(fault)
+    if cfg.DATALOADER.PREFETCH_FACTOR < 1:
+        raise ValueError(
+            f"DATALOADER.PREFETCH_FACTOR is {cfg.DATALOADER.PREFETCH_FACTOR}; give 1 or more"
+        )
     check_tta(cfg)
     if not eval_only:
         refuse_solver_overrides(cfg)

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
 )
 from torch.utils.data import DataLoader
 
+from megdet_d2.data.backend import apply_backend, pins_memory
 from megdet_d2.data.coco import refuse_unreadable
 from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
@@ -36,8 +37,11 @@ NO_PQ = (
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper) -> DataLoader:
     """Builds Detectron2's test loader; an image that cannot be read raises ``BadImageError``."""
     refuse_unreadable([dataset_name], mapper)
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(mapper))
+    checked = CheckedMapper(apply_backend(mapper, cfg.INPUT.BACKEND))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=checked)
+    loader.pin_memory = pins_memory(cfg)
     if loader.num_workers:
+        loader.prefetch_factor = cfg.DATALOADER.PREFETCH_FACTOR
         loader.timeout = cfg.MEGDET.TIMEOUT
         loader.worker_init_fn = shield_loader_worker
     return loader

@@ -1,0 +1,229 @@
+"""Decodes and resizes images faster than Detectron2's mapper does, with its random numbers.
+
+``INPUT.BACKEND`` chooses the library. Detectron2 reads and resizes by PIL, which takes most of a
+mapper's time. torchvision decodes JPEG files from the same libjpeg-turbo, and torch resizes 8-bit
+pixels by PIL's own filter, with vector instructions.
+"""
+
+import copy
+import io
+import logging
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from fvcore.transforms.transform import Transform, TransformList
+from PIL import Image
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from .mapping import Mapper, reads_8_bits
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("pil", "torchvision")
+"""The values of ``INPUT.BACKEND``."""
+
+_ORIENTATION = 274  # the EXIF tag; 1 is upright
+
+
+def find_backend_fault(backend: str) -> str:
+    """Returns the fault of an ``INPUT.BACKEND`` with its fix; "" if it can be used here."""
+    if backend not in BACKENDS:
+        return f"INPUT.BACKEND is {backend!r}; use one of {', '.join(BACKENDS)}"
+    if backend == "pil":
+        return ""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    try:
+        _decode(file.getvalue(), "RGB")
+    except (AttributeError, RuntimeError) as error:
+        return (
+            f"INPUT.BACKEND is 'torchvision', whose decoder does not work here ({error}); install "
+            "a torchvision that is built with libjpeg, or set INPUT.BACKEND 'pil'"
+        )
+    return ""
+
+
+def apply_backend(mapper: Mapper, backend: str) -> Mapper:
+    """Returns a mapper that does the same by the library ``backend``.
+
+    A mapper whose ``__call__`` is a project's own reads images by itself. It is returned as it is,
+    with a warning. Augmentations of a project work with every backend.
+
+    Args:
+        mapper: Detectron2's ``DatasetMapper``, or a subclass.
+        backend: one of ``BACKENDS``.
+    """
+    if backend == "pil":
+        return mapper
+    if not reads_8_bits(mapper):
+        kind = type(mapper).__name__
+        name = getattr(mapper, "__qualname__", kind)  # of a function
+        logger.warning(
+            f"INPUT.BACKEND {backend!r} has no effect: the mapper {name} reads and transforms "
+            "images by itself. Make it a subclass of Detectron2's DatasetMapper that does not "
+            "override __call__, or use megdet_d2.data.backend.read_image and FastAugInput in it"
+        )
+        return mapper
+    return TorchvisionMapper(mapper)
+
+
+def pins_memory(cfg: CfgNode) -> bool:
+    """Returns True if a loader's tensors are to be in pinned memory, which a GPU reads faster."""
+    return cfg.INPUT.BACKEND != "pil" and cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+
+
+class TorchvisionMapper:
+    """Does what Detectron2's ``DatasetMapper`` does, with faster decoding and resizing.
+
+    Boxes, masks, keypoints and random numbers are the same. A resized pixel differs from PIL's by
+    at most one grey level, and seldom.
+
+    Args:
+        stock: the mapper of Detectron2, or of a subclass that inherits ``__call__``. Its
+            augmentations and its methods for annotations are used.
+    """
+
+    def __init__(self, stock: Any):
+        self.stock = stock
+
+    def __call__(self, entry: dict) -> dict:
+        """Returns the model's input for an entry of a data set."""
+        stock, entry = self.stock, copy.deepcopy(entry)
+        image = read_image(entry["file_name"], stock.image_format)
+        utils.check_image_size(entry, image)
+        sem_seg = None
+        if "sem_seg_file_name" in entry:
+            sem_seg = utils.read_image(entry.pop("sem_seg_file_name"), "L").squeeze(2)
+        augmented = FastAugInput(image, sem_seg=sem_seg)
+        transforms = stock.augmentations(augmented)
+        shape = augmented.image.shape[:2]
+        entry["image"] = _to_planes(augmented.image)
+        if augmented.sem_seg is not None:
+            entry["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if stock.proposal_topk is not None:
+            utils.transform_proposals(entry, shape, transforms, proposal_topk=stock.proposal_topk)
+        if not stock.is_train:
+            entry.pop("annotations", None)
+        elif "annotations" in entry:
+            if type(stock)._transform_annotations is DatasetMapper._transform_annotations:
+                transforms = _transform_together(stock, entry["annotations"], transforms)
+            stock._transform_annotations(entry, transforms, shape)
+        return entry
+
+
+class FastAugInput(T.AugInput):
+    """Detectron2's input of augmentations, which resizes 8-bit images by torch.
+
+    The image stays an array (height, width, channels), so that all augmentations work. Other
+    transforms are applied as Detectron2 does.
+    """
+
+    def transform(self, tfm: Transform) -> None:
+        """Applies a transform to the image, the boxes and the labels of pixels, in place."""
+        for part in tfm.transforms if type(tfm) is TransformList else [tfm]:
+            resized = _resize(part, self.image) if type(part) is T.ResizeTransform else None
+            self.image = part.apply_image(self.image) if resized is None else resized
+        if self.boxes is not None:
+            self.boxes = tfm.apply_box(self.boxes)
+        if self.sem_seg is not None:
+            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+
+
+def read_image(file_name: str, format: str) -> np.ndarray:
+    """Reads an image as Detectron2's ``read_image`` does, and JPEG files faster.
+
+    Images that are turned by EXIF, and those that are not JPEG files of grey or RGB pixels, are
+    read by Detectron2's function.
+
+    Args:
+        file_name: path of a file.
+        format: INPUT.FORMAT, such as "BGR".
+
+    Returns:
+        pixels (height, width, channels).
+
+    Raises:
+        OSError, RuntimeError: the file is not an image, or is damaged.
+    """
+    if format in ("RGB", "BGR"):
+        with PathManager.open(file_name, "rb") as file:
+            content = file.read()
+        with Image.open(io.BytesIO(content)) as image:  # reads the header only
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+            if plain and image.getexif().get(_ORIENTATION, 1) == 1:
+                return _decode(content, format)
+    return utils.read_image(file_name, format=format)
+
+
+def _decode(content: bytes, format: str) -> np.ndarray:
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if format == "BGR" else pixels
+
+
+def _resize(resize: T.ResizeTransform, image: np.ndarray) -> np.ndarray | None:
+    """Returns the resized image; None for one that Detectron2 has to resize, or to refuse."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        return None
+    if resize.interp != Image.BILINEAR or image.shape[:2] != (resize.h, resize.w):
+        return None
+    # A batch of one, in channels-last memory: torch has its fastest path there.
+    batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
+    size = (resize.new_h, resize.new_w)
+    resized = interpolate(batch, size, mode="bilinear", align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _to_planes(image: np.ndarray) -> torch.Tensor:
+    """Returns an image as a contiguous tensor (channels, height, width)."""
+    mirrored = image.strides[1] < 0  # Detectron2's flip returns a view
+    pixels = image[:, ::-1] if mirrored else image
+    if image.dtype != np.uint8 or image.shape[2] != 3 or not pixels.flags.c_contiguous:
+        return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+    cv2.split(pixels, list(planes))  # several times as fast as NumPy's transposed copy
+    for plane in planes if mirrored else ():
+        cv2.flip(plane, 1, dst=plane)
+    return torch.from_numpy(planes)
+
+
+def _transform_together(
+    stock: DatasetMapper, annotations: list[dict], transforms: TransformList
+) -> TransformList:
+    """Transforms the boxes of an image together, in place; the numbers are the same.
+
+    Detectron2 transforms each annotation alone, which takes longer than resizing the image.
+
+    Returns:
+        the transforms that are left to apply to each annotation: none, or all of them if there are
+        keypoints or masks of pixels, whose annotations are not changed.
+    """
+    masks = [a.get("segmentation") for a in annotations if stock.use_instance_mask]
+    if stock.use_keypoint or any(isinstance(mask, dict) for mask in masks):
+        return transforms
+    alike: dict[tuple, list[dict]] = {}  # boxes of whole numbers stay whole in Detectron2
+    for annotation in annotations:
+        box, mode = annotation["bbox"], annotation["bbox_mode"]
+        if type(box) is not list or len(box) != 4:
+            return transforms
+        alike.setdefault((mode, all(type(value) is int for value in box)), []).append(annotation)
+    for (mode, _), rows in alike.items():
+        # A tensor, since Detectron2 converts a list to one, and its numbers to float32.
+        boxes = BoxMode.convert(torch.tensor([a["bbox"] for a in rows]), mode, BoxMode.XYXY_ABS)
+        for row, box in zip(rows, transforms.apply_box(np.array(boxes.tolist())), strict=True):
+            row["bbox"], row["bbox_mode"] = box, BoxMode.XYXY_ABS
+    for annotation in annotations if stock.use_instance_mask else ():
+        if "segmentation" in annotation:
+            polygons = [np.asarray(p).reshape(-1, 2) for p in annotation["segmentation"]]
+            polygons = transforms.apply_polygons(polygons)
+            annotation["segmentation"] = [polygon.reshape(-1) for polygon in polygons]
+    return TransformList([])
