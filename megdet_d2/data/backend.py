@@ -127,6 +127,10 @@ class FastAugInput(T.AugInput):
     transforms are applied as Detectron2 does.
     """
 
+    image: np.ndarray
+    boxes: np.ndarray | None
+    sem_seg: np.ndarray | None
+
     def transform(self, tfm: Transform) -> None:
         """Applies a transform to the image, the boxes and the labels of pixels, in place."""
         for part in tfm.transforms if type(tfm) is TransformList else [tfm]:
@@ -174,7 +178,7 @@ def _resize(resize: T.ResizeTransform, image: np.ndarray) -> np.ndarray | None:
     """Returns the resized image; None for one that Detectron2 has to resize, or to refuse."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         return None
-    if resize.interp != Image.BILINEAR or image.shape[:2] != (resize.h, resize.w):
+    if resize.interp != Image.Resampling.BILINEAR or image.shape[:2] != (resize.h, resize.w):
         return None
     # A batch of one, in channels-last memory: torch has its fastest path there.
     batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)

@@ -28,6 +28,7 @@ from megdet_d2.schedule.build import (
 
 from .advice import count_images, find_schedule_faults
 from .best import check_best
+from .coco_api import find_coco_api_fault
 from .disk import check_output_dir
 from .early_log import kept_log
 from .launch import limit_waiting
@@ -102,6 +103,8 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
         )
     check_stages(cfg.MODEL.SUBLINEAR.STAGES)
     if fault := find_backend_fault(cfg.INPUT.BACKEND):
+        raise ValueError(fault)
+    if fault := find_coco_api_fault(cfg.TEST.COCO_API):
         raise ValueError(fault)
     if cfg.DATALOADER.PREFETCH_FACTOR < 1:
         raise ValueError(

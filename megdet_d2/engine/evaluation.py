@@ -22,6 +22,7 @@ from megdet_d2.data.coco import refuse_unreadable
 from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
 
+from .coco_api import HotcocoEvaluator
 from .panoptic import OutputEvaluator, PanopticEvaluator, load_labels, pq_library
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def build_evaluator(
         built.append(OutputEvaluator(evaluator, "sem_seg"))
     if kind == "coco" or (panoptic and metadata.get("json_file", None)):
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        built.append(COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
+        coco = HotcocoEvaluator if cfg.TEST.COCO_API == "hotcoco" else COCOEvaluator
+        built.append(coco(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
     if panoptic and pq_library():
         built.append(OutputEvaluator(PanopticEvaluator(dataset_name, output_dir), "panoptic_seg"))
     elif panoptic:

@@ -1,4 +1,4 @@
-"""Compares INPUT.BACKEND "torchvision" with Detectron2's mapper: real photographs, all kinds of files."""
+"""Compares INPUT.BACKEND "torchvision" with Detectron2's mapper, on real photographs."""
 
 import copy
 import json
@@ -74,7 +74,9 @@ def assert_same(given, stock, ours, seed=0, most=1, share=0.02):
         with seeded(seed):
             results.append((mapper(given), np.random.random(), torch.rand(1).item()))
     (expected, *drawn), (got, *ours_drawn) = results
-    assert drawn == ours_drawn and json.dumps(given, default=repr) == json.dumps(before, default=repr)
+    assert drawn == ours_drawn and json.dumps(given, default=repr) == json.dumps(
+        before, default=repr
+    )
     difference = (expected["image"].int() - got["image"].int()).abs()
     assert got["image"].is_contiguous() and got["image"].dtype == expected["image"].dtype
     assert difference.max() <= most and (difference > 0).float().mean() <= share
@@ -253,6 +255,7 @@ def test_a_torchvision_without_a_decoder_is_named(monkeypatch):
     assert "no libjpeg" in find_backend_fault("torchvision")
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact(tmp_path):
     coco = write_images(tmp_path)
     overrides = ("INPUT.BACKEND", "torchvision", "DATALOADER.PREFETCH_FACTOR", 3)
