@@ -204,9 +204,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
 
     # --- Loading. See docs/performance.md ---------------------------------------------------------
-    # Library that decodes and resizes images: "pil" as Detectron2, or "torchvision", which is
-    # several times as fast. Its pixels differ from PIL's by at most one grey level, and seldom. All
-    # else is the same. Where there is a GPU, the loader's tensors are then in pinned memory.
+    # Library that decodes and resizes images: "pil" as Detectron2, or the faster "torchvision". Its
+    # pixels differ from PIL's by at most one grey level, and seldom. All else is the same. Where
+    # there is a GPU, the loader's tensors are then in pinned memory.
     cfg.INPUT.BACKEND = "pil"
     # Number of micro-batches that each worker of a loader keeps ready, 1 or more. 2 is torch's.
     cfg.DATALOADER.PREFETCH_FACTOR = 2
