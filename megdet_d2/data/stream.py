@@ -267,13 +267,18 @@ def fold_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
 
 
+def seed_cpu(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's CPU random numbers."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and torch's CPU random numbers; restores their state at the end."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    seed_cpu(seed)
     try:
         yield
     finally:

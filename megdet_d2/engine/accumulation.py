@@ -2,10 +2,18 @@
 
 import contextlib
 import time
+from typing import Any
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
+
+from .exchange import StepExchange
+from .metrics import put_losses
+
+# Detectron2's options of a trainer; older versions have fewer.
+_OPTIONS = ("gather_metric_period", "zero_grad_before_forward", "async_write_metrics")
 
 
 class AccumulationTrainer(SimpleTrainer):
@@ -16,13 +24,20 @@ class AccumulationTrainer(SimpleTrainer):
     clipping and the optimizer run once per update, as they do once per step in Detectron2.
 
     Args:
-        trainer: a stock trainer, whose model, loader and optimizer are used.
+        trainer: a stock trainer, whose model, loader, optimizer and options are used.
         steps: micro-batches per update; 1 or more.
+
+    Attributes:
+        exchange: carries the losses of all processes to the metrics; None gathers them as
+            Detectron2 does.
     """
 
     def __init__(self, trainer: SimpleTrainer, steps: int):
-        super().__init__(trainer.model, trainer.data_loader, trainer.optimizer)
+        super().__init__(
+            trainer.model, trainer.data_loader, trainer.optimizer, **_options_of(trainer)
+        )
         self.steps = steps
+        self.exchange: StepExchange | None = None
 
     def run_step(self) -> None:
         """Makes one update."""
@@ -31,9 +46,11 @@ class AccumulationTrainer(SimpleTrainer):
         batches = [next(self._data_loader_iter) for _ in range(self.steps)]
         data_time = time.perf_counter() - start
 
-        images = sum(map(len, batches))
-        self.optimizer.zero_grad()
-        mean: dict = {}
+        images = sum(map(len, batches)) if self.steps > 1 else 0
+        zero_first = getattr(self, "zero_grad_before_forward", False)
+        if zero_first:
+            self.optimizer.zero_grad()
+        mean: dict[str, Any] = {}
         for i, batch in enumerate(batches):
             synchronized = i == self.steps - 1 or not hasattr(self.model, "no_sync")
             with contextlib.nullcontext() if synchronized else self.model.no_sync():
@@ -41,14 +58,29 @@ class AccumulationTrainer(SimpleTrainer):
                     losses = self.model(batch)
                     if not isinstance(losses, dict):
                         losses = {"total_loss": losses}
-                    share = len(batch) / images
-                    losses = {name: share * loss for name, loss in losses.items()}
+                    if self.steps > 1:
+                        share = len(batch) / images
+                        losses = {name: share * loss for name, loss in losses.items()}
+                if i == 0 and not zero_first:
+                    self.optimizer.zero_grad()
                 self._scaled(sum(losses.values())).backward()
             for name, loss in losses.items():
-                mean[name] = mean.get(name, 0) + loss.detach()
+                mean[name] = mean[name] + loss.detach() if name in mean else loss.detach()
+        if self.exchange:
+            self.exchange.losses, self.exchange.data_time = mean, data_time
         self.after_backward()
-        self._write_metrics(mean, data_time)
+        self._report(mean, data_time)
         self._update()
+
+    def _report(self, losses: dict[str, Any], data_time: float) -> None:
+        gathered = self.exchange.gathered(losses) if self.exchange else {}
+        if self.exchange and gathered:
+            if (self.iter + 1) % getattr(self, "gather_metric_period", 1) == 0:
+                put_losses(get_event_storage(), gathered, self.exchange.data_times)
+        elif getattr(self, "async_write_metrics", False):
+            self.concurrent_executor.submit(self._write_metrics, losses, data_time, iter=self.iter)
+        else:
+            self._write_metrics(losses, data_time)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -71,8 +103,12 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
             trainer.optimizer,
             grad_scaler=trainer.grad_scaler,
             precision=trainer.precision,
+            **_options_of(trainer, "log_grad_scaler"),
         )
+        # Detectron2's AMPTrainer takes the option and does not use it.
+        self.async_write_metrics = getattr(trainer, "async_write_metrics", False)
         self.steps = steps
+        self.exchange = None
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device = next(self.model.parameters()).device.type
@@ -81,19 +117,27 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
     def _scaled(self, loss: Tensor) -> Tensor:
         return self.grad_scaler.scale(loss)
 
+    def _report(self, losses: dict[str, Any], data_time: float) -> None:
+        if getattr(self, "log_grad_scaler", False):
+            scale = self.grad_scaler.get_scale()
+            get_event_storage().put_scalar("[metric]grad_scaler", scale)
+        super()._report(losses, data_time)
+
     def _update(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
 
-def accumulate(trainer: SimpleTrainer, steps: int) -> SimpleTrainer:
-    """Returns a trainer of ``steps`` micro-batches per update; ``trainer`` if ``steps`` is 1.
+def accumulate(trainer: SimpleTrainer, steps: int) -> AccumulationTrainer:
+    """Returns a trainer of ``steps`` micro-batches per update.
 
     Args:
         trainer: Detectron2's, plain or in mixed precision.
         steps: micro-batches per update; 1 or more.
     """
-    if steps == 1:
-        return trainer
     kind = AMPAccumulationTrainer if isinstance(trainer, AMPTrainer) else AccumulationTrainer
     return kind(trainer, steps)
+
+
+def _options_of(trainer: SimpleTrainer, *more: str) -> dict[str, Any]:
+    return {name: getattr(trainer, name) for name in (*_OPTIONS, *more) if hasattr(trainer, name)}

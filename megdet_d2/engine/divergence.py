@@ -1,18 +1,18 @@
 """Divergence of a training: noticed by all processes in one step, so that all can roll back."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from megdet_d2._moved import renamed
 
-from .collectives import largest_over_processes
 from .ddp import parameters_without_gradient, summed_parameters
+from .exchange import FAULT, StepExchange
 from .hooks import StepObserver
 
 # Seconds in which all processes that fail in the same forward have to report it.
@@ -36,27 +36,26 @@ class DivergenceGuard(StepObserver):
     """Raises ``DivergenceError`` in all processes when a loss or a gradient of any is not finite.
 
     It acts after each backward, before the optimizer steps and metrics are written. So neither the
-    weights nor a checkpoint contain the bad values. The cost is one wait for the GPU, which the
-    metrics need anyway, and one small all-reduce on the CPU.
+    weights nor a checkpoint contain the bad values. The cost is one wait for the GPU, in which the
+    losses are read for the metrics too, and one ``StepExchange``.
 
     Under a ``GradScaler`` gradients are not checked, because it skips steps in which they overflow.
     If it skips all steps, that is a divergence too.
 
-    Register it with Detectron2's inner trainer, since only that calls ``after_backward``. Every
-    process has to construct one, in the same order as its other process groups. It has a separate
-    group, so that a process that failed in forward receives no message of the model's collectives.
+    Register it with Detectron2's inner trainer, since only that calls ``after_backward``.
 
     Args:
         model: as it is called in training, with its DDP.
+        exchange: of all processes.
 
     Attributes:
         checks: number of updates that have been checked.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, exchange: StepExchange):
         self._images: list[str] = []
         self._losses: list[tuple[str, Tensor]] = []
-        self._group: Any = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
+        self._exchange = exchange
         self._model = model
         self._summed = summed_parameters(model)
         self.checks = 0
@@ -82,7 +81,7 @@ class DivergenceGuard(StepObserver):
     def _note_losses(self, model: nn.Module, inputs: tuple, losses: Any) -> None:
         if model.training:
             losses = losses if isinstance(losses, dict) else {"total_loss": losses}
-            self._losses += [(name, loss.detach().float()) for name, loss in losses.items()]
+            self._losses += [(name, loss.detach()) for name, loss in losses.items()]
 
     def after_backward(self) -> None:
         """Checks losses and gradients.
@@ -103,7 +102,18 @@ class DivergenceGuard(StepObserver):
                 "use all trained parameters in every step: add 0 times the sum of an unused output "
                 "to a loss, or freeze parameters that no rank needs before the trainer is built"
             )
-        self._raise_together(*self._find_nonfinite())
+        offered = self._exchange.losses  # the means over all micro-batches
+        losses = list(offered.items()) or self._losses
+        gradients = self._gradients()
+        # A finite norm has finite elements only, and on a CPU takes a tenth of the time of a check
+        # of each. A norm that is not finite may come from large elements, which are looked at then.
+        norms = torch._foreach_norm(gradients) if gradients else ()
+        values = [*(loss for _, loss in losses), *norms]
+        read = torch.stack(values).tolist() if values else []  # the one wait for the GPU
+        names = [name for name, _ in losses]
+        named = list(zip(names, read, strict=False))
+        fault = self._find_nonfinite(named, read[len(names) :], gradients)
+        self._raise_together(*fault, losses=dict(named) if offered else None)
 
     def join(self, error: FloatingPointError) -> NoReturn:
         """Raises the error of a process whose forward raised ``error``, as Detectron2's RPN does.
@@ -118,50 +128,63 @@ class DivergenceGuard(StepObserver):
         """
         images = ", ".join(self._images)
         with contextlib.suppress(RuntimeError):  # the others wait in a collective of the model
-            self._raise_together(_LOSS, str(error), PATIENCE)
+            self._raise_together(_LOSS, str(error), patience=PATIENCE)
         iteration, rank = self.trainer.iter, comm.get_rank()
         raise FloatingPointError(
             f"Training has diverged in iteration {iteration}, on rank {rank} alone: {error}; "
             f"images: {images}. {_FIX}"
         ) from error
 
-    def _find_nonfinite(self) -> tuple[int, str]:
-        names, values = [n for n, _ in self._losses], [loss for _, loss in self._losses]
-        gradients = {}
+    def _gradients(self) -> list[Tensor]:
+        """Returns the gradients that the optimizer would use; none under a ``GradScaler``."""
+        if self._scaler:
+            return []
+        groups = self.trainer.optimizer.param_groups
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+
+    @property
+    def _scaler(self) -> Any:
         scaler: Any = getattr(self.trainer, "grad_scaler", None)
-        scaled = scaler is not None and scaler.is_enabled()
-        if not scaled:
-            parameters = self.trainer.model.named_parameters()
-            gradients = {name: p.grad for name, p in parameters if p.grad is not None}
-        # A finite norm has finite elements only, and on a CPU takes a tenth of the time of a check
-        # of each. A norm that is not finite may come from large elements: see below.
-        if gradients:
-            values += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
-        finite = torch.stack(values).isfinite().tolist() if values else []
-        losses = {
-            f"{name} is {float(value)}"
-            for name, value, ok in zip(names, values, finite, strict=False)  # losses come first
-            if not ok
-        }
-        if losses:
-            return _LOSS, ", ".join(sorted(losses))
-        if scaled and scaler.get_scale() < LEAST_SCALE:
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _find_nonfinite(
+        self,
+        losses: list[tuple[str, float]],
+        norms: list[float],
+        gradients: list[Tensor],
+    ) -> tuple[int, str]:
+        wrong_losses = {f"{name} is {value}" for name, value in losses if not math.isfinite(value)}
+        if wrong_losses:
+            return _LOSS, ", ".join(sorted(wrong_losses))
+        if self._scaler and self._scaler.get_scale() < LEAST_SCALE:
             return _GRADIENT, "gradients were not finite at any scale in mixed precision"
-        suspects = [
-            g for g, ok in zip(gradients.items(), finite[len(names) :], strict=True) if not ok
+        wrong = [
+            self._name_of(gradient)
+            for gradient, norm in zip(gradients, norms, strict=True)
+            if not math.isfinite(norm) and not gradient.isfinite().all()
         ]
-        wrong = [name for name, gradient in suspects if not gradient.isfinite().all()]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             return _GRADIENT, f"the gradient of {', '.join(wrong[:3])}{more} is not finite"
         return _FINE, ""
 
-    def _raise_together(self, kind: int, fault: str, patience: float | None = None) -> None:
+    def _name_of(self, gradient: Tensor) -> str:
+        named = self.trainer.model.named_parameters()
+        return next((name for name, p in named if p.grad is gradient), "a parameter")
+
+    def _raise_together(
+        self,
+        kind: int,
+        fault: str,
+        losses: dict[str, float] | None = None,
+        patience: float = 0,
+    ) -> None:
         images, self._images, self._losses = self._images, [], []
-        worst = largest_over_processes(kind, self._group, patience)
+        worst = self._exchange(kind, losses, patience)[:, FAULT].max()
         if worst == _FINE:
             return
-        reports = comm.all_gather((kind, f"{fault}; images: {', '.join(images)}"), self._group)
+        report = (kind, f"{fault}; images: {', '.join(images)}")
+        reports = comm.all_gather(report, self._exchange.group)
         # One process's loss spoils the averaged gradient of all, so losses are reported first.
         lines = [f"rank {rank}: {text}" for rank, (k, text) in enumerate(reports) if k == worst]
         more = f" (and {len(lines) - 4} more ranks)" if len(lines) > 4 else ""

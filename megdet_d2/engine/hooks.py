@@ -16,6 +16,8 @@ from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.collective import raise_if_out_of_step
 from megdet_d2.norm.configure import images_per_group
 
+from .exchange import SKIPPED, StepExchange
+
 logger = logging.getLogger(__name__)
 
 # Steps between two reads of counters: the period of Detectron2's writers.
@@ -141,10 +143,12 @@ class CountSkippedImages(StepObserver):
 
     Args:
         model: as it is called in training; its inputs list the images that they replace.
+        exchange: of all processes.
     """
 
-    def __init__(self, model: nn.Module):
-        self._count = 0
+    def __init__(self, model: nn.Module, exchange: StepExchange):
+        self._exchange = exchange
+        self._exchange.skipped = 0
         self._model = model
 
     @contextlib.contextmanager
@@ -159,13 +163,13 @@ class CountSkippedImages(StepObserver):
     def _note(self, model: nn.Module, inputs: tuple) -> None:
         for image in inputs[0] if model.training else ():
             for reason in image.get("skipped", ()):
-                self._count += 1
+                self._exchange.skipped += 1
                 logger.warning(f"MEGDET.SKIP_BAD_IMAGES: skipped {reason}")
 
     def after_step(self) -> None:
         """Writes the count of all processes."""
         if is_due(self.trainer, PERIOD):
-            count = sum(comm.all_gather(self._count))
+            count = int(self._exchange.complete()[:, SKIPPED].sum())
             self.trainer.storage.put_scalar("skipped_images", count, smoothing_hint=False)
 
 

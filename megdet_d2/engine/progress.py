@@ -12,7 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 
 from megdet_d2._moved import renamed
-from megdet_d2.data.stream import find_stream, step_seed
+from megdet_d2.data.stream import find_stream, seed_cpu, step_seed
 from megdet_d2.schedule.build import images_per_micro_batch
 from megdet_d2.schedule.scaling import NEAR_ZERO
 
@@ -81,7 +81,11 @@ class TrainingProgress:
         """Seeds the random numbers of one update by the seed, the images and the process."""
         stream = find_stream(self._trainer.data_loader)
         if stream:
-            seed_all_rng(step_seed(stream.seed, self.images_seen, comm.get_rank()))
+            seed = step_seed(stream.seed, self.images_seen, comm.get_rank())
+            if self._trainer.cfg.MODEL.DEVICE == "cpu":
+                seed_cpu(seed)  # torch.manual_seed formats a stack trace for each unused device
+            else:
+                seed_all_rng(seed)
 
     def count_step(self) -> None:
         """Counts the images of one update."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .hooks import StepObserver, is_due
 
@@ -30,26 +31,25 @@ COLUMNS = ("epoch", "images") + tuple(
     for stage in STAGES
     for column in ("positives", "negatives", "ratio", "mean_ratio")
 )
+_NEITHER = -1  # the label of an anchor or proposal without a loss
 # Per stage: images, Σ positives, Σ negatives, Σ positives / negatives, and the images in the last.
 _SUMS = 5
 
 
-def count_samples(labels: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def count_samples(positive: Tensor, negative: Tensor) -> Tensor:
     """Returns the sums of one stage over images.
 
     Args:
-        labels: for each image the bool masks of its positive and of its negative samples, of any
-            equal shape.
+        positive, negative: (images, samples) bool masks of the positive and negative samples.
 
     Returns:
         (5,) float64 on the masks' device: images, Σ positives, Σ negatives, Σ ratio, and the images
         in that last sum. An image without a negative sample has no ratio.
     """
-    positives = torch.stack([positive.sum() for positive, _ in labels]).double()
-    negatives = torch.stack([negative.sum() for _, negative in labels]).double()
+    positives, negatives = positive.sum(1).double(), negative.sum(1).double()
     has_ratio = negatives > 0
     ratios = torch.where(has_ratio, positives / negatives, 0.0)
-    images = torch.full_like(positives[0], len(labels))
+    images = torch.full_like(positives[0], len(positives))
     return torch.stack([images, positives.sum(), negatives.sum(), ratios.sum(), has_ratio.sum()])
 
 
@@ -115,11 +115,12 @@ class SampleRecorder(StepObserver):
         # Only these methods have the labels of one image; Detectron2 logs a mean over the process's
         # images. They are replaced on these two objects during each step.
         if hasattr(generator, "label_and_sample_anchors"):
-            self._wrap("rpn", generator, "label_and_sample_anchors", _anchor_labels)
+            name = "label_and_sample_anchors"
+            self._wrap("rpn", generator, name, _anchor_labels, _anchor_masks)
         if hasattr(heads, "label_and_sample_proposals"):
-            classes = heads.num_classes
-            read = functools.partial(_proposal_labels, num_classes=classes)
-            self._wrap("rcnn", heads, "label_and_sample_proposals", read)
+            name = "label_and_sample_proposals"
+            masks = functools.partial(_proposal_masks, num_classes=heads.num_classes)
+            self._wrap("rcnn", heads, name, _proposal_labels, masks)
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
@@ -132,16 +133,19 @@ class SampleRecorder(StepObserver):
                 setattr(module, name, observed)
             yield
 
-    def _wrap(self, stage: str, module: nn.Module, name: str, read: Callable) -> None:
+    def _wrap(
+        self, stage: str, module: nn.Module, name: str, find: Callable, read: Callable
+    ) -> None:
         method = getattr(module, name)
 
         @functools.wraps(method)
         def observed(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            labels = read(result)[: self._left.get(stage, 0)] if torch.is_grad_enabled() else []
+            labels = find(result)[: self._left.get(stage, 0)] if torch.is_grad_enabled() else []
             if labels:
                 self._left[stage] -= len(labels)
-                sums = count_samples(labels)
+                # Images differ in their number of samples; what is added is neither.
+                sums = count_samples(*read(pad_sequence(labels, True, _NEITHER)))
                 self._pending[stage] = self._pending.get(stage, 0) + sums
             return result
 
@@ -175,8 +179,9 @@ class SampleRecorder(StepObserver):
         sums = torch.stack([self._pending.pop(stage, none).to(device) for stage in STAGES])
         if comm.get_world_size() > 1:
             dist.all_reduce(sums)
-        self._epoch = (torch.tensor(self._epoch, dtype=sums.dtype) + sums.cpu()).tolist()
-        self._since = (torch.tensor(self._since, dtype=sums.dtype) + sums.cpu()).tolist()
+        sums = sums.cpu()
+        self._epoch = (torch.tensor(self._epoch, dtype=sums.dtype) + sums).tolist()
+        self._since = (torch.tensor(self._since, dtype=sums.dtype) + sums).tolist()
 
     def _write_scalars(self) -> None:
         for stage, sums in zip(STAGES, self._since, strict=True):
@@ -236,13 +241,18 @@ def _nothing() -> list[list[float]]:
     return [[0.0] * _SUMS for _ in STAGES]
 
 
-def _anchor_labels(result: Any) -> list[tuple[Tensor, Tensor]]:
-    # -1 is an anchor without a loss.
-    return [(labels == 1, labels == 0) for labels in result[0]]
+def _anchor_labels(result: Any) -> list[Tensor]:
+    return list(result[0])
 
 
-def _proposal_labels(result: Any, num_classes: int) -> list[tuple[Tensor, Tensor]]:
-    # The class after the last is background. -1 is a crowd's region, without a loss.
-    return [
-        ((c >= 0) & (c < num_classes), c == num_classes) for c in (p.gt_classes for p in result)
-    ]
+def _anchor_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return labels == 1, labels == 0
+
+
+def _proposal_labels(result: Any) -> list[Tensor]:
+    return [proposals.gt_classes for proposals in result]
+
+
+def _proposal_masks(classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    # The class after the last is background.
+    return (classes >= 0) & (classes < num_classes), classes == num_classes

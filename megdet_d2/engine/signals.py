@@ -16,7 +16,8 @@ from fvcore.common.checkpoint import Checkpointer
 
 from megdet_d2._moved import renamed
 
-from .collectives import largest_over_processes
+from .exchange import SIGNAL, StepExchange
+from .hooks import is_due
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,9 @@ def end_with_training() -> None:
 class StopOnSignal(HookBase):
     """Ends the training in all processes when one of them receives SIGTERM or SIGINT.
 
-    After each step one small all-reduce tells all processes whether any of them has received a
-    signal. If so they save a checkpoint of this step together and exit with status ``REQUEUE``.
+    The ``StepExchange`` of each update tells all processes whether any of them has received a
+    signal. If so they save a checkpoint of this step together and exit with status ``REQUEUE``. A
+    signal that arrives after the exchange is in that of the next update.
 
     Later hooks save, evaluate and write, which may take longer than a scheduler waits before it
     kills. A signal that arrives meanwhile ends the process at once, also amid an evaluation: rank 0
@@ -53,13 +55,19 @@ class StopOnSignal(HookBase):
 
     Args:
         checkpointer: saves the checkpoint.
+        exchange: of all processes.
         before_saving: functions that every process calls before rank 0 saves, in this order.
     """
 
-    def __init__(self, checkpointer: Checkpointer, *before_saving: Callable[[], None]):
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        exchange: StepExchange,
+        *before_saving: Callable[[], None],
+    ):
         self._checkpointer = checkpointer
+        self._exchange = exchange  # has the signal's number
         self._before_saving = before_saving
-        self._received = 0  # the signal's number
         self._is_leaving = False
         self._is_between = False  # whether the hooks after a step are running
         self._handlers: dict[signal.Signals, Any] = {}
@@ -74,10 +82,14 @@ class StopOnSignal(HookBase):
         self._is_between = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
+        if self._exchange.signal:
             return
-        self._received = number
-        then = "leaving the evaluation" if self._is_between else "stopping after this iteration"
+        self._exchange.signal = number
+        then = (
+            "leaving the evaluation"
+            if self._is_between
+            else "stopping after this iteration or the next"
+        )
         # A handler may interrupt a write to the same stream, which Python then refuses.
         with contextlib.suppress(RuntimeError):
             logger.info(f"{signal.Signals(number).name} received: saving, and {then}")
@@ -92,19 +104,20 @@ class StopOnSignal(HookBase):
         Raises:
             SystemExit: with status ``REQUEUE``, in every process.
         """
-        number = largest_over_processes(self._received)
+        number = int(self._exchange.complete()[:, SIGNAL].max())
+        if number:
+            self._exchange.signal = number
         if self.trainer.iter + 1 >= self.trainer.max_iter:
-            self._received = self._received or number
             return
         if number:
-            self._received = number
             for prepare in self._before_saving:
                 prepare()
             self._save()
             comm.synchronize()  # or a launcher might kill the process that is still writing
             self._exit()
         self._is_between = True
-        if self._received:  # since the all-reduce
+        evaluates = is_due(self.trainer, self.trainer.cfg.TEST.EVAL_PERIOD)
+        if self._exchange.signal and evaluates:  # received since the exchange; the next is far
             self._leave()
 
     def after_train(self) -> None:
@@ -115,7 +128,7 @@ class StopOnSignal(HookBase):
         """
         if self.trainer.has_finished:
             self._is_between = True
-            if self._received and self.trainer.cfg.DATASETS.TEST:
+            if self._exchange.signal and self.trainer.cfg.DATASETS.TEST:
                 self._leave()
 
     def _leave(self) -> None:
@@ -132,8 +145,9 @@ class StopOnSignal(HookBase):
     def _exit(self) -> NoReturn:
         self._is_leaving = True
         iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
+        name = signal.Signals(self._exchange.signal).name
         logger.info(
-            f"{signal.Signals(self._received).name}: saved after iteration {iteration} and stopped "
+            f"{name}: saved after iteration {iteration} and stopped "
             f"with status {REQUEUE}; continue with --resume"
         )
         sys.exit(REQUEUE)
@@ -173,6 +187,5 @@ def forwarded_signals() -> Iterator[list[int]]:
 
 __getattr__ = renamed(
     __name__,
-    agree="megdet_d2.engine.collectives.largest_over_processes",
     shield_loader_worker="megdet_d2.data.stream.shield_loader_worker",
 )

@@ -1,10 +1,8 @@
 """The trainer: Detectron2's, with MegDet's norm and schedule, exact resumes and roll-backs."""
 
 import contextlib
-import faulthandler
 import logging
 import os
-import sys
 import warnings
 import weakref
 from typing import Any
@@ -24,6 +22,7 @@ from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
+from .accumulation import AccumulationTrainer
 from .best import build_best_checkpointer
 from .builders import OWN_DATA, Builders
 from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer
@@ -33,6 +32,7 @@ from .disk import naming_output_dir
 from .divergence import DivergenceError, DivergenceGuard
 from .early_log import write_kept_log
 from .ema import UpdateAverage, build_average
+from .exchange import StepExchange
 from .frozen import check_frozen
 from .hooks import (
     BatchScalars,
@@ -56,10 +56,9 @@ from .sample_ratio import SampleRecorder
 from .sgd import set_sgd_implementation
 from .signals import StopOnSignal
 from .trackers import TrackRun
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-_STDERR = sys.__stderr__ or 2  # a notebook's sys.stderr has no file descriptor
 
 
 class Trainer(Builders):
@@ -90,6 +89,7 @@ class Trainer(Builders):
         write_kept_log()
         name = type(self).__name__
         self._roll_back = RollBack(self)
+        self._watchdog = Watchdog(2 * cfg.MEGDET.TIMEOUT)
         self._completed = 0  # updates, with those before a resume
         self._observing = contextlib.ExitStack()  # of an update
         if cfg.MEGDET.POLICY and overrides(type(self), Trainer, "build_lr_scheduler"):
@@ -129,7 +129,8 @@ class Trainer(Builders):
         self.ema = build_average(cfg, self.model)
         self._mini_batch = MiniBatchCheck(self.layout, name)
         self._learning_rate = LearningRateCheck(cfg.MEGDET.POLICY, name)
-        self._guard = DivergenceGuard(self.model)
+        self._exchange = StepExchange()
+        self._guard = DivergenceGuard(self.model, self._exchange)
         self._guard_check = GuardCheck(self._guard, cfg.MEGDET.ON_DIVERGENCE, name)
         self._prepared: SimpleTrainer | None = None
         self._prepare_inner_trainer()
@@ -191,16 +192,13 @@ class Trainer(Builders):
         Raises:
             DivergenceError: a loss or a gradient is not finite, in any process.
         """
-        # A last resort for waits that no other limit ends, such as a stopped loader worker.
-        faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
-        try:
-            super().run_step()
-        except DivergenceError:
-            raise
-        except FloatingPointError as error:  # of a forward, such as the RPN's
-            self._guard.join(error)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        with self._watchdog.watch():
+            try:
+                super().run_step()
+            except DivergenceError:
+                raise
+            except FloatingPointError as error:  # of a forward, such as the RPN's
+                self._guard.join(error)
 
     def before_step(self) -> None:
         """Calls the hooks, and prepares the update that ``run_step`` makes, also an overridden one.
@@ -210,6 +208,7 @@ class Trainer(Builders):
         super().before_step()
         self._mini_batch.begin(self._trainer)
         self._guard_check.begin()
+        self._exchange.begin()
         self.progress.seed_step()
         self._observing.enter_context(observed_step([self._guard, *self._hooks]))
 
@@ -256,6 +255,7 @@ class Trainer(Builders):
             with naming_output_dir(self.cfg.OUTPUT_DIR):
                 super().after_train()
         finally:
+            self._watchdog.stop()
             for hook in self._hooks:
                 if isinstance(hook, StopOnSignal):
                     hook.put_handlers_back()
@@ -266,6 +266,8 @@ class Trainer(Builders):
             return
         if type(self._trainer) in (SimpleTrainer, AMPTrainer):
             self._trainer = build_inner_trainer(self._trainer, self.cfg)
+        if isinstance(self._trainer, AccumulationTrainer):
+            self._trainer.exchange = self._exchange
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self._prepared = self._trainer
 
@@ -367,7 +369,7 @@ class Trainer(Builders):
         )
         built: list[HookBase] = [BatchScalars(layout.batch_size, layout.images_per_gpu), recorder]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
-            built.insert(0, CountSkippedImages(self.model))
+            built.insert(0, CountSkippedImages(self.model, self._exchange))
         collect = [recorder.reduce]
         if self.ema:
             built.append(UpdateAverage(self.ema, cfg.OUTPUT_DIR))
@@ -376,7 +378,7 @@ class Trainer(Builders):
         return [
             *built,
             GatherStatistics(self.checkpointer, checkpoint_period, period, *collect),
-            StopOnSignal(self.checkpointer, *collect, gather),
+            StopOnSignal(self.checkpointer, self._exchange, *collect, gather),
         ]
 
     def rebuild_hooks(self) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import megdet_d2
-from megdet_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer, accumulate
+from megdet_d2.engine.accumulation import AMPAccumulationTrainer, accumulate
 from tests.helpers.training import config, train, write_images
 
 
@@ -109,13 +109,63 @@ def test_processes_exchange_gradients_once_an_update(pool2):
     close(torch.tensor(whole[2]), torch.tensor(first[2]))
 
 
-def test_one_micro_batch_is_detectron2s_trainer():
+@pytest.mark.parametrize("zero_first", [False, True])
+def test_one_micro_batch_is_detectron2s_step_to_the_bit(zero_first):
+    from detectron2.engine import SimpleTrainer
+    from detectron2.utils.events import EventStorage
+
+    results = []
+    for ours in (False, True):
+        model = Regression()
+        batches = [images(6, seed) for seed in range(4)]
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        trainer = SimpleTrainer(model, batches, optimizer, 2, zero_first)
+        if ours:
+            trainer = accumulate(trainer, 1)
+        with EventStorage() as storage:
+            for trainer.iter in range(4):
+                trainer.run_step()
+                storage.step()
+        losses = {
+            name: history.values()
+            for name, history in storage.histories().items()
+            if "time" not in name
+        }
+        assert [i for _, i in losses["total_loss"]] == [1, 3]  # gather_metric_period is 2
+        results.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
+def test_detectron2s_options_stay():
+    from detectron2.engine import AMPTrainer, SimpleTrainer
+
+    for kind in (SimpleTrainer, AMPTrainer):
+        model = Regression()
+        options = {"gather_metric_period": 5, "zero_grad_before_forward": True}
+        stock = kind(model, [], torch.optim.SGD(model.parameters(), 0.1), **options)
+        stock.async_write_metrics = True
+        ours = accumulate(stock, 2)
+        assert {name: getattr(ours, name) for name in options} == options
+        assert ours.async_write_metrics
+
+
+def test_metrics_are_written_by_a_thread_if_asked(monkeypatch):
+    import threading
+
     from detectron2.engine import SimpleTrainer
 
     model = Regression()
-    stock = SimpleTrainer(model, [], torch.optim.SGD(model.parameters(), 0.1))
-    assert accumulate(stock, 1) is stock
-    assert isinstance(accumulate(stock, 2), AccumulationTrainer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    stock = SimpleTrainer(model, [images(2)] * 2, optimizer, async_write_metrics=True)
+    trainer, threads = accumulate(stock, 2), []
+    trainer.iter = 0
+    monkeypatch.setattr(
+        trainer, "_write_metrics", lambda *_, **__: threads.append(threading.current_thread())
+    )
+    trainer.run_step()
+    trainer.concurrent_executor.shutdown(wait=True)
+    assert threads and threads[0] is not threading.main_thread()
 
 
 def test_mixed_precision_scales_once_an_update():

@@ -13,6 +13,7 @@ from torch import nn
 
 from megdet_d2.engine.accumulation import accumulate
 from megdet_d2.engine.divergence import DivergenceError, DivergenceGuard
+from megdet_d2.engine.exchange import StepExchange
 from megdet_d2.engine.rollback import ScheduleBackoff
 from tests.helpers.training import config, differing, train
 
@@ -91,6 +92,47 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(pool2, coco, tmp_path, 
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
+def weights_and_momentum(trainer):
+    """Copies of all parameters and of the optimizer's state."""
+    state = trainer.optimizer.state_dict()["state"]
+    momentum = [s["momentum_buffer"].clone() for s in state.values()]
+    return [p.detach().clone() for p in trainer.model.parameters()] + momentum
+
+
+def changed_by_the_last_step(rank, output, coco, fault):
+    """The number of tensors that the step with a fault has changed, and the error's first words."""
+    seen = {}
+
+    class Copy(HookBase):
+        def before_step(self):
+            seen["before"] = weights_and_momentum(seen["trainer"])
+
+    def prepare(trainer):
+        seen["trainer"] = trainer
+        trainer.register_hooks([Copy()])
+        fault(trainer)
+
+    with pytest.raises(DivergenceError) as error:
+        train(rank, output, coco, fault=prepare)
+    after = weights_and_momentum(seen["trainer"])
+    assert len(after) == len(seen["before"]) > 200
+    differ = sum(not torch.equal(a, b) for a, b in zip(after, seen["before"], strict=True))
+    return differ, str(error.value)[:36]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_nan_on_one_rank_changes_no_weight_and_no_momentum_of_any(pool2, coco, tmp_path, where):
+    """The optimizer waits for the exchange: nothing has to be undone."""
+    nan = float("nan")
+    fault = (
+        functools.partial(spoil_loss, nan, 1, [2])
+        if where == "loss"
+        else functools.partial(spoil_gradient, 1, 2, value=nan)
+    )
+    results = pool2.run(changed_by_the_last_step, str(tmp_path), coco, fault)
+    assert results == [(0, "Training has diverged in iteration 2")] * 2
+
+
 def test_a_gradient_that_is_not_finite_stops_all(pool2, coco, tmp_path):
     run = functools.partial(caught, fault=functools.partial(spoil_gradient, 1, 1))
     results = pool2.run(run, str(tmp_path), coco)
@@ -123,7 +165,7 @@ def test_an_overflow_that_a_scaler_skips_is_no_divergence(scaled):
         precision=torch.bfloat16,
     )  # fmt: skip
     trainer = accumulate(stock, 2)
-    guard = DivergenceGuard(model)
+    guard = DivergenceGuard(model, StepExchange())
     trainer.register_hooks([guard])
     with EventStorage(), guard.observe():
         if scaled:

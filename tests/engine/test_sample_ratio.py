@@ -27,13 +27,15 @@ COUNTERS = {
 }
 
 
-def masks(positives, negatives, ignored=0):
-    labels = torch.tensor([1] * positives + [0] * negatives + [-1] * ignored)
+def masks(*images):
+    """The masks of images of (positives, negatives, ignored) samples."""
+    rows = [torch.tensor([1] * p + [0] * n + [-1] * sum(rest)) for p, n, *rest in images]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, True, -1)
     return labels == 1, labels == 0
 
 
 def test_sums_and_ratios_by_hand():
-    sums = count_samples([masks(1, 9), masks(30, 70, 5)])
+    sums = count_samples(*masks((1, 9), (30, 70, 5)))
     assert sums.tolist() == [2, 31, 79, pytest.approx(1 / 9 + 3 / 7), 2]
     of_sums, of_ratios = ratios(sums.tolist())
     assert of_sums == pytest.approx(100 * 31 / 79)
@@ -41,9 +43,9 @@ def test_sums_and_ratios_by_hand():
 
 
 def test_an_image_without_negatives_has_no_ratio_of_its_own():
-    sums = count_samples([masks(4, 0), masks(1, 4)])
+    sums = count_samples(*masks((4, 0), (1, 4)))
     assert ratios(sums.tolist()) == (pytest.approx(125), pytest.approx(25))
-    assert all(math.isnan(value) for value in ratios(count_samples([masks(3, 0)]).tolist()))
+    assert all(math.isnan(value) for value in ratios(count_samples(*masks((3, 0))).tolist()))
 
 
 def test_the_papers_table():
