@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -194,7 +195,7 @@ def main() -> None:
     print(f"An R50-FPN step takes {r50:.2f} s of CPU time.")
     if args.output:
         about = {
-            "command": "python benchmarks/control.py",
+            "command": shlex.join(["python", *sys.argv]),
             "date": str(date.today()),
             "hardware": processor(),
             "load": os.getloadavg()[0],

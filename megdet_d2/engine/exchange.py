@@ -60,7 +60,7 @@ class StepExchange:
     def __call__(
         self, fault: int = 0, losses: Mapping[str, float] | None = None, patience: float = 0
     ) -> np.ndarray:
-        """Exchanges the rows. Every process has to call it.
+        """Sends this process's row, and receives those of all. Every process has to call it.
 
         Args:
             fault: of this process; 0 for none.
@@ -90,7 +90,7 @@ class StepExchange:
         return self.table
 
     def complete(self) -> np.ndarray:
-        """Exchanges the rows, if this update has not done so. Every process has to call it.
+        """Sends the row, if this update has not done so. Every process has to call it.
 
         Returns:
             the table.

@@ -28,7 +28,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Limits the time inside of a ``with``."""
+        """Ends the process if the inside of a ``with`` takes too long."""
         if self._stop is None:
             self._stop = threading.Event()
             threading.Thread(target=self._run, args=(self._stop,), daemon=True).start()

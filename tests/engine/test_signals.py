@@ -16,7 +16,7 @@ import torch
 from megdet_d2.engine.signals import REQUEUE
 from tests.helpers.paths import TINY, TRAIN_NET
 from tests.helpers.processes import children
-from tests.helpers.training import read_rows
+from tests.helpers.training import read_rows, train
 
 pytestmark = pytest.mark.usefixtures("datasets_root")
 _started: list[int] = []
@@ -303,3 +303,36 @@ def test_told_to_stop_amid_an_evaluation(
     assert rows[-1]["iteration"] >= 9 and "bbox/AP" in rows[-1]
     samples = (output / "samples.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[1]) for line in samples] == [24, 24, 24]
+
+
+def signalled(rank, output, coco, when):
+    """Trains until rank 1 receives SIGTERM in its third update; the status and the iteration."""
+    seen = {}
+
+    def send(trainer):
+        seen["trainer"] = trainer
+        inner = trainer._trainer
+
+        def kill(*_):
+            if rank == 1 and trainer.iter == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        if when == "in forward":
+            trainer.checkpointer.model.roi_heads.register_forward_pre_hook(kill)
+        else:
+            inner.optimizer.register_step_pre_hook(kill)
+
+    with pytest.raises(SystemExit) as error:
+        train(rank, output, coco, ("MODEL.CGBN.BN_SIZE", 4), fault=send)
+    return error.value.code, seen["trainer"].iter
+
+
+@pytest.mark.parametrize(("when", "last"), [("in forward", 2), ("in the optimizer's step", 3)])
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(pool2, coco, tmp_path, when, last):
+    """One that comes after the exchange of an update is in that of the next."""
+    results = pool2.run(signalled, str(tmp_path), coco, when)
+    assert results == [(REQUEUE, last)] * 2
+    assert (tmp_path / "last_checkpoint").read_text() == f"model_{last:07d}.pth"
+    state = torch.load(tmp_path / f"model_{last:07d}.pth")
+    assert len(state["processes"]["statistics"]) == 2  # each BN group's
+    assert state["progress"]["images_seen"] == 8 * (last + 1)
