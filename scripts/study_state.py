@@ -3,8 +3,8 @@
     python scripts/study_state.py pack output/ablations/headline STATE.tar.xz
     python scripts/study_state.py unpack STATE.tar.xz output/ablations/headline
 
-The file has what a resume needs: per training the last checkpoint, the config and the metrics. The
-command of ``megdet ablate`` that was stopped then continues, with finished trainings from its ledger.
+The file has what a resume needs: the last checkpoint, the config and the metrics of each training.
+The stopped command of ``megdet ablate`` then continues, and takes finished ones from its ledger.
 """
 
 import sys

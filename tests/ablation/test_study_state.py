@@ -18,7 +18,7 @@ def test_another_folder_goes_on_to_the_same_result(tmp_path, monkeypatch):
     source = tmp_path / "rows.yaml"
     source.write_text(
         f"CONFIG: {TINY}\nROWS:\n"
-        "  a: {MEGDET.POLICY: '', SOLVER.MAX_ITER: 4, SOLVER.CHECKPOINT_PERIOD: 2, SOLVER.STEPS: []}\n"
+        "  a: {MEGDET.POLICY: '', SOLVER.MAX_ITER: 4, SOLVER.CHECKPOINT_PERIOD: 2}\n"
     )
     whole, stopped, other = (tmp_path / name for name in ("whole", "stopped", "other"))
     main(["ablate", str(source), "--output", str(whole)])
