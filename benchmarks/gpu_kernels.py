@@ -34,7 +34,7 @@ Pass = Callable[[tuple[Tensor, Tensor]], Any]
 def shapes(height: int, width: int) -> list[tuple[int, ...]]:
     """Returns the shapes of the norms in R50-FPN for two images of this size, and two others."""
     sizes = dict.fromkeys((c, height // s, width // s) for c, s in NARROW + WIDE)
-    return [(2, *size) for size in sizes] + OTHER
+    return [*((2, *size) for size in sizes), *OTHER]
 
 
 def our_passes(channels: int, dtype: torch.dtype, relu: bool) -> dict[str, Pass]:

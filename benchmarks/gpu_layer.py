@@ -109,10 +109,10 @@ def main(args: argparse.Namespace) -> None:
     for shape in args.shapes:
         for dtype in ("bfloat16", "float32"):
             for layout in LAYOUTS:
-                us = {n: device_us(n, shape, dtype, layout, args.repeats) for n in names}
-                record.add({"shape": shape, "dtype": dtype, "layout": layout, "device_us": us})
-                base = us.get("SyncBatchNorm") or us["BatchNorm2d"]
-                cells = [f"{name} {t:.0f} ({t / base:.2f})" for name, t in us.items()]
+                times = {n: device_us(n, shape, dtype, layout, args.repeats) for n in names}
+                record.add({"shape": shape, "dtype": dtype, "layout": layout, "device_us": times})
+                base = times.get("SyncBatchNorm") or times["BatchNorm2d"]
+                cells = [f"{name} {t:.0f} ({t / base:.2f})" for name, t in times.items()]
                 print(shape, dtype, layout, "; ".join(cells), flush=True)
 
 
