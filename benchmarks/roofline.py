@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent.parent / "docs/results"
 
 @dataclass(frozen=True)
 class GPU:
-    """What the model needs to know of a GPU."""
+    """A GPU, as far as the model needs to know it."""
 
     bandwidth: float  # bytes per second of a copy
     in_flight: int  # bytes per multiprocessor that reach this bandwidth
@@ -82,7 +82,7 @@ REDUCTIONS = ("moments", "gradient_sums")
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of a kernel."""
+    """The code of a kernel, as the compiler has made it."""
 
     registers: int
     shared: int  # bytes
@@ -92,7 +92,7 @@ class Code:
 
 
 def code_of(name: str, dtype: torch.dtype, tiling: Tiling) -> Code:
-    """Compiles a kernel and reads its code."""
+    """Reads the code of a kernel, after compiling it."""
     compiled = compile_kernel(name, dtype, {**tiling.constants, **PASSES[name][2]}, "sm_90")
     count, loads = loop(compiled)
     return Code(

@@ -1,6 +1,7 @@
 """Checks of the code that Triton compiles for a GPU that is not here."""
 
 import re
+from collections import Counter
 from typing import Any
 
 from benchmarks.offline_compiler import (
@@ -61,8 +62,10 @@ def affine_values(compiled: Any) -> int:
     """Returns how many values a thread computes as fma(x - mean, scale, bias), from the PTX."""
     code = compiled.asm["ptx"]
     differences = set(re.findall(r"sub(?:\.rn)?\.f32\s+(%\w+),", code))
-    products = re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), %\w+, %\w+;", code)
-    return sum(first in differences for first in products)
+    found = re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), (%\w+), (%\w+);", code)
+    # Values share scale and bias; other sums of products have an accumulator each.
+    shared = Counter((scale, bias) for _, scale, bias in found)
+    return sum(x in differences and shared[scale, bias] > 1 for x, scale, bias in found)
 
 
 def fused_in_hardware(compiled: Any) -> int:
