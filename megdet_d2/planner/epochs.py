@@ -24,7 +24,7 @@ MOST_IMAGES_FITTED = 128
 
 @dataclass(frozen=True)
 class EpochModel:
-    """E(B) of one model and target.
+    """The function E(B) of one model and target.
 
     Attributes:
         least: E_min, epochs of a mini-batch that is small against B_crit.
@@ -72,7 +72,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Epochs to target of MLPerf's converged submissions with one mini-batch.
+    """The epochs to target of MLPerf's converged submissions with one mini-batch.
 
     Attributes:
         benchmark: key of ``PRESETS``.

@@ -24,7 +24,7 @@ machines (Llama 3, 2024)."""
 
 @dataclass(frozen=True)
 class Failures:
-    """How a cluster fails, and how a training resumes.
+    """The failures of a cluster, and how a training resumes.
 
     Attributes:
         mtbf_hours: mean hours between failures of one machine; infinite: none.

@@ -32,7 +32,7 @@ MOST_GPUS_FITTED = 15
 
 @dataclass(frozen=True)
 class System:
-    """One line of the table; numbers are medians over its runs.
+    """A line of the table; numbers are medians over its runs.
 
     Attributes:
         round, submitter, system: as MLCommons publishes them.

@@ -20,7 +20,7 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class Point:
-    """One number of machines.
+    """A plan for one number of machines.
 
     Attributes:
         gpus, batch, micro_batches: N, B, and k with B = k b N.

@@ -17,7 +17,7 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class Steps:
-    """Simulated updates.
+    """The simulated updates.
 
     Attributes:
         seconds: of each update.

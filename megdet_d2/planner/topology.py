@@ -47,7 +47,7 @@ def network(gbit: float) -> Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Machines with the same number of GPUs.
+    """A cluster of machines with the same number of GPUs.
 
     Attributes:
         machines: M.
