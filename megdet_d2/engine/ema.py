@@ -178,7 +178,7 @@ def build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
     return WeightAverage(model, decay)
 
 
-def _mean(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+def _mean(decay: float) -> Callable[..., None]:
     lerp = get_ema_multi_avg_fn(decay)
 
     def average(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
