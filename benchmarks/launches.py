@@ -155,7 +155,7 @@ def on_fake_gpu(record: Record, triton: bool) -> Iterator[None]:
         for name, outputs in NATIVE.items():
             patch(torch, name, native(name, outputs, record))
         patch(functional, "use_triton", lambda x: triton)
-        for name in ("statistics", "normalize", "gradient_sums", "input_gradient"):
+        for name in ("statistics", "normalize", "gradients"):
             patch(functional, name, functional.implementations[name])
         patch(layer_module, "statistics", functional.implementations["statistics"])
         for module in (collective, layer_module):

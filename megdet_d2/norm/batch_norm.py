@@ -9,8 +9,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from .collective import find_group
-from .functional import ALGORITHMS, Normalization, dense, statistics
+from . import few_values
+from .collective import find_group, prepare
+from .functional import (
+    ALGORITHMS,
+    Normalization,
+    dense,
+    move_running_statistics,
+    refuse_one_value,
+    statistics,
+    watched,
+)
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
 
@@ -150,6 +159,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         elif isinstance(group, dist.ProcessGroup):
             self._group_name, self._group_size = group.group_name, group.size()
             self._group_ranks = dist.get_process_group_ranks(group)
+            prepare(group)
         else:
             raise TypeError(
                 f"CrossGPUBatchNorm: process_group is {group!r}; give a ProcessGroup (from "
@@ -164,9 +174,9 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
 
     def _sync_name(self) -> str:
         """Returns the name of the group to reduce over; "" for a group of one process."""
-        if self.group_size() == 1:
+        if self._group_name == "" or self.group_size() == 1:
             return ""
-        if not self._group_name:
+        if self._group_name is None:
             return world_group_name()
         if not torch.compiler.is_compiling():
             find_group(self._group_name, self.name, self._group_ranks)
@@ -201,7 +211,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             return self._evaluate(x, residual, relu)
         if self.eps < 0:
             raise ValueError(f"CGBN layer {self.name}: eps is {self.eps}; give it above 0")
-        if (self.running_mean is None) != (self.running_var is None):
+        running_mean, running_var = self.running_mean, self.running_var
+        if (running_mean is None) != (running_var is None):
             raise ValueError(
                 f"CGBN layer {self.name}: one of running_mean and running_var is None; set both or "
                 "neither"
@@ -211,19 +222,28 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             momentum = 1 - (1 - momentum) ** (1 / self.accumulation_steps)
         group = self._sync_name()
         valid = None if self.valid_region is None else self.valid_region.mask(x)
-        if _needs_torch_operators():
+        watching = watched(x)
+        if watching and _needs_torch_operators():
             return self._train_by_torch(x, residual, relu, momentum, group, valid)
         # As in torch's batch norm, the flag also works on a layer in use.
-        buffers = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.track_running_stats:
-            buffers = None, None, None
-        skipped = self.num_batches_skipped if self.track_running_stats else None
+        buffers = None, None, None, None
+        if self.track_running_stats:
+            counts = self.num_batches_tracked, self.num_batches_skipped
+            buffers = running_mean, running_var, *counts
         x = dense(x)
         weight, bias = self.weight, self.bias
+        plain = not group and valid is None and not watching and self.eps > 0
+        if plain and few_values.few_values(x):
+            # In one process, torch's operator for all of it is exact and fast on a small tensor.
+            n = x.numel() // x.shape[1]
+            refuse_one_value(n)
+            y, moments = few_values.batch_norm(x, weight, bias, self.eps)
+            move_running_statistics(*buffers, momentum, moments, n)
+            return _activate(y, residual, relu)
         stats, count = statistics(
             x.detach(), None if weight is None else weight.detach(),
-            None if bias is None else bias.detach(), valid, *buffers, skipped, momentum, self.eps,
-            group, self.algorithm, self.name,
+            None if bias is None else bias.detach(), valid, *buffers, momentum, self.eps, group,
+            self.algorithm, self.name,
         )  # fmt: skip
         if self.eps == 0 and not x.is_cuda and bool(stats[1].isinf().any()):
             raise ValueError(
@@ -317,7 +337,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
 
 def _activate(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     if residual is not None:
-        y = y + residual
+        y = y + residual.to(y.dtype)
     return F.relu(y) if relu else y
 
 

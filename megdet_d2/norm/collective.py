@@ -27,8 +27,8 @@ _RULE = (
     "them on an empty input."
 )
 
-# For each group on CUDA: a flag on the device that is 1 after a mismatch. No layer waits for it.
-_mismatch: dict[str, Tensor] = {}
+# For each group and GPU: a flag on the device that is 1 after a mismatch. No layer waits for it.
+_mismatch: dict[tuple[str, torch.device], Tensor] = {}
 
 
 class OutOfStepError(RuntimeError):
@@ -60,14 +60,14 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
     # Slices: older versions of torch wait for the device to set a single element.
     message[-2:-1] = stamp
     message[-1:] = stamp**2
-    send(message, group, layer, direction)
-    if message.is_cuda:
-        compare_stamps(message, group)
+    processes = send(message, group, layer, direction)
+    flag = mismatch_flag(group, message.device)
+    if flag is not None:
+        compare_stamps(message, processes, flag)
     else:
-        process_group = find_group(group, layer)
         total, squares = message[-2:].tolist()
-        if process_group.size() * squares != total**2:
-            _raise(process_group, layer, direction)
+        if processes * squares != total**2:
+            _raise(find_group(group, layer), layer, direction)
     return message[:used].split(sizes)
 
 
@@ -92,14 +92,17 @@ def stamp_of(layer: str, direction: str) -> int:
     return zlib.crc32(f"{layer} {direction}".encode()) % 2**_STAMP_BITS
 
 
-def send(message: Tensor, group: str, layer: str, direction: str) -> None:
+def send(message: Tensor, group: str, layer: str, direction: str) -> int:
     """Adds up a message over the processes of ``group``, in place; does nothing without a group.
+
+    Returns:
+        the number of processes.
 
     Raises:
         RuntimeError, OutOfStepError: as ``all_reduce`` does, but the stamps are not compared.
     """
     if not group:
-        return
+        return 1
     process_group = find_group(group, layer)
     try:
         dist.all_reduce(message, group=process_group)
@@ -110,23 +113,32 @@ def send(message: Tensor, group: str, layer: str, direction: str) -> None:
             f"{_RULE} DDP and other code must not use the layers' group. The backend reports: "
             f"{error}"
         ) from error
+    return process_group.size()
 
 
-def mismatch_flag(group: str, device: torch.device) -> tuple[int, Tensor | None]:
-    """Returns the number of processes of a group, and its flag (1,), int32, on a CUDA device."""
-    if not group:
-        return 1, None
-    if group not in _mismatch:
-        _mismatch[group] = torch.zeros(1, dtype=torch.int32, device=device)
-    return find_group(group, "").size(), _mismatch[group]
+def mismatch_flag(group: str, device: torch.device) -> Tensor | None:
+    """Returns the flag (1,), int32, of a group on a CUDA device; None elsewhere."""
+    if not group or device.type != "cuda":
+        return None
+    key = group, device
+    if key not in _mismatch:
+        _mismatch[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _mismatch[key]
 
 
-def compare_stamps(message: Tensor, group: str) -> None:
-    """Sets the group's flag if the processes have sent different stamps, without waiting."""
-    processes, flag = mismatch_flag(group, message.device)
-    if flag is not None:
-        # In place, so that a replayed CUDA graph writes to the same flag.
-        flag.logical_or_(processes * message[-1:] != message[-2:-1].square())
+def prepare(group: dist.ProcessGroup) -> None:
+    """Makes the flag of a new group on this process's GPU, if the group communicates there.
+
+    In its first use it could be made in the capture of a CUDA graph, and belong to the graph.
+    """
+    if torch.cuda.is_available() and "cuda" in dist.get_backend_config(group):
+        mismatch_flag(group.group_name, torch.device("cuda", torch.cuda.current_device()))
+
+
+def compare_stamps(message: Tensor, processes: int, flag: Tensor) -> None:
+    """Sets the flag if the processes have sent different stamps, without waiting."""
+    # In place, so that a replayed CUDA graph writes to the same flag.
+    flag.logical_or_(processes * message[-1:] != message[-2:-1].square())
 
 
 def find_group(name: str, layer: str, ranks: list[int] | None = None) -> dist.ProcessGroup:

@@ -13,7 +13,7 @@ process's B_i only, because DDP averages the gradients of parameters::
     dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ · Σ dy x̂ / |B|)
     dγ = Σ dy x̂     dβ = Σ dy
 
-Each pass over the values is a ``torch.library`` operator. Operators that communicate take their
+The statistics, the normalisation and the backward are ``torch.library`` operators, which take their
 process group by its name. So ``torch.compile`` can trace through them. Selective activation
 checkpointing that saves ``megdet_d2::statistics`` repeats neither a collective nor an update of the
 running statistics.
@@ -23,8 +23,8 @@ x has the shape (N, C, *), 2-D to 5-D, contiguous or channels_last, and any floa
 float32 for any other. The sums are sent as float64.
 """
 
+import functools
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ from . import aten, kernels
 from .collective import (
     all_reduce,
     compare_stamps,
-    message_size,
     mismatch_flag,
     new_message,
     send,
     stamp_of,
 )
+from .double_backward import differentiable_gradients
 
 ALGORITHMS = ("one_reduce", "two_pass")
 
@@ -56,11 +56,13 @@ def runs_triton(x: Tensor) -> bool:
     return use_triton(x) and x.numel() > 0
 
 
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def dense(x: Tensor) -> Tensor:
     """Returns x if it is contiguous or channels_last, and a contiguous copy otherwise."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     if x.is_contiguous() or (
-        x.dim() in layouts and x.is_contiguous(memory_format=layouts[x.dim()])
+        x.dim() in _LAYOUTS and x.is_contiguous(memory_format=_LAYOUTS[x.dim()])
     ):
         return x
     return x.contiguous()
@@ -73,8 +75,9 @@ implementations: dict[str, Callable] = {}
 def _operator(mutates: tuple[str, ...] = ()):
     """Returns a decorator that makes a function the operator ``megdet_d2::<name>`` on all devices.
 
-    ``torch.library.custom_op`` does the same with four times the overhead per call. A detector
-    makes hundreds of these calls per step.
+    A call goes through the operator only where something watches operators, and otherwise straight
+    to the function. A detector makes hundreds of these calls per step, and torch's dispatch costs
+    the host 15 us for each.
 
     Args:
         mutates: names of the arguments that the function changes in place.
@@ -85,9 +88,31 @@ def _operator(mutates: tuple[str, ...] = ()):
         name = f"megdet_d2::{function.__name__}"
         torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates))
         torch.library.impl(name, "default")(function)
-        return getattr(torch.ops.megdet_d2, function.__name__).default
+        operator = getattr(torch.ops.megdet_d2, function.__name__).default
+
+        @functools.wraps(function)
+        def call(*args):
+            return operator(*args) if watched(args[0]) else function(*args)
+
+        return call
 
     return define
+
+
+def watched(x: Tensor) -> bool:
+    """Returns True where torch has to see operators.
+
+    It compiles, traces, transforms or profiles, or a mode or a subclass of Tensor looks at them.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -203,7 +228,7 @@ def _statistics_by_kernels(
     own = x.new_empty(2 * channels + 1, dtype=torch.float64) if two_pass else None
     stamp = stamp_of(layer, "forward") if group else None
     kernels.power_sums(x, valid, message, stamp, own)
-    send(message, group, layer, "forward")
+    processes = send(message, group, layer, "forward")
     second = None
     if own is not None and group:
         second = new_message(x, channels, group)
@@ -214,9 +239,12 @@ def _statistics_by_kernels(
     stats = x.new_empty(4, channels, dtype=aten.statistics_dtype(x))
     count = x.new_empty(1, dtype=torch.float64)
     kernels.finish(
-        message, second, weight, bias, *buffers, momentum, eps, stats, count,
-        *mismatch_flag(group, x.device),
+        message, second, weight, bias, *buffers, momentum, eps, stats, count, processes,
+        mismatch_flag(group, x.device),
     )  # fmt: skip
+    for running in buffers[:2]:  # changed where autograd does not see it
+        if running is not None and not running.is_inference():
+            torch.autograd.graph.increment_version(running)
     return stats, count
 
 
@@ -287,12 +315,12 @@ class Normalization(torch.autograd.Function):
                 if y is None:
                     y = normalize(x.detach(), stats, None, True)
                 dy = torch.where(y.detach() <= 0, 0, dy)
-            gradients = differentiable_gradients(
+            recorded = differentiable_gradients(
                 dy, x, weight, valid, count, ctx.eps, ctx.group, ctx.layer
             )
             needed = ctx.needs_input_grad[:4]
             return (
-                *(g if i else None for g, i in zip((*gradients, dy), needed, strict=True)),
+                *(g if i else None for g, i in zip((*recorded, dy), needed, strict=True)),
                 *[None] * 7,
             )
         if ctx.mask_dy_first:
@@ -302,195 +330,126 @@ class Normalization(torch.autograd.Function):
             wanted = needs_x, needs_weight, needs_bias
             dx, dweight, dbias = aten.gradients(dy, x, weight, stats[0], stats[1], wanted)
             return dx, dweight, dbias, dy if needs_residual else None, *[None] * 7
-        # The collective is unconditional, because needs_x may differ between processes: one without
-        # proposals makes an empty input that needs no gradient. Its peers would wait for ever.
-        needs_pass = needs_x or (needs_residual and relu)
-        sums, totals = gradient_sums(dy, x, stats, relu, y, not needs_pass, ctx.group, ctx.layer)
-        dx = dresidual = None
-        if needs_pass:
-            dx, dresidual = input_gradient(
-                dy, x, stats, totals, count, valid, relu, y, needs_residual and relu, ctx.group
-            )
+        needs_masked = needs_residual and relu
+        dx, masked, sums = gradients(
+            dy, x, stats, count, valid, relu, y, needs_x or needs_masked, needs_masked, ctx.group,
+            ctx.layer,
+        )  # fmt: skip
         return (
-            dx,
+            dx if needs_x else None,
             sums[1] if needs_weight else None,
             sums[0] if needs_bias else None,
-            (dresidual if relu else dy) if needs_residual else None,
+            (masked if relu else dy) if needs_residual else None,
             *[None] * 7,
         )
 
 
 @_operator()
-def gradient_sums(
+def gradients(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,
-    relu: bool,
-    y: Tensor | None,
-    compare: bool,
-    group: str,
-    layer: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns Σ dy and Σ dy x̂ over this process's B_i, and the same over B.
-
-    Args:
-        dy: x's shape, any floating dtype.
-        x, stats, group, layer: as in ``Normalization``.
-        relu: sets dy to 0 where the output was not positive.
-        y: the output, to read its sign. Without y the output is computed again from x.
-        compare: no ``input_gradient`` follows, so a kernel's message is checked here.
-
-    Returns:
-        (2, C) in the statistics' dtype; and a float64 vector that begins with 2 C sums. From the
-        kernels it is the whole message.
-
-    Raises:
-        OutOfStepError: the processes are in different layers; see ``collective``.
-    """
-    channels = x.shape[1]
-    if runs_triton(x):
-        message = new_message(x, 2 * channels, group)
-        stamp = stamp_of(layer, "backward") if group else None
-        sums = kernels.gradient_sums(dy, x, stats, relu, y, message, stamp)
-        send(message, group, layer, "backward")
-        if compare:
-            compare_stamps(message, group)
-        return sums, message
-    if x.numel() == 0:
-        sums = stats.new_zeros(2, channels)
-    else:
-        mean, invstd = stats[:2].unbind()
-        sums = torch.stack(aten.gradient_sums(dy, x, mean, invstd))
-    own = sums.to(torch.float64, copy=True)  # an operator's results share no memory
-    (totals,) = all_reduce(group, layer, "backward", own.flatten())
-    return sums, totals
-
-
-@torch.library.register_fake("megdet_d2::gradient_sums")
-def _(dy, x, stats, relu, y, compare, group, layer):
-    used = 2 * x.shape[1]
-    size = message_size(used, group) if runs_triton(x) else used
-    return stats.new_empty(2, x.shape[1]), x.new_empty(size, dtype=torch.float64)
-
-
-@_operator()
-def input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    totals: Tensor,
     count: Tensor,
     valid: Tensor | None,
     relu: bool,
     y: Tensor | None,
-    needs_residual: bool,
+    needs_x: bool,
+    needs_masked: bool,
     group: str,
-) -> tuple[Tensor, Tensor]:
-    """Returns dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ Σ dy x̂ / |B|), and dy masked by relu.
+    layer: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x and the residual, and the sums that are those of γ and β.
+
+    The collective is unconditional, because needs_x may differ between processes: one without
+    proposals makes an empty input that needs no gradient. Its peers would wait for ever.
 
     Args:
-        dy, x, stats, relu, y: as in ``gradient_sums``.
-        totals: its second result.
-        count, valid, group: as in ``Normalization``.
-        needs_residual: returns the masked dy of ``relu`` too.
+        dy: x's shape, any floating dtype.
+        x, stats, count, valid, group, layer: as in ``Normalization``.
+        relu: sets dy to 0 where the output was not positive.
+        y: the output, to read its sign. Without y the output is computed again from x.
+        needs_x: returns dx.
+        needs_masked: returns dy masked by ``relu``, the gradient of the residual; with needs_x.
 
     Returns:
-        both in x's shape, dtype and layout; the second one is empty without ``needs_residual``.
+        dx and the masked dy, in x's shape, dtype and layout, or empty where they are not needed;
+        Σ dy and Σ dy x̂ over B_i, (2, C) in the statistics' dtype.
+
+    Raises:
+        OutOfStepError: the processes are in different layers; see ``collective``.
     """
-    if x.numel() == 0:
-        return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
     if runs_triton(x):
-        dx, dresidual = kernels.input_gradient(
-            dy, x, stats, totals, count, valid, relu, y, needs_residual,
-            *mismatch_flag(group, x.device),
-        )  # fmt: skip
-        return dx, x.new_empty(0) if dresidual is None else dresidual
+        dx, masked, sums = _gradients_by_kernels(
+            dy, x, stats, count, valid, relu, y, needs_x, needs_masked, group, layer
+        )
+    else:  # the caller has masked dy, unless x is empty
+        sums, totals = gradient_sums(dy, x, stats, group, layer)
+        dx = input_gradient(dy, x, stats, totals, count, valid) if needs_x else None
+        masked = torch.empty_like(x) if needs_masked else None
+    # An operator's results share no memory.
+    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if masked is None else masked, sums
+
+
+@torch.library.register_fake("megdet_d2::gradients")
+def _(dy, x, stats, count, valid, relu, y, needs_x, needs_masked, group, layer):
+    dx, masked = (torch.empty_like(x) if i else x.new_empty(0) for i in (needs_x, needs_masked))
+    return dx, masked, stats.new_empty(2, x.shape[1])
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, stats: Tensor, group: str, layer: str
+) -> tuple[Tensor, Tensor]:
+    """Returns Σ dy and Σ dy x̂, over B_i as (2, C) and over B as 2 C float64 values."""
+    if x.numel() == 0:
+        sums = stats.new_zeros(2, x.shape[1])
+    else:
+        mean, invstd = stats[:2].unbind()
+        sums = torch.stack(aten.gradient_sums(dy, x, mean, invstd))
+    (totals,) = all_reduce(group, layer, "backward", sums.double().flatten())
+    return sums, totals
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, stats: Tensor, totals: Tensor, count: Tensor, valid: Tensor | None
+) -> Tensor:
+    """Returns dx = γ / √(σ²_B + ε) · (dy - Σ dy / |B| - x̂ Σ dy x̂ / |B|)."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
     mean, invstd, scale, _ = stats.unbind()
     means = (totals / count.clamp(min=1)).to(stats.dtype).view(2, -1)
     dx = aten.input_gradient(dy, x, mean, invstd, scale, means[0], means[1])
     if valid is not None:
         dx = torch.where(valid, dx, dy * aten.per_channel(scale, dy).to(dy.dtype))
-    return dx, x.new_empty(0)
+    return dx
 
 
-@torch.library.register_fake("megdet_d2::input_gradient")
-def _(dy, x, stats, totals, count, valid, relu, y, needs_residual, group):
-    return torch.empty_like(x), torch.empty_like(x) if needs_residual else x.new_empty(0)
-
-
-# --- the backward that can be differentiated ------------------------------------------------------
-
-
-def differentiable_gradients(
+def _gradients_by_kernels(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    valid: Tensor | None,
+    stats: Tensor,
     count: Tensor,
-    eps: float,
+    valid: Tensor | None,
+    relu: bool,
+    y: Tensor | None,
+    needs_x: bool,
+    needs_masked: bool,
     group: str,
     layer: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx, dγ and dβ by operations that autograd can differentiate, to any order.
-
-    μ_B and σ²_B are computed again, as functions of x. This costs two more all-reduces, and one for
-    each of the three when the result is differentiated.
-
-    Args:
-        dy: x's shape, without the values that ReLU has cut.
-        x, weight, valid, count, eps, group, layer: as in ``Normalization``.
-    """
-    if not x.requires_grad:
-        # Every process records the same collectives, also one whose empty input needs no gradient.
-        x = x.detach().requires_grad_()
-    dtype = aten.statistics_dtype(x)
-    dims = [d for d in range(x.dim()) if d != 1]
-    inside = torch.ones_like(x[:, :1], dtype=torch.bool) if valid is None else valid
-
-    def mean_over_b(sums: Tensor, name: str) -> Tensor:
-        total = total_over_group(sums, group, layer, f"backward, {name} for create_graph")
-        return total / count.clamp(min=1)
-
-    mean = mean_over_b(torch.where(inside, x, 0).sum(dims, dtype=torch.float64), "mean")
-    centred = x.to(dtype) - aten.per_channel(mean.to(dtype), x)
-    squares = torch.where(inside, centred, 0).square()
-    var = mean_over_b(squares.sum(dims, dtype=torch.float64), "variance")
-    invstd = torch.rsqrt(var.to(dtype) + eps)
-    x_hat = centred * aten.per_channel(invstd, x)
-
-    slope = dy.to(dtype)
-    sums = torch.stack([t.sum(dims, dtype=torch.float64) for t in (slope, slope * x_hat)])
-    mean_dy, mean_dy_xhat = mean_over_b(sums, "gradient").to(dtype)
-    through_b = aten.per_channel(mean_dy, x) + x_hat * aten.per_channel(mean_dy_xhat, x)
-    scale = invstd if weight is None else weight.to(dtype) * invstd
-    dx = aten.per_channel(scale, x) * (slope - torch.where(inside, through_b, 0))
-    dbias, dweight = sums.to(dtype if weight is None else weight.dtype)
-    return dx.to(x.dtype), dweight, dbias
-
-
-def total_over_group(part: Tensor, group: str, layer: str, direction: str) -> Tensor:
-    """Returns the sum of ``part`` over the group, as a function that autograd can differentiate.
-
-    Args:
-        part: float64, of the same shape on every process.
-        group, layer, direction: as in ``all_reduce``.
-    """
-    return cast(Tensor, _Total.apply(part, group, layer, direction)) if group else part
-
-
-class _Total(torch.autograd.Function):
-    """The sum over a group. Its gradient is the sum over the group of the gradients."""
-
-    @staticmethod
-    def forward(ctx, part, group, layer, direction):
-        ctx.group, ctx.layer, ctx.direction = group, layer, direction
-        (total,) = all_reduce(group, layer, direction, part.flatten())
-        return total.view_as(part)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        direction = f"differentiated {ctx.direction}"
-        return total_over_group(gradient, ctx.group, ctx.layer, direction), None, None, None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Returns what ``gradients`` does, by two kernels."""
+    message = new_message(x, 2 * x.shape[1], group)
+    stamp = stamp_of(layer, "backward") if group else None
+    sums = kernels.gradient_sums(dy, x, stats, relu, y, message, stamp)
+    processes = send(message, group, layer, "backward")
+    flag = mismatch_flag(group, x.device)
+    if not needs_x:
+        if flag is not None:
+            compare_stamps(message, processes, flag)
+        return None, None, sums
+    dx, masked = kernels.input_gradient(
+        dy, x, stats, message, count, valid, relu, y, needs_masked, processes, flag
+    )
+    return dx, masked, sums
 
 
 # --- running statistics -------------------------------------------------------------------------
@@ -499,15 +458,28 @@ class _Total(torch.autograd.Function):
 def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean, var, count):
     """Moves the running statistics towards those of B, as described in ``statistics``."""
     n = count.item()
+    refuse_one_value(n)
+    new = torch.stack((mean, var * (n / max(n - 1, 1))))
+    move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n)
+
+
+def refuse_one_value(n: float) -> None:
+    """Raises a ValueError if a channel has n = 1 value, which has no variance."""
     if n == 1:
         raise ValueError(
             "CrossGPUBatchNorm: expected more than 1 value per channel over the group in training, "
             "and the whole mini-batch holds one. Raise SOLVER.IMS_PER_BATCH or MODEL.CGBN.BN_SIZE."
         )
+
+
+def move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n):
+    """Moves the running statistics towards ``new`` (2, C), mean and unbiased variance of n values.
+
+    The buffers and momentum are those of ``statistics``.
+    """
     if running_mean is None and tracked is None:
         return
-    # Unbiased, in the buffers' dtype: a variance may overflow in a module of half precision.
-    new = torch.stack((mean, var * (n / max(n - 1, 1))))
+    # In the buffers' dtype: a variance may overflow in a module of half precision.
     new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
     if n > 1 and torch.linalg.vector_norm(new, torch.inf).item() < torch.inf:
         factor = 0.0 if momentum is None else momentum

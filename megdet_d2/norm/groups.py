@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collective import OutOfStepError
+from .collective import OutOfStepError, prepare
 
 
 class SelfGroup:
@@ -69,7 +69,9 @@ def consecutive_group(size: int) -> BNGroup:
     if key not in _cache:
         # A new group even for the whole world. DDP reduces on the default group in backward, and a
         # layer's reduction there would wait for it.
-        _cache[key], _ = dist.new_subgroups(size, timeout=_world_timeout())
+        group, _ = dist.new_subgroups(size, timeout=_world_timeout())
+        prepare(group)
+        _cache[key] = group
     return _cache[key]
 
 

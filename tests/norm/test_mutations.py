@@ -117,7 +117,7 @@ MUTANTS = {
     "statistics of this process alone": Mutant("statistics", FORWARD, without_reduction),
     "biased running variance": Mutant("_update_on_host", UNBIASED, lambda node: node.left),
     "running statistics updated twice": Mutant(
-        "_update_on_host",
+        "move_running_statistics",
         statement_of(call_of("running_var.lerp_")),
         lambda statement: [statement, statement],
     ),
