@@ -37,7 +37,7 @@ from detectron2.utils.events import EventStorage
 from norm import processor
 from tabulate import tabulate
 from torch import Tensor, nn
-from train_step import make_config, make_inputs, norms, step
+from train_step import Step, make_inputs, norms
 
 import megdet_d2
 from megdet_d2 import Trainer, launch, prepare_config
@@ -143,15 +143,13 @@ def detector_step(repeats: int = 3) -> float:
     """Returns the median CPU seconds of an R50-FPN step in this process."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    model = DefaultTrainer.build_model(make_config(norms(device)["CGBN"], device)).train()
     inputs = make_inputs(argparse.Namespace(images=2, height=320, width=448))
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+    step = Step(norms(device)["CGBN"], device, inputs)
     times = []
-    with EventStorage():
-        for _ in range(repeats):
-            start = time.process_time()
-            step(model, optimizer, inputs)
-            times.append(time.process_time() - start)
+    for _ in range(repeats):
+        start = time.process_time()
+        step()
+        times.append(time.process_time() - start)
     return statistics.median(times)
 
 

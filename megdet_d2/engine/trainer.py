@@ -1,8 +1,10 @@
 """The trainer: Detectron2's, with MegDet's norm and schedule, exact resumes and roll-backs."""
 
 import contextlib
+import faulthandler
 import logging
 import os
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -56,9 +58,10 @@ from .sample_ratio import SampleRecorder
 from .sgd import set_sgd_implementation
 from .signals import StopOnSignal
 from .trackers import TrackRun
-from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+_STDERR = sys.__stderr__ or 2  # a notebook's sys.stderr has no file descriptor
 
 
 class Trainer(Builders):
@@ -89,7 +92,6 @@ class Trainer(Builders):
         write_kept_log()
         name = type(self).__name__
         self._roll_back = RollBack(self)
-        self._watchdog = Watchdog(2 * cfg.MEGDET.TIMEOUT)
         self._completed = 0  # updates, with those before a resume
         self._observing = contextlib.ExitStack()  # of an update
         if cfg.MEGDET.POLICY and overrides(type(self), Trainer, "build_lr_scheduler"):
@@ -192,13 +194,16 @@ class Trainer(Builders):
         Raises:
             DivergenceError: a loss or a gradient is not finite, in any process.
         """
-        with self._watchdog.watch():
-            try:
-                super().run_step()
-            except DivergenceError:
-                raise
-            except FloatingPointError as error:  # of a forward, such as the RPN's
-                self._guard.join(error)
+        # A last resort for waits that no other limit ends, such as a stopped loader worker.
+        faulthandler.dump_traceback_later(2 * self.cfg.MEGDET.TIMEOUT, exit=True, file=_STDERR)
+        try:
+            super().run_step()
+        except DivergenceError:
+            raise
+        except FloatingPointError as error:  # of a forward, such as the RPN's
+            self._guard.join(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def before_step(self) -> None:
         """Calls the hooks, and prepares the update that ``run_step`` makes, also an overridden one.
@@ -255,7 +260,6 @@ class Trainer(Builders):
             with naming_output_dir(self.cfg.OUTPUT_DIR):
                 super().after_train()
         finally:
-            self._watchdog.stop()
             for hook in self._hooks:
                 if isinstance(hook, StopOnSignal):
                     hook.put_handlers_back()

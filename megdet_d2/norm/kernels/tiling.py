@@ -67,7 +67,7 @@ def tiling_of(x: Tensor, reduces: bool, *others: Tensor | None) -> Tiling:
 
 def _is_aligned(x: Tensor | None) -> bool:
     # Not data_ptr(), which fake tensors do not have. Allocations are aligned to 512 bytes.
-    return x is None or x.storage_offset() * x.itemsize % 16 == 0
+    return x is None or bool(x.storage_offset() * x.itemsize % 16 == 0)
 
 
 @functools.lru_cache(4096)  # a detector has tens of sizes; the host would compute them each time
