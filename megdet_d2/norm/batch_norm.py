@@ -23,6 +23,9 @@ from .functional import (
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
 
+# running_mean, running_var, num_batches_tracked, num_batches_skipped
+_Buffers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
     """The Cross-GPU Batch Normalization of MegDet (§3.3, Algorithm 1).
@@ -226,7 +229,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         if watching and _needs_torch_operators():
             return self._train_by_torch(x, residual, relu, momentum, group, valid)
         # As in torch's batch norm, the flag also works on a layer in use.
-        buffers = None, None, None, None
+        buffers: _Buffers = (None, None, None, None)
         if self.track_running_stats:
             counts = self.num_batches_tracked, self.num_batches_skipped
             buffers = running_mean, running_var, *counts

@@ -63,6 +63,6 @@ class _BatchNorm(torch.autograd.Function):
             gradients = differentiable_gradients(dy, x, weight, None, count, ctx.eps, "", "")
             return *(g if i else None for g, i in zip(gradients, needed, strict=True)), None
         dx, dgamma, dbeta = aten.gradients(dy, values, gamma, mean, invstd, needed)
-        if needed[0] and values is not x:
+        if dx is not None and values is not x:
             dx = aten.like_layout(dx, x)
         return dx, dgamma, dbeta, None
