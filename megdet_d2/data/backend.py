@@ -1,4 +1,4 @@
-"""Decodes and resizes images faster than Detectron2's mapper does, with its random numbers.
+"""Reads and resizes images faster than Detectron2's mapper does, with its random numbers.
 
 ``INPUT.BACKEND`` chooses the library. Detectron2 reads and resizes by PIL, which takes most of a
 mapper's time. torchvision decodes JPEG files from the same libjpeg-turbo, and torch resizes 8-bit
@@ -121,7 +121,7 @@ class TorchvisionMapper:
 
 
 class FastAugInput(T.AugInput):
-    """Detectron2's input of augmentations, which resizes 8-bit images by torch.
+    """An input of augmentations that resizes 8-bit images by torch.
 
     The image stays an array (height, width, channels), so that all augmentations work. Other
     transforms are applied as Detectron2 does.
@@ -203,7 +203,7 @@ def _to_planes(image: np.ndarray) -> torch.Tensor:
 def _transform_together(
     stock: DatasetMapper, annotations: list[dict], transforms: TransformList
 ) -> TransformList:
-    """Transforms the boxes of an image together, in place; the numbers are the same.
+    """Applies transforms to all boxes of an image together, in place; the numbers are the same.
 
     Detectron2 transforms each annotation alone, which takes longer than resizing the image.
 

@@ -28,7 +28,7 @@ def find_coco_api_fault(api: str) -> str:
 
 
 class HotcocoEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator``, which computes AP by hotcoco.
+    """A ``COCOEvaluator`` that computes AP by hotcoco.
 
     pycocotools takes an object with the annotation id 0 for one that is never found, and hotcoco
     does not. A set with this id is evaluated by pycocotools, with a warning.
