@@ -33,10 +33,10 @@ VERBS = frozenset(
     Accumulates Adds Applies Averages Begins Binds Builds Calls Checks Chooses Collects Compares
     Compiles Computes Copies Counts Cuts Defines Does Draws Ends Estimates Evaluates Finds Fits
     Fixes Fuses Gathers Gives Goes Hides Imports Keeps Kills Lengthens Lets Loads Logs Makes
-    Measures Merges Moves Normalises Opens Passes Predicts Prepares Prints Puts Raises Reads Records
-    Reduces Refuses Registers Removes Replaces Resolves Restores Resumes Returns Runs Saves Seeds
-    Selects Sends Sets Simulates Starts Stops Stores Tabulates Takes Tells Tests Times Trains Turns
-    Undoes Updates Waits Warns Writes Yields
+    Measures Merges Moves Normalises Opens Packs Passes Predicts Prepares Prints Puts Raises Reads
+    Records Reduces Refuses Registers Removes Replaces Resolves Restores Resumes Returns Runs Saves
+    Seeds Selects Sends Sets Simulates Starts Stops Stores Tabulates Takes Tells Tests Times Trains
+    Turns Undoes Unpacks Updates Waits Warns Writes Yields
     """.split()
 )
 ARTICLES = {"A", "An", "The"}

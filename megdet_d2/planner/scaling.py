@@ -26,7 +26,7 @@ class Point:
         gpus, batch, micro_batches: N, B, and k with B = k b N.
         epochs, iterations: to the target AP.
         closed_form, simulated: seconds of an update by part.
-        training: the simulated training.
+        run: the simulated training.
         expected_hours: of the training in closed form.
         goodput: share of the time in which a GPU computes images of the result.
     """
@@ -38,26 +38,26 @@ class Point:
     iterations: int
     closed_form: StepTime
     simulated: StepTime
-    training: Training
+    run: Training
     expected_hours: float
     goodput: float
 
     @property
     def hours(self) -> float:
         """Hours to the target AP."""
-        return self.training.total / 3600
+        return self.run.total / 3600
 
     @property
     def shares(self) -> dict[str, float]:
         """The share of each part in the whole time; they add up to 1."""
-        of_updates = self.training.kept / self.simulated.total
+        of_updates = self.run.kept / self.simulated.total
         parts = {name: of_updates * seconds for name, seconds in asdict(self.simulated).items()}
         parts |= {
-            "saving": self.training.saving,
-            "lost": self.training.lost,
-            "restarting": self.training.restarting,
+            "saving": self.run.saving,
+            "lost": self.run.lost,
+            "restarting": self.run.restarting,
         }
-        return {name: seconds / self.training.total for name, seconds in parts.items()}
+        return {name: seconds / self.run.total for name, seconds in parts.items()}
 
 
 @dataclass(frozen=True)

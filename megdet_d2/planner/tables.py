@@ -27,7 +27,7 @@ def to_points_table(points: Sequence[Point]) -> str:
                 "hours": f"{point.hours:.3g}",
                 "closed form": f"{point.expected_hours:.3g}",
                 "GPU-hours": f"{point.hours * point.gpus:,.1f}",
-                "failures": f"{point.training.failures:g}",
+                "failures": f"{point.run.failures:g}",
             }
             for point in points
         ]

@@ -139,9 +139,9 @@ def test_a_target_batch_is_filled_with_micro_batches():
 
 def test_checkpoints_come_once_an_epoch_unless_told_otherwise():
     point = SETUP.point(1)
-    assert point.training.saving / 5 == math.ceil(point.iterations / 7375)  # 118,000 / 16
+    assert point.run.saving / 5 == math.ceil(point.iterations / 7375)  # 118,000 / 16
     point = Setup(**{**vars(SETUP), "checkpoint_period": 1000}).point(1)
-    assert point.training.saving / 5 == math.ceil(point.iterations / 1000)
+    assert point.run.saving / 5 == math.ceil(point.iterations / 1000)
 
 
 def test_the_latency_of_groups_grows_with_machines():
