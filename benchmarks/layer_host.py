@@ -82,8 +82,7 @@ def small_tensors(shape: tuple[int, ...], layout: torch.memory_format) -> dict[s
         ("CGBN", CrossGPUBatchNorm(shape[1], process_group=SELF)),
     ):
         steps[name] = both(layer, x, dy)
-        evaluation = type(layer)(shape[1]).eval()
-        steps[f"{name}, evaluation"] = functools.partial(evaluation, x)
+        steps[f"{name}, evaluation"] = functools.partial(type(layer)(shape[1]).eval(), x)
     return steps
 
 
@@ -145,12 +144,11 @@ def host_of_a_gpu() -> dict[str, Step]:
     }
     torchs = nn.BatchNorm2d(channels)  # SyncBatchNorm's forward refuses a CPU; this is its rest
     world = dist.group.WORLD
-    assert torchs.num_batches_tracked is not None
-    tracked = torchs.num_batches_tracked
     inputs = [x, *torchs.parameters()]
 
     def sync_batch_norm() -> Any:
-        tracked.add_(1)
+        assert torchs.num_batches_tracked is not None
+        torchs.num_batches_tracked.add_(1)
         y = SyncBatchNorm.apply(
             x, torchs.weight, torchs.bias, torchs.running_mean, torchs.running_var, 1e-5, 0.1,
             world, 2,

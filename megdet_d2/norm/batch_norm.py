@@ -9,22 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from . import few_values
 from .collective import find_group, prepare
-from .functional import (
-    ALGORITHMS,
-    Normalization,
-    dense,
-    move_running_statistics,
-    refuse_one_value,
-    statistics,
-    watched,
-)
+from .functional import ALGORITHMS, Normalization, dense, statistics
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
-
-# running_mean, running_var, num_batches_tracked, num_batches_skipped
-_Buffers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class CrossGPUBatchNorm(nn.BatchNorm2d):
@@ -225,24 +213,15 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             momentum = 1 - (1 - momentum) ** (1 / self.accumulation_steps)
         group = self._sync_name()
         valid = None if self.valid_region is None else self.valid_region.mask(x)
-        watching = watched(x)
-        if watching and _needs_torch_operators():
+        if _needs_torch_operators():
             return self._train_by_torch(x, residual, relu, momentum, group, valid)
         # As in torch's batch norm, the flag also works on a layer in use.
-        buffers: _Buffers = (None, None, None, None)
+        buffers: Any = (None, None, None, None)
         if self.track_running_stats:
             counts = self.num_batches_tracked, self.num_batches_skipped
             buffers = running_mean, running_var, *counts
         x = dense(x)
         weight, bias = self.weight, self.bias
-        plain = not group and valid is None and not watching and self.eps > 0
-        if plain and few_values.few_values(x):
-            # In one process, torch's operator for all of it is exact and fast on a small tensor.
-            n = x.numel() // x.shape[1]
-            refuse_one_value(n)
-            y, moments = few_values.batch_norm(x, weight, bias, self.eps)
-            move_running_statistics(*buffers, momentum, moments, n)
-            return _activate(y, residual, relu)
         stats, count = statistics(
             x.detach(), None if weight is None else weight.detach(),
             None if bias is None else bias.detach(), valid, *buffers, momentum, self.eps, group,
