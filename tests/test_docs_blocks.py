@@ -153,6 +153,7 @@ def check(program: str, words: list[str]) -> None:
         assert (ROOT / words[-1]).is_file()
     elif program == "pip":
         extras = re.findall(r"^\.\[(.+)\]$", "\n".join(words), re.MULTILINE)
+        extras = [extra for several in extras for extra in several.split(",")]
         pyproject = (ROOT / "pyproject.toml").read_text()
         assert all(f"\n{extra} = [" in pyproject for extra in extras)
 

@@ -21,8 +21,8 @@ def find_coco_api_fault(api: str) -> str:
         return f"TEST.COCO_API is {api!r}; use one of {', '.join(COCO_APIS)}"
     if importlib.util.find_spec(api) is None:
         return (
-            f"TEST.COCO_API is {api!r}, which is not installed; pip install "
-            f"'megdet-d2[evaluation]', or set TEST.COCO_API 'pycocotools'"
+            f"TEST.COCO_API is {api!r}, which is not installed; run  pip install {api},  or set "
+            "TEST.COCO_API 'pycocotools'"
         )
     return ""
 

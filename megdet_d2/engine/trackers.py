@@ -107,7 +107,7 @@ def check_trackers(cfg: CfgNode) -> None:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"MEGDET.TRACKERS has {name!r}, but this package is not installed: "
-                f"pip install 'megdet-d2[{name}]'"
+                f'run  pip install -e ".[{name}]"'
             )
 
 

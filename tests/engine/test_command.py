@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
@@ -118,16 +118,21 @@ torch.save(found, out)
 """
 
 
+def keep_stock_keys(cfg, stock):
+    for key in set(cfg) - set(stock):
+        del cfg[key]
+    for key, node in stock.items():
+        if isinstance(node, CfgNode):
+            keep_stock_keys(cfg[key], node)
+
+
 @pytest.fixture(scope="module")
 def features_without_the_plugin(trained, tmp_path_factory):
     """Features that stock Detectron2 computes from the checkpoint, by norm."""
     folder = tmp_path_factory.mktemp("plain")
     # a config without the plugin's keys
-    cfg, stock = tiny_config(), get_cfg()
-    del cfg["MEGDET"]
-    for ours, theirs in ((cfg.MODEL, stock.MODEL), (cfg.DATASETS, stock.DATASETS)):
-        for key in set(ours) - set(theirs):
-            del ours[key]
+    cfg = tiny_config()
+    keep_stock_keys(cfg, get_cfg())
     (folder / "plain.yaml").write_text(cfg.dump())
     weights, out = str(trained / "model_final.pth"), str(folder / "out.pt")
     run("-c", PLAIN, weights, str(folder / "plain.yaml"), out)

@@ -17,7 +17,7 @@ EVALUATED = ("DATASETS.TEST", ("mixed",), "TEST.EVAL_PERIOD", 3, "SOLVER.CHECKPO
 
 def needs(package):
     missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"needs pip install 'megdet-d2[{package}]'")
+    return pytest.mark.skipif(missing, reason=f"needs the package {package}")
 
 
 def put_images(trainer):

@@ -105,10 +105,12 @@ def test_forward_and_backward_compute_y_alike(fusion):
 def older_triton(pytestconfig):
     """Returns a folder with the lowest Triton, and installs it there once."""
     given = os.environ.get("MEGDET_OLDER_TRITON")
-    folder = Path(given) if given else Path(pytestconfig.cache.mkdir(f"triton-{LOWEST}"))
+    folder = Path(given) if given else Path(pytestconfig.cache.mkdir(f"triton-{LOWEST}-numpy"))
     if not (folder / "triton").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-        result = subprocess.run([*pip, f"triton=={LOWEST}"], capture_output=True, text=True)
+        # Its interpreter fails with numpy 2.4.
+        packages = [f"triton=={LOWEST}", "numpy==2.3.5"]
+        result = subprocess.run([*pip, *packages], capture_output=True, text=True)
         if result.returncode:
             pytest.skip(f"Triton {LOWEST} cannot be installed: {result.stderr[-200:]}")
     return folder

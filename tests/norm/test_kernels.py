@@ -5,7 +5,6 @@ is set for a whole process at the first import of Triton, so it runs in a separa
 """
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 
@@ -31,19 +30,17 @@ from tests.helpers.kernel_cases import (
     make,
 )
 
-# Not importorskip: the interpreter's process imports this file before it asks for interpretation.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def interpreter():
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_interpret) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            # Set before the process starts: it imports this file, and so Triton, first of all.
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(torch.set_num_threads, 1).result(timeout=240)
         yield lambda check, *args: pool.submit(_in_the_interpreter, check, args).result(timeout=240)
 
 
