@@ -95,7 +95,7 @@ def test_wandb_has_the_config_the_metrics_the_images_and_the_model(coco, tmp_pat
 def test_a_missing_package_and_an_unknown_name_are_refused(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cfg = config(tmp_path, coco, "MEGDET.TRACKERS", ("mlflow",))
-    with pytest.raises(ValueError, match=r"pip install 'megdet-d2\[mlflow\]'"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[mlflow\]"'):
         check_trackers(cfg)
     cfg.MEGDET.TRACKERS = ("comet",)
     with pytest.raises(ValueError, match="'comet'; use some of wandb, mlflow"):
