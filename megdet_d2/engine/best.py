@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
@@ -55,7 +56,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
         """Reads the best value of a run that is resumed or rolled back."""
         resumed = self.trainer.progress.loaded_iteration is not None
         if resumed and comm.is_main_process() and PathManager.isfile(self._path):
-            best = self._saver._load_file(self._path).get("best", {})
+            with PathManager.open(self._path, "rb") as file:
+                best = torch.load(file, map_location="cpu", weights_only=True).get("best", {})
             if best.get("metric") == self._metric:
                 self._update_best(best["value"], best["iteration"])
 

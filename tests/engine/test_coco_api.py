@@ -137,7 +137,7 @@ def test_it_says_why_pycocotools_is_used(evaluate, caplog, tmp_path):
 
 @pytest.mark.parametrize("value, said", [
     ("fast", "TEST.COCO_API is 'fast'; use one of pycocotools, hotcoco"),
-    ("hotcoco", r"not installed; pip install 'megdet-d2\[evaluation\]', or .* 'pycocotools'"),
+    ("hotcoco", r"not installed; run  pip install hotcoco,  or .* 'pycocotools'"),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_used_is_refused(tmp_path, monkeypatch, value, said):
     cfg = get_cfg()

@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,10 @@ def test_the_environment_is_as_it_was(tmp_path, monkeypatch):
 
 def test_the_package_loads_by_no_other_class():
     """``train_net.py``, ``megdet ensemble`` and ``megdet variance`` too."""
-    root = Path(TRAIN_NET).parent
-    stock = [
-        str(path.relative_to(root))
-        for path in [Path(TRAIN_NET), *(root / "megdet_d2").rglob("*.py")]
-        if "DetectionCheckpointer(" in path.read_text().replace("(DetectionCheckpointer)", "")
-        or "torch.load(" in path.read_text()
-    ]
+    root, stock = Path(TRAIN_NET).parent, []
+    for path in [Path(TRAIN_NET), *(root / "megdet_d2").rglob("*.py")]:
+        text = path.read_text().replace("(DetectionCheckpointer)", "")
+        text = re.sub(r"torch\.load\([^()]*weights_only=True\)", "", text)  # runs no code
+        if "DetectionCheckpointer(" in text or "torch.load(" in text:
+            stock.append(str(path.relative_to(root)))
     assert not stock
