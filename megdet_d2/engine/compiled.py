@@ -56,9 +56,9 @@ def prepare_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
 def compile_parts(model: nn.Module) -> nn.Module:
     """Compiles the backbone and the heads, in place, when they are first called.
 
-    Sizes of images and numbers of boxes are variables of the compiled code, so that another size
-    compiles nothing again. What lies between the parts, such as matching and sampling of boxes,
-    depends on values and runs as before.
+    Sizes of images and numbers of boxes are variables of the compiled code. A few sizes compile a
+    part again, and no size does so twice. What lies between the parts, such as matching and
+    sampling of boxes, depends on values and runs as before.
 
     Returns:
         the model.
