@@ -10,13 +10,31 @@ from torch import Tensor
 
 # Values that ATen's kernel may add up in float32: whole vectors at a time, or one by one.
 _MOST_VALUES, _MOST_VALUES_INNERMOST = 4096, 512
-# Values of a tensor up to which plain operators in float64 are the fastest.
-_FEW_VALUES = 16384
+# Values of a tensor up to which ATen's statistics in float64 are the fastest: contiguous, where it
+# adds up one by one, or with the channels innermost.
+_FEW_VALUES, _FEW_VALUES_INNERMOST = 2**16, 2**19
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Returns float64 for a float64 x, and float32 for any other, half precision included."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def has_few_values(x: Tensor) -> bool:
+    """Returns True for a CPU tensor that is not empty and so small that ``moments`` is fastest."""
+    values = x.numel()
+    most = _FEW_VALUES if x.is_contiguous() else _FEW_VALUES_INNERMOST
+    return 0 < values <= most and not x.is_cuda
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the biased variance of each channel, (C,), in two exact passes.
+
+    They are float32 for a contiguous float32 x, whose sums are float64 in ATen, and else float64.
+    With the channels innermost ATen adds up in x's dtype.
+    """
+    exact = x if _is_summed_by_channel(x) and x.dtype == torch.float32 else x.double()
+    return torch.batch_norm_update_stats(exact, None, None, 0.0)
 
 
 def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,10 +49,9 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         # Not batch_norm_stats: its 1 / √(σ² + ε) loses a small σ², and is 0 where both are 0.
         mean, var = (t.double() for t in torch.batch_norm_update_stats(x, None, None, 0.0))
         return n * mean, n * torch.addcmul(var, mean, mean)
-    if x.numel() <= _FEW_VALUES:
-        dims = [d for d in range(x.dim()) if d != 1]
-        exact = x.double()
-        return exact.sum(dims), exact.square().sum(dims)
+    if has_few_values(x):
+        mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+        return n * mean, n * torch.addcmul(var, mean, mean)
     # ATen's statistics are slow (contiguous) or lose five digits (channels_last). So the sums come
     # from ATen's kernel for gradients.
     sums, squares = _sums_of_products(x, x, None)
@@ -64,13 +81,23 @@ def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[
 def in_one_pass(x: Tensor, weight: Tensor | None) -> bool:
     """Returns True if ATen's own backward of batch norm is exact enough for x, for one process.
 
-    It adds up in float32, so a channel may have few values only; see ``_sums_of_products``.
+    It adds up in x's dtype, so a channel may have few values only; see ``_sums_of_products``. Few
+    values in all are converted to float64.
     """
     if x.is_cuda or x.numel() == 0 or x.dtype != statistics_dtype(x):
         return False
+    return has_few_values(x) or (_sums_up_well(x) and (weight is None or weight.dtype == x.dtype))
+
+
+def _sums_up_well(x: Tensor) -> bool:
+    """Returns True if a channel of x has few enough values to be added up in x's dtype."""
     n = x.numel() // x.shape[1]
-    most = _MOST_VALUES if x.is_contiguous() and n > len(x) else _MOST_VALUES_INNERMOST
-    return n <= most and (weight is None or weight.dtype == x.dtype)
+    return n <= (_MOST_VALUES if _is_summed_by_channel(x) else _MOST_VALUES_INNERMOST)
+
+
+def _is_summed_by_channel(x: Tensor) -> bool:
+    """Returns True where a channel's values are next to each other, False where the channels are."""
+    return x.is_contiguous() and x.numel() // x.shape[1] > len(x)
 
 
 def gradients(
@@ -86,9 +113,13 @@ def gradients(
     Args:
         needed: which of the three.
     """
-    return torch.ops.aten.native_batch_norm_backward(
-        like_layout(dy, x), x, weight, None, None, mean, invstd, True, 0.0, needed
-    )
+    dy = like_layout(dy, x)
+    backward = torch.ops.aten.native_batch_norm_backward
+    if _sums_up_well(x) and (weight is None or weight.dtype == x.dtype):
+        return backward(dy, x, weight, None, None, mean, invstd, True, 0.0, needed)
+    arguments = (None if t is None else t.double() for t in (dy, x, weight))
+    wide = backward(*arguments, None, None, mean.double(), invstd.double(), True, 0.0, needed)
+    return tuple(None if t is None else t.to(x.dtype) for t in wide)
 
 
 def normalize(
@@ -154,10 +185,15 @@ def _sums_of_products(a: Tensor, b: Tensor, mean: Tensor | None) -> tuple[Tensor
     ATen adds up in float32. So each channel is divided into lanes with short sums, and the lanes
     are added up in float64.
     """
+    in_float64 = has_few_values(b) and not _sums_up_well(b)
+    if in_float64:
+        a, b = a.double(), b.double()
     channels, n = a.shape[1], a.numel() // a.shape[1]
     ones = torch.ones(channels, dtype=statistics_dtype(a))
-    means = torch.zeros_like(ones) if mean is None else mean
-    if n > len(a) and a.is_contiguous():  # ATen sums a channel by whole vectors
+    means = torch.zeros_like(ones) if mean is None else mean.to(ones.dtype)
+    if in_float64:
+        return _native_sums(a, b, means, ones)
+    if _is_summed_by_channel(a):  # by whole vectors
         size = n // len(a)
         fewest = -(-n // _MOST_VALUES)
         lanes = next((g for g in range(fewest, size) if size % g == 0), size)

@@ -173,6 +173,8 @@ def statistics(
         return _statistics_by_kernels(
             x, weight, bias, valid, buffers, momentum, eps, group, two_pass, layer
         )
+    if not group and valid is None and aten.has_few_values(x):
+        return _statistics_of_few(x, weight, bias, buffers, momentum, eps)
     sums, squares, n = _local_sums(x, valid)
     # The same message for both algorithms, and for the kernels, which a process with values uses.
     sums, squares, count = all_reduce(group, layer, "forward", sums, squares, n)
@@ -208,6 +210,26 @@ def _(
 ):  # fmt: skip
     stats = x.new_empty(4, x.shape[1], dtype=aten.statistics_dtype(x))
     return stats, x.new_empty(1, dtype=torch.float64)
+
+
+def _statistics_of_few(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Returns what ``statistics`` does in one process on a CPU, in few operations."""
+    n = x.numel() // x.shape[1]
+    refuse_one_value(n)
+    mean, var = aten.moments(x)
+    move_running_statistics(*buffers, momentum, mean, var, n)
+    dtype = aten.statistics_dtype(x)
+    mean, invstd = mean.to(dtype), var.to(dtype).add_(eps).rsqrt_()
+    scale = invstd if weight is None else (weight * invstd).to(dtype)
+    shift = torch.zeros_like(invstd) if bias is None else bias.to(dtype)
+    return torch.stack((mean, invstd, scale, shift)), x.new_full((1,), n, dtype=torch.float64)
 
 
 def _statistics_by_kernels(
@@ -459,8 +481,7 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
     """Moves the running statistics towards those of B, as described in ``statistics``."""
     n = count.item()
     refuse_one_value(n)
-    new = torch.stack((mean, var * (n / max(n - 1, 1))))
-    move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n)
+    move_running_statistics(running_mean, running_var, tracked, skipped, momentum, mean, var, n)
 
 
 def refuse_one_value(n: float) -> None:
@@ -472,25 +493,30 @@ def refuse_one_value(n: float) -> None:
         )
 
 
-def move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n):
-    """Moves the running statistics towards ``new`` (2, C), mean and unbiased variance of n values.
+def move_running_statistics(running_mean, running_var, tracked, skipped, momentum, mean, var, n):
+    """Moves the running statistics towards mean and biased variance (C,) of n values.
 
     The buffers and momentum are those of ``statistics``.
     """
     if running_mean is None and tracked is None:
         return
     # In the buffers' dtype: a variance may overflow in a module of half precision.
-    new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
-    if n > 1 and torch.linalg.vector_norm(new, torch.inf).item() < torch.inf:
+    dtype = torch.float32 if running_mean is None else running_mean.dtype
+    mean, var = mean.to(dtype), (var * (n / max(n - 1, 1))).to(dtype)
+    if n > 1 and _is_finite(var) and _is_finite(mean):
         factor = 0.0 if momentum is None else momentum
         if tracked is not None:
             tracked += 1
             factor = 1 / tracked.item() if momentum is None else momentum
         if running_mean is not None:
-            running_mean.lerp_(new[0], factor)
-            running_var.lerp_(new[1], factor)
+            running_mean.lerp_(mean, factor)
+            running_var.lerp_(var, factor)
     elif n > 0 and skipped is not None:
         skipped += 1
+
+
+def _is_finite(vector: Tensor) -> bool:
+    return torch.linalg.vector_norm(vector, torch.inf).item() < torch.inf
 
 
 def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):

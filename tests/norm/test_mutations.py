@@ -115,7 +115,7 @@ MUTANTS = {
     "none": None,
     "ranks weighted equally": Mutant("statistics", FORWARD, divide_by_count),
     "statistics of this process alone": Mutant("statistics", FORWARD, without_reduction),
-    "biased running variance": Mutant("_update_on_host", UNBIASED, lambda node: node.left),
+    "biased running variance": Mutant("move_running_statistics", UNBIASED, lambda node: node.left),
     "running statistics updated twice": Mutant(
         "move_running_statistics",
         statement_of(call_of("running_var.lerp_")),
