@@ -96,7 +96,7 @@ def _sums_up_well(x: Tensor) -> bool:
 
 
 def _is_summed_by_channel(x: Tensor) -> bool:
-    """Returns True where a channel's values are next to each other, False where the channels are."""
+    """Returns True where the values of a channel are neighbours, False where the channels are."""
     return x.is_contiguous() and x.numel() // x.shape[1] > len(x)
 
 

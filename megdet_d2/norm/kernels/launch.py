@@ -35,7 +35,7 @@ def power_sums(
     with torch.cuda.device_of(x):
         reductions.moments[(tiling.groups * tiling.splits,)](
             message, own, partials, _tickets(x, tiling.groups), x, _bytes(valid),
-            len(message) - 2, stamp, *tiling.sizes, tiling.tiles, tiling.splits,
+            message.numel() - 2, stamp, *tiling.sizes, tiling.tiles, tiling.splits,
             **tiling.constants, STAGES=STAGES,
         )  # fmt: skip
 
@@ -51,10 +51,10 @@ def deviations(own: Tensor, message: Tensor, second: Tensor, stamp: int | None) 
         second: C values or more, takes the result.
         stamp: as in ``power_sums``, for ``second``.
     """
-    channels = len(own) // 2
+    channels = own.numel() // 2
     with torch.cuda.device_of(own):
         per_channel.deviations[(-(-channels // CHANNELS),)](
-            second, own, message, channels, len(second) - 2, stamp, BLOCK=CHANNELS
+            second, own, message, channels, second.numel() - 2, stamp, BLOCK=CHANNELS
         )
 
 
@@ -91,8 +91,8 @@ def finish(
     with torch.cuda.device_of(stats):
         per_channel.finish[(1,)](
             stats, count, message, second, weight, bias, running_mean, running_var,
-            num_batches_tracked, num_batches_skipped, mismatch, channels, len(message) - 2,
-            0 if second is None else len(second) - 2, processes, momentum or 0.0,
+            num_batches_tracked, num_batches_skipped, mismatch, channels, message.numel() - 2,
+            0 if second is None else second.numel() - 2, processes, momentum or 0.0,
             EPS=eps, CUMULATIVE=momentum is None, BLOCK=CHANNELS, num_warps=2 * NUM_WARPS,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ def gradient_sums(
     with torch.cuda.device_of(x):
         reductions.gradient_sums[(tiling.groups * tiling.splits,)](
             message, sums, partials, _tickets(x, tiling.groups), dy, x, y, stats,
-            len(message) - 2, stamp, *tiling.sizes, tiling.tiles, tiling.splits, relu,
+            message.numel() - 2, stamp, *tiling.sizes, tiling.tiles, tiling.splits, relu,
             **tiling.constants, STAGES=STAGES,
         )  # fmt: skip
     return sums
@@ -201,7 +201,7 @@ def input_gradient(
     with torch.cuda.device_of(x):
         elementwise.input_gradient[(tiling.groups * tiling.tiles,)](
             dx, dresidual, dy, x, y, stats, message, count, _bytes(valid), mismatch,
-            len(message) - 2, processes, *tiling.sizes, relu, **tiling.constants,
+            message.numel() - 2, processes, *tiling.sizes, relu, **tiling.constants,
         )  # fmt: skip
     return dx, dresidual
 

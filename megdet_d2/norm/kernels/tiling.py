@@ -16,6 +16,7 @@ from __future__ import annotations  # the annotation tl.constexpr works without 
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,19 +51,31 @@ def tiling_of(x: Tensor, reduces: bool, *others: Tensor | None) -> Tiling:
 
     A kernel is compiled per shape of a tile, layout, width of a load and dtype.
     """
-    innermost = channels_innermost(x)
-    if innermost is None or x.numel() == 0:
-        raise ValueError(
-            "kernels: x must be contiguous or channels_last, and not empty; got shape "
-            f"{tuple(x.shape)}, strides {x.stride()}. Use x.contiguous()."
-        )
-    n, channels = x.shape[:2]
-    size = x.numel() // (n * channels)
     # Two tensors of float32 would need more than the 128 registers of four programs. Their single
     # values are 4 bytes, which asynchronous copies can load.
     aligned = reduces and x.itemsize <= (2 if others else 4)
     aligned = aligned and all(_is_aligned(tensor) for tensor in (x, *others))
-    return _tiles(innermost, n, channels, size, x.dtype, reduces, aligned, PROGRAMS)
+    return _tiling(x.shape, x.stride(), x.dtype, reduces, aligned, PROGRAMS)
+
+
+@functools.lru_cache(4096)  # a detector has tens of sizes; the host would compute them each time
+def _tiling(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    reduces: bool,
+    aligned: bool,
+    programs: int,
+) -> Tiling:
+    innermost = _innermost(shape, strides)
+    if innermost is None or shape.numel() == 0:
+        raise ValueError(
+            "kernels: x must be contiguous or channels_last, and not empty; got shape "
+            f"{tuple(shape)}, strides {strides}. Use x.contiguous()."
+        )
+    n, channels = shape[:2]
+    size = shape.numel() // (n * channels)
+    return _tiles(innermost, n, channels, size, dtype, reduces, aligned, programs)
 
 
 def _is_aligned(x: Tensor | None) -> bool:
@@ -70,7 +83,6 @@ def _is_aligned(x: Tensor | None) -> bool:
     return x is None or bool(x.storage_offset() * x.itemsize % 16 == 0)
 
 
-@functools.lru_cache(4096)  # a detector has tens of sizes; the host would compute them each time
 def _tiles(
     innermost: bool,
     n: int,
@@ -118,9 +130,24 @@ def _tiles(
 
 def channels_innermost(x: Tensor) -> bool | None:
     """Returns True for channels innermost in memory, False for outermost, None for neither."""
-    if x.is_contiguous():
-        return x.numel() == x.shape[0] * x.shape[1]  # (N, C, 1, 1) is both
-    return True if x.movedim(1, -1).is_contiguous() else None
+    return _innermost(x.shape, x.stride())
+
+
+@functools.lru_cache(4096)
+def _innermost(shape: torch.Size, strides: tuple[int, ...]) -> bool | None:
+    if _is_contiguous(shape, strides):
+        return shape.numel() == shape[0] * shape[1]  # (N, C, 1, 1) is both
+    n, channels, *sizes = zip(shape, strides, strict=True)
+    return True if _is_contiguous(*zip(n, *sizes, channels, strict=True)) else None
+
+
+def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def laid_out_as(x: Tensor, other: Tensor, name: str) -> Tensor:
@@ -128,7 +155,7 @@ def laid_out_as(x: Tensor, other: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"kernels: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(other.shape)}"
         )
-    if channels_innermost(other) == channels_innermost(x):
+    if other.stride() == x.stride() or channels_innermost(other) == channels_innermost(x):
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
