@@ -1,4 +1,4 @@
-"""Evaluation beside the training: snapshots, a process that evaluates them, and late results."""
+"""Evaluates snapshots of a training in another process, in their order and over resumes."""
 
 import logging
 import os

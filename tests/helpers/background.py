@@ -20,7 +20,6 @@ from tests.helpers.training import config
 # Six updates, evaluated after the second, the fourth and the last.
 KEYS = (
     "DATASETS.TEST", ("mixed",), "TEST.EVAL_PERIOD", 2, "TEST.BACKGROUND", True,
-    "MEGDET.TIMEOUT", 100,
 )  # fmt: skip
 
 
