@@ -215,6 +215,13 @@ def add_megdet_config(cfg: CN) -> None:
     # Library that computes COCO's AP: "pycocotools" as Detectron2, or "hotcoco", which gives the
     # same numbers in a fraction of the time.
     cfg.TEST.COCO_API = "pycocotools"
+    # Makes the evaluations of TEST.EVAL_PERIOD in one process beside the training, which goes on.
+    # Their results come at their own iteration. The last evaluation uses all processes.
+    cfg.TEST.BACKGROUND = False
+    # Device of that process: "cpu", or a GPU that does not train, such as "cuda:7".
+    cfg.TEST.BACKGROUND_DEVICE = "cpu"
+    # CPU threads of that process, 1 or more. Loader workers come in addition.
+    cfg.TEST.BACKGROUND_THREADS = 1
 
     # --- Your own data ---------------------------------------------------------------------------
     # Data sets in COCO's format: [name, annotation json, image root] for each.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from .checkpoint import Checkpointer
-from .ema import SUFFIX, WeightAverage
+from .checkpoint import Checkpointer, WholeFiles
+from .ema import SUFFIX, WeightAverage, write_average
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +68,43 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self._saver.save(name, best=best, **kwargs)
         self._saved()
 
+    def check(self, results: Mapping[str, float], iteration: int, path: str) -> None:
+        """Compares results that are later than their iteration. Only rank 0 calls it.
+
+        Args:
+            results: of the evaluation, by their names.
+            iteration: that of the results.
+            path: its checkpoint, which becomes the best if its result is.
+        """
+        if not self._has_metric(results):
+            return
+        value, best = results[self._metric], self.best_metric
+        if best is not None and not self._compare(value, best):
+            return
+        if not self._update_best(value, iteration):
+            return
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        about = {"metric": self._metric, "value": value, "iteration": iteration}
+        with WholeFiles(PathManager).open(self._path, "wb") as whole:
+            torch.save(file | {"best": about}, whole)
+        if "ema" in file:
+            write_average(self._saver.save_dir, NAME, file["ema"])
+        logger.info(f"{NAME}.pth is iteration {iteration}: {self._metric} {value:0.5f}")
+
     def _best_checking(self) -> None:
-        if not comm.is_main_process():  # the others have no results
-            return
-        latest = self.trainer.storage.latest()
-        if self._metric not in latest:
-            metrics = ", ".join(sorted(name for name in latest if "/" in name))
-            logger.warning(
-                f"MEGDET.BEST_METRIC {self._metric!r} is not among the results of the evaluation, "
-                f"so {NAME}.pth is not written; the results are: {metrics or 'none'}"
-            )
-            return
-        super()._best_checking()
+        # The other processes have no results.
+        if comm.is_main_process() and self._has_metric(self.trainer.storage.latest()):
+            super()._best_checking()
+
+    def _has_metric(self, results: Mapping[str, Any]) -> bool:
+        if self._metric in results:
+            return True
+        metrics = ", ".join(sorted(name for name in results if "/" in name))
+        logger.warning(
+            f"MEGDET.BEST_METRIC {self._metric!r} is not among the results of the evaluation, "
+            f"so {NAME}.pth is not written; the results are: {metrics or 'none'}"
+        )
+        return False
 
 
 def build_best_checkpointer(
@@ -97,7 +122,9 @@ def build_best_checkpointer(
         if average is not None:
             average.save(checkpointer.save_dir, NAME)
 
-    keys, period = cfg.MEGDET, cfg.TEST.EVAL_PERIOD
+    keys = cfg.MEGDET
+    # Results from the background come by ``check``, but for the last.
+    period = 0 if cfg.TEST.BACKGROUND else cfg.TEST.EVAL_PERIOD
     return BestCheckpointer(period, checkpointer, keys.BEST_METRIC, keys.BEST_MODE, save_average)
 
 

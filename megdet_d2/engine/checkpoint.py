@@ -1,6 +1,7 @@
 """Checkpoints that are atomic, are checked, and hold the running statistics of every BN group."""
 
 import contextlib
+import copy
 import logging
 import os
 import zipfile
@@ -100,6 +101,17 @@ class Checkpointer(WeightsOnlyCheckpointer):
                 "checkpoints before it are whole. Make room in OUTPUT_DIR and continue with "
                 "--resume."
             ) from error
+
+    def save_aside(self, path: str, **kwargs: Any) -> None:
+        """Saves as ``save`` does, into another folder, so that no resume takes the file.
+
+        Args:
+            path: the file, with ".pth".
+            kwargs: see ``save``.
+        """
+        aside = copy.copy(self)  # a signal may save meanwhile
+        aside.save_dir, name = os.path.split(path)
+        aside.save(name.removesuffix(".pth"), **kwargs)
 
     @contextlib.contextmanager
     def _mean_over(self, groups: list[dict]) -> Iterator[None]:

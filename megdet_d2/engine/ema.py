@@ -128,10 +128,15 @@ class WeightAverage:
             folder: OUTPUT_DIR; the file goes into its folder "ema", so that no resume takes it.
             name: name of the file, without ".pth".
         """
-        folder = os.path.join(folder, FOLDER)
-        PathManager.mkdirs(folder)
-        with WholeFiles(PathManager).open(os.path.join(folder, f"{name}.pth"), "wb") as file:
-            torch.save({"model": self.state_dict()["model"]}, file)
+        write_average(folder, name, self.state_dict())
+
+
+def write_average(folder: str, name: str, state: dict[str, Any]) -> None:
+    """Writes the model of an average's ``state_dict``; see ``WeightAverage.save``."""
+    folder = os.path.join(folder, FOLDER)
+    PathManager.mkdirs(folder)
+    with WholeFiles(PathManager).open(os.path.join(folder, f"{name}.pth"), "wb") as file:
+        torch.save({"model": state["model"]}, file)
 
 
 class UpdateAverage(HookBase):

@@ -65,6 +65,9 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
 def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
     """Cuts the rows after ``iteration`` off a metrics.json, since they will be written again.
 
+    Rows of late results, which ``TEST.BACKGROUND`` writes after those of later iterations, are kept
+    if their iteration is not cut.
+
     A row that has ``images_seen`` is compared by it, because the iterations of a run whose
     mini-batch has changed cannot be compared. An incomplete last line, left by a kill, is cut off
     too.
@@ -78,13 +81,33 @@ def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
         return
     with open(path, "rb") as file:
         lines = file.readlines()
-    kept = len(lines)
-    while kept and _is_after(lines[kept - 1], iteration, images_seen):
-        kept -= 1
-    if kept < len(lines):
+    whole = len(lines)  # the rows before all that are cut
+    for place in reversed(range(len(lines))):
+        if _is_after(lines[place], iteration, images_seen):
+            whole = place
+        elif not _is_late(json.loads(lines[place])):
+            break
+    kept = [line for line in lines[whole:] if not _is_after(line, iteration, images_seen)]
+    if whole < len(lines):
         # In place: the writer has already opened the file, to append.
-        os.truncate(path, sum(map(len, lines[:kept])))
-        logger.info(f"Cut {len(lines) - kept} rows after iteration {iteration} off {path}")
+        os.truncate(path, sum(map(len, lines[:whole])))
+        with open(path, "ab") as file:
+            file.writelines(kept)
+        cut = len(lines) - whole - len(kept)
+        logger.info(f"Cut {cut} rows after iteration {iteration} off {path}")
+
+
+def has_results(path: str, iteration: int) -> bool:
+    """Returns True if a metrics.json has late results of an iteration."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        rows = [json.loads(line) for line in file if line.endswith(b"\n")]
+    return any(row["iteration"] == iteration and _is_late(row) for row in rows)
+
+
+def _is_late(row: dict[str, Any]) -> bool:
+    return "images_seen" in row and "total_loss" not in row
 
 
 def _is_after(line: bytes, iteration: int, images_seen: int) -> bool:

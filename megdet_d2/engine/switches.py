@@ -2,6 +2,7 @@
 
 from detectron2.config import CfgNode
 
+from .background import check_background
 from .compiled import check_compile
 from .ema import check_decay
 from .precision import check_precision
@@ -26,3 +27,4 @@ def check_switches(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only:
         check_sgd(cfg)
         check_trackers(cfg)
+        check_background(cfg)

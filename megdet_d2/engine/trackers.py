@@ -78,6 +78,12 @@ class TrackRun(HookBase):
                 with _logging_errors(tracker):
                     tracker.write()
 
+    def send(self, metrics: dict[str, float], iteration: int) -> None:
+        """Sends metrics of an earlier iteration."""
+        for tracker in self._open:
+            with _logging_errors(tracker):
+                tracker.log_metrics(metrics, iteration)
+
     def after_train(self) -> None:
         """Sends the rest and, after a training that is completed, the final models."""
         folder = self._cfg.OUTPUT_DIR

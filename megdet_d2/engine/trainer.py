@@ -25,6 +25,8 @@ from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import AccumulationTrainer
+from .background import BackgroundEvaluation
+from .background_worker import check_importable, refuse_in_worker
 from .best import build_best_checkpointer
 from .builders import OWN_DATA, Builders
 from .checkpoint import Checkpointer, GatherStatistics, adopt_checkpointer
@@ -89,8 +91,11 @@ class Trainer(Builders):
     def __init__(self, cfg: CfgNode):
         if "MEGDET" not in cfg:
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
+        refuse_in_worker()
         write_kept_log()
         name = type(self).__name__
+        if cfg.TEST.BACKGROUND:
+            check_importable(type(self), cfg)
         self._roll_back = RollBack(self)
         self._completed = 0  # updates, with those before a resume
         self._observing = contextlib.ExitStack()  # of an update
@@ -254,6 +259,7 @@ class Trainer(Builders):
     def after_train(self) -> None:
         """Calls the hooks, but evaluates nothing where a step failed, perhaps in one process."""
         self._observing.close()
+        background = [hook for hook in self._hooks if isinstance(hook, BackgroundEvaluation)]
         if not self.has_finished:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         try:
@@ -263,6 +269,10 @@ class Trainer(Builders):
             for hook in self._hooks:
                 if isinstance(hook, StopOnSignal):
                     hook.put_handlers_back()
+            for evaluation in background:
+                evaluation.close()
+        for evaluation in background if self.has_finished else ():
+            evaluation.raise_failure()  # after all that is written last
 
     def _prepare_inner_trainer(self) -> None:
         """Gives Detectron2's inner trainer the accumulation and the guards, if it is a new one."""
@@ -349,15 +359,19 @@ class Trainer(Builders):
     # --- hooks -----------------------------------------------------------------------------------
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Builds Detectron2's hooks, and one that evaluates with ``TEST.AUG`` after training.
+        """Builds Detectron2's hooks, and those of ``TEST.BACKGROUND`` and ``TEST.AUG``.
 
         The trainer adds those of ``build_megdet_hooks`` by itself.
         """
         built = [hook for hook in super().build_hooks() if hook is not None]
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        if self.cfg.TEST.BACKGROUND:
+            built[place] = BackgroundEvaluation(
+                type(self), self.cfg, self.checkpointer, self._test_last
+            )
         if self.cfg.TEST.AUG.ENABLED:
             # Only once, since it takes many times as long. It comes before the writers close.
-            after = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook)) + 1
-            built.insert(after, hooks.EvalHook(0, self._test_with_tta))
+            built.insert(place + 1, hooks.EvalHook(0, self._test_with_tta))
         return built
 
     def build_megdet_hooks(self) -> list[HookBase]:
@@ -402,6 +416,14 @@ class Trainer(Builders):
 
     def _register_built_hooks(self) -> None:
         theirs = [hook for hook in self.build_hooks() if hook is not None]
+        if self.cfg.TEST.BACKGROUND and not any(
+            isinstance(hook, BackgroundEvaluation) for hook in theirs
+        ):
+            raise ValueError(
+                f"TEST.BACKGROUND is True, but {type(self).__name__}.build_hooks does not return "
+                "the hooks of Trainer.build_hooks, which evaluate; call it there, or set "
+                "TEST.BACKGROUND False"
+            )
         built = insert_before_savers(theirs, self.build_megdet_hooks())
         self.register_hooks(insert_after_evaluation(built, self._build_late_hooks()))
         self._built = list(self._hooks)  # a user of the trainer may add more
@@ -410,7 +432,8 @@ class Trainer(Builders):
         """Builds the hooks that need the results of the evaluation."""
         cfg, late = self.cfg, list[HookBase]()
         if self.ema:
-            late.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._test_ema))
+            period = 0 if cfg.TEST.BACKGROUND else cfg.TEST.EVAL_PERIOD
+            late.append(hooks.EvalHook(period, self._test_ema))
         if cfg.MEGDET.BEST_METRIC:
             late.append(build_best_checkpointer(cfg, self.checkpointer, self.ema))
         if cfg.MEGDET.TRACKERS:
@@ -420,6 +443,10 @@ class Trainer(Builders):
     def _test_with_averages(self, cfg: CfgNode, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with averaged_statistics(model):  # an overridden test may not
             return type(self).test(cfg, model, *args, **kwargs)
+
+    def _test_last(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     def _test_with_tta(self) -> dict[str, Any]:
         with averaged_statistics(self.model):

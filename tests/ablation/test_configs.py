@@ -273,7 +273,7 @@ LISTS = {
     "headline_no_bn": (12, 23_936, 2_992),
     "headline_range": (6, 47_872, 374),
     "headline_rules": (8, 191_488, 1_496),
-    "headline_switches": (9, 191_488, 1_496),
+    "headline_switches": (10, 191_488, 1_496),
 }
 
 

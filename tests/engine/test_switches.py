@@ -14,6 +14,7 @@ from tests.helpers.training import train
 SWITCHES = {
     "ema": ("MEGDET.EMA_DECAY", 0.9),
     "best": ("MEGDET.BEST_METRIC", "bbox/AP", "DATASETS.TEST", ("mixed",), "TEST.EVAL_PERIOD", 1),
+    "background": ("TEST.BACKGROUND", True, "DATASETS.TEST", ("mixed",), "TEST.EVAL_PERIOD", 1),
     "channels_last": ("MODEL.CHANNELS_LAST", True),
     "compile": ("MODEL.COMPILE", True),
     "bfloat16": ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"),

@@ -80,9 +80,9 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
         "images": images,
         "loss": dict((i, v) for v, i in histories["total_loss"].values()) if rank == 0 else None,
         "lr": dict((i, v) for v, i in histories["lr"].values()),
-        "state": _digests(model.state_dict()),
-        "ema": _digests(trainer.ema.model.state_dict()) if trainer.ema else {},
-        "momentum": _digests(
+        "state": digests(model.state_dict()),
+        "ema": digests(trainer.ema.model.state_dict()) if trainer.ema else {},
+        "momentum": digests(
             {
                 str(i): state["momentum_buffer"]
                 for i, state in trainer.optimizer.state_dict()["state"].items()
@@ -136,7 +136,7 @@ def _digest(tensor):
     return hashlib.sha1(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
-def _digests(tensors):
+def digests(tensors):
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 

@@ -1,0 +1,219 @@
+"""Evaluations beside the training: equal to those in it, and neither lost nor made twice."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import hooks
+
+from megdet_d2 import Trainer, prepare_config
+from megdet_d2.engine.metrics import cut_metrics, has_results
+from tests.helpers.background import KEYS, Dying, Failing, Summing, run
+from tests.helpers.processes import all_gone, session, start, wait_for
+from tests.helpers.training import config, copy_checkpoint, differing, digests, read_rows
+
+TASKS = ("bbox", "sums")
+ALL = ("MEGDET.EMA_DECAY", 0.9, "MEGDET.BEST_METRIC", "sums/AP-scores")
+
+
+def results(output):
+    """Returns the rows of evaluations, by iteration; fails if an iteration has two."""
+    found = {}
+    for row in read_rows(output):
+        numbers = {name: value for name, value in row.items() if name.startswith(TASKS)}
+        if numbers:
+            assert row["iteration"] not in found
+            found[row["iteration"]] = numbers
+    return found
+
+
+def snapshots(output):
+    return sorted(path.name for path in Path(output, "background").glob("*.pth"))
+
+
+def in_training(trainer):
+    """Returns the results of a training that evaluates by itself, by iteration."""
+    found = {}
+    for name, history in trainer.storage.histories().items():
+        for value, iteration in history.values() if name.startswith(TASKS) else ():
+            found.setdefault(iteration, {})[name] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def beside(coco, tmp_path_factory):
+    output = tmp_path_factory.mktemp("beside")
+    return run(Summing, output, coco, *ALL)
+
+
+def test_equal_to_evaluations_in_the_training(coco, tmp_path, beside):
+    trainer = run(Summing, tmp_path, coco, *ALL, "TEST.BACKGROUND", False)
+    output = Path(beside.cfg.OUTPUT_DIR)
+    found, expected = results(output), in_training(trainer)
+    assert list(found) == [1, 3, 6] and found.keys() == expected.keys()
+    for iteration in found:
+        assert str(found[iteration]) == str(dict(sorted(expected[iteration].items())))  # NaN too
+    assert {"bbox/AP", "bbox_EMA/AP", "sums/AP-scores", "sums_EMA/boxes"} <= found[3].keys()
+    for part in (beside.checkpointer.model, beside.ema.model):
+        other = trainer.ema.model if part is beside.ema.model else trainer.checkpointer.model
+        assert differing(digests(part.state_dict()), digests(other.state_dict())) == []
+    best, other = (torch.load(path / "model_best.pth") for path in (output, tmp_path))
+    assert best["best"] == other["best"] and best.keys() == other.keys()
+    assert best["iteration"] == best["trainer"]["iteration"]
+    assert differing(digests(best["model"]), digests(other["model"])) == []
+    name = "ema/model_best.pth"
+    best, other = (torch.load(path / name)["model"] for path in (output, tmp_path))
+    assert differing(digests(best), digests(other)) == []
+
+
+def test_the_last_is_waited_for_and_nothing_is_left(beside):
+    output = Path(beside.cfg.OUTPUT_DIR)
+    assert snapshots(output) == [] and (output / "background" / "log.txt").stat().st_size
+    assert torch.load(output / "model_final.pth")["iteration"] == 5
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    late = {row["iteration"]: row["images_seen"] for row in rows if row["iteration"] in (1, 3)}
+    assert (late[1], late[3]) == (16, 32)
+
+
+@pytest.mark.slow
+def test_an_error_stops_the_training_and_a_resume_repeats_the_evaluation(
+    coco, tmp_path, beside, caplog
+):
+    each = (*ALL, "TEST.EVAL_PERIOD", 1)
+    with pytest.raises(
+        RuntimeError, match=r"evaluation of iteration 0 failed: ValueError: no such"
+    ):
+        run(Failing, tmp_path, coco, *each)
+    assert "in build_evaluator" in caplog.text  # of the other process's traceback
+    assert snapshots(tmp_path) == ["0000000_8.pth", "0000001_16.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert not (tmp_path / "model_final.pth").exists()
+    run(Summing, tmp_path, coco, *each, resume=True)  # that of iteration 2 too, which was due
+    found, whole = results(tmp_path), results(beside.cfg.OUTPUT_DIR)
+    assert list(found) == [0, 1, 2, 3, 4, 6] and snapshots(tmp_path) == []
+    assert all(str(found[iteration]) == str(whole[iteration]) for iteration in whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_named_at_the_end_of_the_training(coco, tmp_path):
+    with pytest.raises(RuntimeError, match=r"iteration 3 failed: its process ended with status 3"):
+        run(Dying, tmp_path, coco, "TEST.EVAL_PERIOD", 4)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert list(results(tmp_path)) == [6]
+
+
+@pytest.mark.slow
+def test_snapshots_of_another_run_and_of_updates_that_come_again_are_removed(
+    coco, tmp_path, beside
+):
+    copy_checkpoint(beside.cfg.OUTPUT_DIR, tmp_path / "rest", "model_0000002.pth")
+    (tmp_path / "rest" / "background").mkdir()
+    for name in ("0000001_16.pth", "0000003_32.pth"):  # in metrics.json; comes again
+        (tmp_path / "rest" / "background" / name).write_bytes(b"not read")
+    run(Summing, tmp_path / "rest", coco, *ALL, resume=True)
+    assert str(results(tmp_path / "rest")) == str(results(beside.cfg.OUTPUT_DIR))
+    assert snapshots(tmp_path / "rest") == []
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(coco, tmp_path, beside):
+    process = start("-m", "tests.helpers.background", tmp_path, json.dumps(coco))
+    wait_for(tmp_path / "background" / "waits", process)
+    wait_for(tmp_path / "background" / "0000001_16.pth", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    all_gone(process.pid, 30)
+    assert snapshots(tmp_path) == ["0000000_8.pth", "0000001_16.pth"]
+    run(Summing, tmp_path, coco, "TEST.EVAL_PERIOD", 1, resume=True)
+    found = results(tmp_path)
+    assert list(found) == [0, 1, 2, 3, 4, 6] and snapshots(tmp_path) == []
+    for name in ("sums/AP-scores", "sums/boxes"):
+        assert found[3][name] == results(beside.cfg.OUTPUT_DIR)[3][name]
+
+
+@pytest.mark.slow
+def test_told_to_stop(coco, tmp_path):
+    process = start("-m", "tests.helpers.background", tmp_path, json.dumps(coco))
+    wait_for(tmp_path / "background" / "waits", process)
+    for pid in session(process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    all_gone(process.pid, 30)
+    assert snapshots(tmp_path)[0] == "0000000_8.pth"
+    assert (tmp_path / "last_checkpoint").exists()
+
+
+def two_groups(rank, output, coco, background):
+    keys = ("MODEL.CGBN.BN_SIZE", 4, *ALL, "TEST.BACKGROUND", background)
+    trainer = run(Summing, output, coco, *keys)
+    return in_training(trainer), digests(trainer.model.state_dict())
+
+
+@pytest.mark.slow
+def test_two_bn_groups(pool2, coco, tmp_path):
+    paths = [str(tmp_path / name) for name in ("in", "beside")]
+    ours = pool2.run(two_groups, paths[1], coco, True, timeout=200)
+    stock = pool2.run(two_groups, paths[0], coco, False, timeout=200)
+    for (_, state), (_, other) in zip(ours, stock, strict=True):
+        assert differing(state, other) == []
+    found, expected = results(paths[1]), stock[0][0]
+    for iteration in (1, 3, 6):
+        for name in ("bbox/AP", "bbox_EMA/AP"):  # sums are those of each process
+            assert found[iteration][name] == expected[iteration][name]
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (("TEST.BACKGROUND_DEVICE", "gpu"), 'give "cpu", or one GPU such as "cuda:7"'),
+        (("TEST.BACKGROUND_DEVICE", "cuda:99"), "this machine has 0 GPUs"),
+        (("TEST.BACKGROUND_THREADS", 0), "give 1 or more"),
+    ],
+)
+def test_keys_are_checked(coco, tmp_path, monkeypatch, keys, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=said):
+        prepare_config(config(tmp_path, coco, *KEYS, *keys))
+
+
+class OwnHooks(Trainer):
+    def build_hooks(self):
+        return [hooks.LRScheduler()]
+
+
+def test_trainers_that_another_process_cannot_follow_are_refused(coco, tmp_path):
+    class Local(Trainer):
+        pass
+
+    cfg = config(tmp_path, coco, *KEYS)
+    prepare_config(cfg)
+    with pytest.raises(ValueError, match=r"cannot import .*Local; define the class"):
+        Local(cfg)
+    with pytest.raises(ValueError, match=r"OwnHooks\.build_hooks does not return"):
+        OwnHooks(cfg)
+    trainer = Trainer(cfg)
+    trainer.test = lambda cfg, model: {}
+    with pytest.raises(ValueError, match="test is set on this Trainer alone"):
+        trainer.train()
+    trainer = Trainer(cfg)
+    trainer.register_hooks([hooks.BestCheckpointer(2, trainer.checkpointer, "bbox/AP")])
+    with pytest.raises(ValueError, match=r"use MEGDET\.BEST_METRIC"):
+        trainer.train()
+
+
+def test_rows_of_late_results_stay_where_later_rows_are_cut(tmp_path):
+    def row(iteration, **values):
+        return json.dumps({"iteration": iteration, "images_seen": 8 * iteration, **values}) + "\n"
+
+    lines = [
+        row(9, total_loss=1.0), row(19, total_loss=1.0), row(9, ap=1), row(29, total_loss=1.0),
+        row(14, ap=2), row(24, ap=3), '{"iter',
+    ]  # fmt: skip
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(lines))
+    assert has_results(str(path), 14) and not has_results(str(path), 19)
+    cut_metrics(str(path), 19, 8 * 19)
+    assert path.read_text() == "".join([*lines[:3], lines[4]])
