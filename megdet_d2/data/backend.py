@@ -1,10 +1,11 @@
 """Reads and resizes images faster than Detectron2's mapper does, with its random numbers.
 
 ``INPUT.BACKEND`` chooses the library. Detectron2 reads and resizes by PIL, which takes most of a
-mapper's time. torchvision decodes JPEG files from the same libjpeg-turbo, and torch resizes 8-bit
-pixels by PIL's own filter, with vector instructions.
+mapper's time. torch resizes 8-bit pixels by PIL's own filter, with vector instructions. JPEG files
+are decoded by simplejpeg where it is installed, and else by torchvision, both by libjpeg-turbo.
 """
 
+import contextlib
 import copy
 import io
 import logging
@@ -25,6 +26,11 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from .mapping import Mapper, reads_8_bits
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +53,9 @@ def find_backend_fault(backend: str) -> str:
         _decode(file.getvalue(), "RGB")
     except (AttributeError, RuntimeError) as error:
         return (
-            f"INPUT.BACKEND is 'torchvision', whose decoder does not work here ({error}); install "
-            "a torchvision that is built with libjpeg, or set INPUT.BACKEND 'pil'"
+            f"INPUT.BACKEND is 'torchvision', whose decoder does not work here ({error}): "
+            "pip install simplejpeg, or a torchvision that is built with libjpeg, or set "
+            "INPUT.BACKEND 'pil'"
         )
     return ""
 
@@ -159,8 +166,8 @@ class FastAugInput(T.AugInput):
 def read_image(file_name: str, format: str) -> np.ndarray:
     """Reads an image as Detectron2's ``read_image`` does, and JPEG files faster.
 
-    Images that are turned by EXIF, and those that are not JPEG files of grey or RGB pixels, are
-    read by Detectron2's function.
+    Images that are turned by EXIF, those that are not JPEG files of grey or RGB pixels, and damaged
+    ones are read by Detectron2's function.
 
     Args:
         file_name: path of a file.
@@ -170,15 +177,17 @@ def read_image(file_name: str, format: str) -> np.ndarray:
         pixels (height, width, channels).
 
     Raises:
-        OSError, RuntimeError: the file is not an image, or is damaged.
+        OSError: the file is not an image, or is damaged.
     """
     if format in ("RGB", "BGR"):
         with PathManager.open(file_name, "rb") as file:
             content = file.read()
         if content.startswith(_JPEG) and _is_upright(content):
-            pixels = _decode(content, format)
-            if pixels is not None:
-                return pixels
+            # What a decoder refuses, PIL may still read; and its errors are those of Detectron2.
+            with contextlib.suppress(RuntimeError, ValueError):
+                pixels = _decode(content, format)
+                if pixels is not None:
+                    return pixels
     return utils.read_image(file_name, format=format)
 
 
@@ -190,7 +199,19 @@ def _is_upright(content: bytes) -> bool:
 
 
 def _decode(content: bytes, format: str) -> np.ndarray | None:
-    """Returns the pixels of a JPEG file; None if they are neither grey nor RGB."""
+    """Returns the pixels of a JPEG file; None if they are neither grey nor RGB.
+
+    Raises:
+        RuntimeError, ValueError: the file is damaged.
+    """
+    if simplejpeg is None:
+        return _decode_by_torchvision(content, format)
+    if simplejpeg.decode_jpeg_header(content)[2] in ("CMYK", "YCCK"):
+        return None
+    return simplejpeg.decode_jpeg(content, format)
+
+
+def _decode_by_torchvision(content: bytes, format: str) -> np.ndarray | None:
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     planes = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED)
     if len(planes) not in (1, 3):

@@ -28,10 +28,10 @@ def has_few_values(x: Tensor) -> bool:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the mean and the biased variance of each channel, (C,), in two exact passes.
+    """Returns the mean and the biased variance of each channel, (C,), by sums in float64.
 
-    They are float32 for a contiguous float32 x, whose sums are float64 in ATen, and else float64.
-    With the channels innermost ATen adds up in x's dtype.
+    They are float32 for a contiguous float32 x, and else float64. With the channels innermost ATen
+    adds up in x's dtype. So x is converted there.
     """
     exact = x if _is_summed_by_channel(x) and x.dtype == torch.float32 else x.double()
     return torch.batch_norm_update_stats(exact, None, None, 0.0)
@@ -50,8 +50,11 @@ def power_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = (t.double() for t in torch.batch_norm_update_stats(x, None, None, 0.0))
         return n * mean, n * torch.addcmul(var, mean, mean)
     if has_few_values(x):
-        mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
-        return n * mean, n * torch.addcmul(var, mean, mean)
+        exact = x.double()
+        mean, var = torch.batch_norm_update_stats(exact, None, None, 0.0)
+        # ATen adds up a mean value by value, so for float64 it serves as a pivot only.
+        sums = exact.sum([d for d in range(x.dim()) if d != 1])
+        return sums, torch.addcmul(n * var, mean, 2 * sums - n * mean)
     # ATen's statistics are slow (contiguous) or lose five digits (channels_last). So the sums come
     # from ATen's kernel for gradients.
     sums, squares = _sums_of_products(x, x, None)

@@ -173,7 +173,7 @@ def statistics(
         return _statistics_by_kernels(
             x, weight, bias, valid, buffers, momentum, eps, group, two_pass, layer
         )
-    if not group and valid is None and aten.has_few_values(x):
+    if not group and valid is None and x.dtype != torch.float64 and aten.has_few_values(x):
         return _statistics_of_few(x, weight, bias, buffers, momentum, eps)
     sums, squares, n = _local_sums(x, valid)
     # The same message for both algorithms, and for the kernels, which a process with values uses.

@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
+from megdet_d2.data import backend
 from megdet_d2.data.backend import (
     TorchvisionMapper,
     apply_backend,
@@ -25,6 +26,16 @@ from megdet_d2.data.mapping import BadImageError, CheckedMapper
 from megdet_d2.data.stream import seeded
 from megdet_d2.engine.check_config import check_keys
 from tests.helpers.training import copy_checkpoint, train, write_images
+
+
+@pytest.fixture(params=["simplejpeg", "torchvision"])
+def decoder(request, monkeypatch):
+    """Reads JPEG files by each of the two decoders."""
+    if request.param == "torchvision":
+        monkeypatch.setattr(backend, "simplejpeg", None)
+    else:
+        assert backend.simplejpeg is not None
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +190,7 @@ SAVE = {
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_every_kind_of_file_is_read_as_detectron2_reads_it(photographs, tmp_path, name):
+def test_every_kind_of_file_is_read_as_detectron2_reads_it(photographs, tmp_path, name, decoder):
     with Image.open(photographs[0]) as image:
         SAVE[name](image.crop((0, 0, 201, 99)), tmp_path / name)
     for form in ("BGR", "RGB", "L"):
@@ -187,14 +198,14 @@ def test_every_kind_of_file_is_read_as_detectron2_reads_it(photographs, tmp_path
         assert np.array_equal(read_image(str(tmp_path / name), form), expected)
 
 
-def test_photographs_are_decoded_as_by_pil(photographs):
+def test_photographs_are_decoded_as_by_pil(photographs, decoder):
     for path in photographs:
         difference = utils.read_image(str(path), "BGR").astype(int) - read_image(str(path), "BGR")
         assert abs(difference).max() <= 1 and (difference != 0).mean() <= 0.01
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image"])
-def test_a_damaged_file_is_named(photographs, tmp_path, damage):
+def test_a_damaged_file_is_named(photographs, tmp_path, damage, decoder):
     path = tmp_path / "bad.jpg"
     path.write_bytes(damage or photographs[0].read_bytes()[:9000])
     given = entry(photographs[0]) | {"file_name": str(path)}
@@ -251,7 +262,9 @@ def test_a_torchvision_without_a_decoder_is_named(monkeypatch):
         raise RuntimeError("no libjpeg")
 
     assert find_backend_fault("torchvision") == ""
-    monkeypatch.setattr("megdet_d2.data.backend.decode_jpeg", missing)
+    monkeypatch.setattr(backend, "decode_jpeg", missing)
+    assert find_backend_fault("torchvision") == ""  # simplejpeg
+    monkeypatch.setattr(backend, "simplejpeg", None)
     assert "no libjpeg" in find_backend_fault("torchvision")
 
 

@@ -6,12 +6,12 @@ is set for a whole process at the first import of Triton, so it runs in a separa
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from benchmarks.offline_compiler import PASSES, Variant, compile_variant
+from megdet_d2.norm import kernels
 from tests.helpers.compiled_kernels import check_code
 from tests.helpers.kernel_cases import (
     ACTIVATIONS,
@@ -30,7 +30,9 @@ from tests.helpers.kernel_cases import (
     make,
 )
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    not kernels.available(), reason="Triton is not installed, or older than the kernels support"
+)
 
 
 @pytest.fixture(scope="module")
