@@ -67,6 +67,9 @@ class BackgroundEvaluation(hooks.EvalHook):
         cfg: its config.
         checkpointer: the trainer's.
         last: evaluates after the training, in all processes.
+
+    Attributes:
+        pending: snapshots without results; the first is being evaluated. Only rank 0 has any.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class BackgroundEvaluation(hooks.EvalHook):
         self._kind, self._cfg, self._checkpointer = kind, cfg, checkpointer
         self._folder = os.path.join(cfg.OUTPUT_DIR, FOLDER)
         self._every = cfg.TEST.EVAL_PERIOD
-        self._pending: list[Snapshot] = []  # the first is being evaluated
+        self.pending: list[Snapshot] = []
         self._process: EvaluationProcess | None = None
         self._began = 0.0
         self._failure = ""
@@ -107,7 +110,7 @@ class BackgroundEvaluation(hooks.EvalHook):
         Raises:
             RuntimeError: in every process, if an earlier evaluation has failed.
         """
-        if self._pending:
+        if self.pending:
             self._receive()
         done = self.trainer.iter + 1
         if self._every <= 0 or done % self._every or done == self.trainer.max_iter:
@@ -119,10 +122,14 @@ class BackgroundEvaluation(hooks.EvalHook):
                 self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
             self.raise_failure()
         if comm.is_main_process():
-            iteration = self.trainer.iter
-            snapshot = Snapshot.at(self._folder, iteration, self.trainer.images_seen)
-            self._checkpointer.save_aside(snapshot.path, iteration=iteration)
-            self._submit(snapshot)
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Writes a snapshot, and lets it be evaluated. Only rank 0 calls it, after ``gather``."""
+        iteration = self.trainer.iter
+        snapshot = Snapshot.at(self._folder, iteration, self.trainer.images_seen)
+        self._checkpointer.save_aside(snapshot.path, iteration=iteration)
+        self._submit(snapshot)
 
     def after_train(self) -> None:
         """Evaluates the last model in all processes, and waits for the other results."""
@@ -170,8 +177,8 @@ class BackgroundEvaluation(hooks.EvalHook):
         return kept
 
     def _submit(self, snapshot: Snapshot) -> None:
-        self._pending.append(snapshot)
-        if len(self._pending) == 1:
+        self.pending.append(snapshot)
+        if len(self.pending) == 1:
             self._begin()
 
     def _begin(self) -> None:
@@ -179,13 +186,13 @@ class BackgroundEvaluation(hooks.EvalHook):
             cfg = worker_config(self._cfg)
             self._process = EvaluationProcess(self._kind, cfg, cfg.MEGDET.TIMEOUT)
         self._began = time.monotonic()
-        self._process.send(self._pending[0].path)
+        self._process.send(self.pending[0].path)
 
     def _receive(self, wait: float = 0) -> None:
         """Takes the results of the running evaluation, and begins the next one."""
         if self._failure or self._process is None:
             return
-        snapshot = self._pending[0]
+        snapshot = self.pending[0]
         try:
             results = self._process.receive(wait)
         except WorkerError as error:
@@ -203,8 +210,8 @@ class BackgroundEvaluation(hooks.EvalHook):
         )
         deliver(self._receivers, results, snapshot.iteration, snapshot.images_seen, snapshot.path)
         os.remove(snapshot.path)
-        self._pending.pop(0)
-        if self._pending:
+        self.pending.pop(0)
+        if self.pending:
             self._begin()
 
     def _wait_until_fewer(self, count: int) -> None:
@@ -214,7 +221,7 @@ class BackgroundEvaluation(hooks.EvalHook):
         """
         began = time.monotonic()
         while True:
-            waits = len(self._pending) >= count and not self._failure
+            waits = len(self.pending) >= count and not self._failure
             waits, self._failure = comm.all_gather((waits, self._failure))[0]
             if not waits:
                 break

@@ -27,7 +27,7 @@ from .ema import build_average
 from .precision import set_float32_precision
 
 LOG = "log.txt"
-_NICE = 10
+_NICE = 5
 _STARTING = "MEGDET_D2_BACKGROUND"  # set in the process until it evaluates
 
 
@@ -38,7 +38,7 @@ class WorkerError(Exception):
 class EvaluationProcess:
     """A process that evaluates one snapshot at a time, by the class methods of a trainer.
 
-    It has the lowest share of the cores, ignores SIGINT and SIGTERM, and ends with this process.
+    It has a low priority, ignores SIGINT and SIGTERM, and ends with this process.
 
     Args:
         kind: the trainer's class, which the process imports.
@@ -185,9 +185,10 @@ def _prepare(kind: type[Builders], cfg: CfgNode, data_sets: dict[str, Any], aliv
 
     register_module_forward_hook(live)
     for name, (load, metadata) in data_sets.items():
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, load)
-            MetadataCatalog.get(name).set(**metadata)
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop(name, None)  # an import may have registered another
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**metadata)
     if cfg.MODEL.DEVICE != "cpu":
         torch.cuda.set_device(cfg.MODEL.DEVICE)
     set_float32_precision(cfg)

@@ -1,5 +1,6 @@
 """Results of an evaluation that arrive after their iteration, written at that iteration."""
 
+import logging
 from collections.abc import Iterable
 
 from detectron2.engine import HookBase, hooks
@@ -7,6 +8,8 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWrit
 
 from .best import BestCheckpointer
 from .trackers import TrackRun
+
+logger = logging.getLogger(__name__)
 
 
 def deliver(
@@ -35,18 +38,18 @@ def deliver(
         storage.put_scalars(**results, images_seen=images_seen, smoothing_hint=False)
         for hook in receivers:
             for writer in hook._writers if isinstance(hook, hooks.PeriodicWriter) else ():
-                _write(writer)
+                if not isinstance(writer, CommonMetricPrinter):  # it prints losses
+                    _write(writer)
 
 
 def _write(writer: EventWriter) -> None:
-    if isinstance(writer, CommonMetricPrinter):  # prints losses
-        return
     last = getattr(writer, "_last_write", None)
-    if last is None:
-        writer.write()
-        return
-    writer._last_write = -1  # or it would leave out an iteration that it has passed
     try:
+        if last is not None:
+            writer._last_write = -1  # or it would leave out an iteration that it has passed
         writer.write()
+    except Exception as error:  # of a project's writer, which may need other metrics
+        logger.warning(f"{type(writer).__name__} does not write late results: {error!r}")
     finally:
-        writer._last_write = last
+        if last is not None:
+            writer._last_write = last
