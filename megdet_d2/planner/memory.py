@@ -19,7 +19,7 @@ from megdet_d2.engine.trainer import Trainer
 from megdet_d2.memory import check_stages
 
 from .allocator import reserved_bytes
-from .memory_step import trace_step
+from .memory_step import TracedStep, trace_step
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class MemoryModel:
         self._cfg, self._device, self._objects = cfg, device, objects
         self._trainer = trainer
         self._traced: dict[tuple, dict[str, int]] = {}
-        self.predict(1)
+        self._numbers = TRACED
 
     def predict(
         self,
@@ -125,10 +125,12 @@ class MemoryModel:
         )
 
     def _interpolate(self, images: int, stages: tuple[str, ...], steps: int) -> dict[str, int]:
-        if images in TRACED:
+        if not self._traced:
+            self._trace(1, stages, steps)  # where it falls back, it changes the numbers
+        if images in self._numbers:
             return dict(self._trace(images, stages, steps))
-        low = max(n for n in TRACED[:-1] if n < images)
-        high = TRACED[TRACED.index(low) + 1]
+        low = max(n for n in self._numbers[:-1] if n < images)
+        high = self._numbers[self._numbers.index(low) + 1]
         first, last = self._trace(low, stages, steps), self._trace(high, stages, steps)
         share = (images - low) / (high - low)
         return {part: round(first[part] + share * (last[part] - first[part])) for part in first}
@@ -136,8 +138,7 @@ class MemoryModel:
     def _trace(self, images: int, stages: tuple[str, ...], steps: int) -> dict[str, int]:
         key = images, stages, steps
         if key not in self._traced:
-            cfg = step_config(self._cfg, images, stages, steps)
-            step = trace_step(cfg, images, self.size, self._objects, self._trainer)
+            step = self._run(step_config(self._cfg, images, stages, steps), images)
             parts = step.peak()
             slack = reserved_bytes(step.events) - sum(parts.values())
             self._traced[key] = {
@@ -147,6 +148,25 @@ class MemoryModel:
                 "averaged": step.bytes_of("parameters") + step.bytes_of("norm"),
             }
         return self._traced[key]
+
+    def _run(self, cfg: CfgNode, images: int) -> TracedStep:
+        options = cfg, images, self.size, self._objects, self._trainer
+        if not self.notes:
+            try:
+                return trace_step(*options)
+            except Exception as error:  # of any kind: the model is the user's
+                self._fall_back(error)
+        return trace_step(*options, fake=False)
+
+    def _fall_back(self, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        note = (
+            f"{self._cfg.MODEL.META_ARCHITECTURE} cannot be traced without its numbers ({cause}). "
+            "So real training steps of one and two images are run on the CPU, and more are extrapolated"
+        )
+        logger.warning(note)
+        self.notes.append(note)
+        self._numbers = TRACED[:2]
 
 
 def step_config(cfg: CfgNode, images: int, stages: Sequence[str], steps: int) -> CfgNode:

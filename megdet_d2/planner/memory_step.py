@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import Tensor
 
 from megdet_d2.engine.builders import Builders
 from megdet_d2.engine.precision import build_inner_trainer
@@ -87,7 +86,7 @@ def trace_step(
     inner = build_inner_trainer(SimpleTrainer(model, [batch] * 2, optimizer), cfg)
     inner.iter = 0
     generator = getattr(model, "proposal_generator", None)
-    if generator is not None and fake:
+    if generator is not None:
         truth = [image["instances"] for image in batch]
         generator.register_forward_hook(lambda *call: _like_trained(call[-1], truth))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -96,7 +95,7 @@ def trace_step(
         trace.label("parameters", model.parameters())
         for buffer in model.buffers():
             trace.label("norm" if id(buffer) in norms else "parameters", [buffer])
-        trace.label("activations", (image["image"] for image in batch))
+        trace.label("activations", _device_tensors(batch))
         for parameter in trained:  # the first step makes the optimizer's state, later ones find it
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -175,6 +174,15 @@ def _like_trained(output: Any, truth: Sequence[Instances]) -> Any:
         new.objectness_logits = torch.zeros(number)
         made.append(new)
     return made, losses
+
+
+def _device_tensors(batch: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
+    """Yields what a batch takes on the model's device: pixels, and masks that are bitmaps."""
+    for image in batch:
+        yield image["image"]
+        masks = image["instances"].get_fields().get("gt_masks")
+        if isinstance(masks, BitMasks):
+            yield masks.tensor
 
 
 def _tensors(states: Any) -> Iterator[Tensor]:
