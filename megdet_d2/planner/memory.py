@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 CONTEXT = 500_000_000
 """Bytes of the CUDA context with torch's kernels. Assumed."""
-WORK_SPACE = 500_000_000
-"""Bytes of the convolutions' and matrix products' work space. Assumed."""
 TRACED = (1, 2, 4, 8, 16)
 """Images per GPU that are traced. Other numbers are interpolated."""
 
@@ -43,7 +41,7 @@ class Memory:
         buckets: DDP's copy of the gradients; 0 for one process.
         norm: CGBN's running statistics.
         activations: tensors kept for backward, and the temporary ones at the peak.
-        workspace: CUDA context and work space of its libraries; 0 on a CPU.
+        workspace: of a convolution at the peak, and the CUDA context.
         slack: what the caching allocator holds beyond the tensors; 0 on a CPU.
     """
 
@@ -118,12 +116,12 @@ class MemoryModel:
         check_stages(sublinear)
         parts = self._interpolate(images_per_gpu, tuple(sublinear), min(micro_batches, 2))
         trained, averaged = parts.pop("trained"), parts.pop("averaged")
-        cuda = self._device != "cpu"
+        if self._device != "cpu":
+            parts["workspace"] += CONTEXT
         return Memory(
             **parts,
             average=averaged if self._cfg.MEGDET.EMA_DECAY else 0,
             buckets=trained if world_size > 1 else 0,
-            workspace=CONTEXT + WORK_SPACE if cuda else 0,
         )
 
     def _interpolate(self, images: int, stages: tuple[str, ...], steps: int) -> dict[str, int]:

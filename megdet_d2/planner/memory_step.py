@@ -20,7 +20,7 @@ from megdet_d2.norm.batch_norm import cgbn_layers
 
 from .memory_trace import StepTrace
 
-logger = logging.getLogger(__name__)
+KINDS = ("parameters", "norm", "optimizer", "gradients", "activations", "workspace")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class TracedStep:
 
     Attributes:
         events: as in ``StepTrace``.
-        kinds: as in ``StepTrace``: "parameters", "norm", "optimizer" or "gradients". A storage
-            without a kind is an activation.
+        kinds: as in ``StepTrace``, of ``KINDS``. A storage without a kind is an activation.
         start: index of the first event of the step. Those before it make what it starts with.
     """
 
@@ -46,7 +45,7 @@ class TracedStep:
             now += size
             if i >= self.start and now > most:
                 most, at = now, i
-        parts = dict.fromkeys(("parameters", "norm", "optimizer", "gradients", "activations"), 0)
+        parts = dict.fromkeys(KINDS, 0)
         for number, size in self.events[: at + 1]:
             parts[self.kinds.get(number, "activations")] += size
         return parts

@@ -70,6 +70,10 @@ class StepTrace(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._track(leaf)
+        if extra := _work_space(func, args, result):
+            number = len(self.events)
+            self.kinds[number] = "workspace"
+            self.events += [(number, extra), (number, -extra)]
         return result
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -107,6 +111,24 @@ class StepTrace(TorchDispatchMode):
 
         self._alive[address] = number, weakref.ref(storage, freed)
         return number
+
+
+def _work_space(func: Any, args: Any, result: Any) -> int:
+    """Returns the bytes that a convolution needs for the time that it runs.
+
+    Libraries copy its tensors into a layout of their own: oneDNN does so on CPUs, and cuDNN mostly.
+    """
+    if func is aten.convolution.default:
+        tensors = args[0], result
+        needed = max
+    elif func is aten.convolution_backward.default:
+        tensors = args[:2]
+        needed = sum
+    else:
+        return 0
+    if any(not tensor.is_contiguous() for tensor in tensors):  # channels_last stays as it is
+        return 0
+    return needed([tensor.numel() * tensor.element_size() for tensor in tensors])
 
 
 def _scalar(tensor: Tensor) -> bool | int | float:
