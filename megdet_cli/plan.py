@@ -2,24 +2,28 @@
 
 --back-test prints every row of the paper's Table 3 and of MLPerf's Mask R-CNN submissions:
 measured, predicted, error, and whether it was fitted. --simulate goes through numbers of
-machines, with stragglers, failures, checkpoints and the epochs to equal AP.
+machines, with stragglers, failures, checkpoints and the epochs to equal AP. --dry-run resolves a
+config for every rank of a cluster, without a GPU, and ends with the error that the cluster would.
 
   megdet plan --back-test
   megdet plan --simulate --hardware A100-SXM-80GB --images-per-gpu 2 --bn-size 16
   megdet plan --simulate --target-batch 256 --machines 1,2,4,8,16
+  megdet plan --dry-run megdet_R50_FPN_b256_normal.yaml --machines 16 --gpus 8 KEY VALUE ...
 """
 
 import argparse
 from pathlib import Path
 
-TAKES_OVERRIDES = False
+TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    parser.add_argument("config", nargs="?", default="", metavar="CONFIG", help="for --dry-run")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--back-test", action="store_true", help="predictions against measured rows")
     task.add_argument("--simulate", action="store_true", help="a training on growing clusters")
+    task.add_argument("--dry-run", action="store_true", help="the start of a training, every rank")
     add = parser.add_argument
     add("--json", action="store_true", help="print everything as json")
 
@@ -78,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    if args.dry_run:
+        from megdet_d2.planner import dry_run
+
+        dry_run.run(args)
+        return
     from megdet_d2.planner import command
 
     command.run(args)

@@ -62,7 +62,10 @@ def test_mistakes_are_one_line(words, message):
 def test_one_task_is_needed(capsys):
     with pytest.raises(SystemExit):
         megdet_cli.main(["plan"])
-    assert "one of the arguments --back-test --simulate is required" in capsys.readouterr().err
+    assert (
+        "one of the arguments --back-test --simulate --dry-run is required"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_back_test_prints_every_row(capsys):
