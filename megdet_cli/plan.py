@@ -1,14 +1,16 @@
 """Plans a training: which mini-batch and schedule, does it fit, how long will it take.
 
 With a config it searches the settings that a cluster allows, best first, with schedule, memory,
-hours and launch line. --measure times the config on this machine. --back-test prints predictions
-against published rows. --simulate goes through numbers of machines, with failures.
+hours and launch line. --measure times the config on this machine. --dry-run resolves a config for
+every rank of a cluster, and ends with the error that the cluster would. --back-test prints
+predictions against published rows. --simulate goes through numbers of machines, with failures.
 
   megdet plan COCO-Detection/megdet_R50_FPN_b16_normal.yaml --gpus 8 --hardware A100-SXM-80GB
   megdet plan my.yaml --gpus 4 --gpu-memory 24 --target-batch 64 SOLVER.AMP.ENABLED True
   megdet plan my.yaml --measure --output output/plan
   megdet plan --back-test
   megdet plan --simulate --hardware A100-SXM-80GB --images-per-gpu 2 --bn-size 16
+  megdet plan --dry-run megdet_R50_FPN_b256_normal.yaml --machines 16 --gpus 8 KEY VALUE ...
 """
 
 import argparse
@@ -29,6 +31,11 @@ SIMULATED = {
     "steps": 100,
     "seed": 0,
 }
+# Flags of a prediction, which a dry run does not make.
+PREDICTED = (
+    "hardware", "seconds_per_image", "loader", "variation", "target_batch", "epochs_like",
+    "least_epochs", "critical_batch", "output",
+)  # fmt: skip
 # Flags of a config alone.
 OF_CONFIG = ("gpu_memory", "images", "rows", "report", "measure")
 
@@ -40,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--back-test", action="store_true", help="predictions against measured rows")
     task.add_argument("--simulate", action="store_true", help="a training on growing clusters")
+    task.add_argument("--dry-run", action="store_true", help="the start of a training, every rank")
     add("--json", action="store_true", help="print everything as json")
     add("--output", type=Path, metavar="FOLDER", help="for plots, and for the file of --measure")
 
@@ -103,6 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     check_task(args)
+    if args.dry_run:
+        from megdet_d2.planner import dry_run
+
+        args.machines = args.machines or [1]
+        args.gpus = 8 if args.gpus is None else args.gpus
+        dry_run.run(args)
+        return
     if args.config:
         args.rows = 6 if args.rows is None else args.rows
         args.output = args.output or Path("output/plan")
@@ -135,13 +150,17 @@ def check_task(args: argparse.Namespace) -> None:
             if task
             else "give a CONFIG, or one of the arguments --back-test --simulate"
         )
-    others = SIMULATED if args.config else OF_CONFIG
+    others = OF_CONFIG
+    if args.config:
+        others = (*SIMULATED, *OF_CONFIG, *PREDICTED) if args.dry_run else tuple(SIMULATED)
     values = {name: getattr(args, name) for name in others}
     given = [name for name, value in values.items() if value is not None and value is not False]
     if given:
         flag = f"--{given[0].replace('_', '-')}"
         args.command.error(
-            f"{flag} is for --simulate; a config has its own keys, such as MODEL.CGBN.BN_SIZE"
+            f"{flag} is not for --dry-run"
+            if args.dry_run
+            else f"{flag} is for --simulate; a config has its own keys, such as MODEL.CGBN.BN_SIZE"
             if args.config
             else f"{flag} needs a CONFIG"
         )

@@ -57,6 +57,10 @@ class StreamSampler(Sampler):
         seed: equal in all processes.
         size: images of the data set.
         buckets: the bucket of each image of the data set; None for one bucket.
+
+    Attributes:
+        stock, images_per_gpu, size: the arguments.
+        seed: of the place that the stream is at.
     """
 
     def __init__(
@@ -67,9 +71,9 @@ class StreamSampler(Sampler):
         size: int,
         buckets: Sequence[int] | None = None,
     ):
-        self._stock: Any = stock  # Detectron2's samplers have no types
-        self._images_per_gpu = images_per_gpu
-        self._size = size
+        self.stock: Any = stock  # Detectron2's samplers have no types
+        self.images_per_gpu = images_per_gpu
+        self.size = size
         self._buckets = buckets
         # Not in __iter__: a loader's worker has no process group.
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
@@ -77,13 +81,13 @@ class StreamSampler(Sampler):
 
     def seek(self, place: dict[str, Any]) -> None:
         """Goes to a ``place``. Call it before iterating a loader, since its workers have copies."""
-        if place["size"] != self._size:
+        if place["size"] != self.size:
             logger.warning(
-                f"The training set had {place['size']} images and has {self._size}: the stream "
+                f"The training set had {place['size']} images and has {self.size}: the stream "
                 "goes on at the same place, in another shuffling"
             )
-            place = place | {"size": self._size, "pending": []}
-        self.seed = self._stock._seed = place["seed"]
+            place = place | {"size": self.size, "pending": []}
+        self.seed = self.stock._seed = place["seed"]
         self._place = place
         self._walk: Iterator[tuple[list, list]] | None = None
 
@@ -93,7 +97,7 @@ class StreamSampler(Sampler):
         ``images_seen`` is that of the last call, or larger by whole micro-batches.
         """
         if self._walk is None:
-            self._walk = self._micro_batches()
+            self._walk = self.micro_batches()
         while self._place["images_seen"] < images_seen:
             batch, pending = next(self._walk)
             seen = self._place["images_seen"] + len(batch)
@@ -103,16 +107,21 @@ class StreamSampler(Sampler):
     def __iter__(self) -> Iterator[Sample]:
         if get_worker_info() is not None:
             shield_loader_worker()
-        micro_batches = self._micro_batches()
-        for batch, _ in itertools.islice(micro_batches, self._rank, None, self._world_size):
+        for batch in self.own_batches():
             for position, index in batch:
                 yield Sample(index, fold_seed(_AUGMENTATION, self.seed, position))
 
-    def _micro_batches(self) -> Iterator[tuple[list, list]]:
-        """Yields micro-batches of (position, index) in order, each with the images then pending."""
+    def own_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Yields this process's micro-batches, as lists of (position in the stream, index)."""
+        micro_batches = self.micro_batches()
+        for batch, _ in itertools.islice(micro_batches, self._rank, None, self._world_size):
+            yield batch
+
+    def micro_batches(self) -> Iterator[tuple[list, list]]:
+        """Yields all micro-batches of (position, index), each with the images then pending."""
         pending = [tuple(image) for image in self._place["pending"]]
         drawn = self._place["images_seen"] + len(pending)
-        fresh = itertools.islice(self._stock._infinite_indices(), drawn, None)
+        fresh = itertools.islice(self.stock._infinite_indices(), drawn, None)
         images = itertools.chain(pending, enumerate(fresh, drawn))
         waiting: dict[int, list] = {}
         ahead = len(pending)  # carried images that the new cutting has not yet looked at
@@ -120,7 +129,7 @@ class StreamSampler(Sampler):
             bucket = waiting.setdefault(self._buckets[index] if self._buckets else 0, [])
             bucket.append((position, index))
             ahead -= 1
-            if len(bucket) == self._images_per_gpu:
+            if len(bucket) == self.images_per_gpu:
                 batch = bucket.copy()
                 bucket.clear()
                 held = [image for images in waiting.values() for image in images]

@@ -28,7 +28,7 @@ def streams(processes, images_per_gpu, buckets=BUCKETS, seed=5, stock=None):
 
 def take(samplers, updates, steps=1):
     """The samples of so many updates, in the order of the stream, as micro-batches."""
-    images = samplers[0]._images_per_gpu
+    images = samplers[0].images_per_gpu
     walks = [iter(sampler) for sampler in samplers]
     return [list(itertools.islice(walk, images)) for _ in range(updates * steps) for walk in walks]
 
