@@ -11,7 +11,8 @@ from detectron2.engine import hooks
 
 from megdet_d2 import Trainer, prepare_config
 from megdet_d2.engine.metrics import cut_metrics, has_results
-from tests.helpers.background import KEYS, Dying, Failing, Summing, run
+from megdet_d2.report.run import read_metrics
+from tests.helpers.background import KEYS, Diverging, Dying, Failing, Summing, run
 from tests.helpers.processes import all_gone, session, start, wait_for
 from tests.helpers.training import config, copy_checkpoint, differing, digests, read_rows
 
@@ -76,6 +77,8 @@ def test_the_last_is_waited_for_and_nothing_is_left(beside):
     rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     late = {row["iteration"]: row["images_seen"] for row in rows if row["iteration"] in (1, 3)}
     assert (late[1], late[3]) == (16, 32)
+    _, evaluated = read_metrics(output)  # as megdet report does
+    assert [row["iteration"] for row in evaluated] == [1, 3, 6]
 
 
 @pytest.mark.slow
@@ -116,6 +119,14 @@ def test_snapshots_of_another_run_and_of_updates_that_come_again_are_removed(
     run(Summing, tmp_path / "rest", coco, *ALL, resume=True)
     assert str(results(tmp_path / "rest")) == str(results(beside.cfg.OUTPUT_DIR))
     assert snapshots(tmp_path / "rest") == []
+
+
+@pytest.mark.slow
+def test_no_result_is_lost_or_repeated_by_a_roll_back(coco, tmp_path):
+    keys = ("MEGDET.ON_DIVERGENCE", "half_lr", "SOLVER.CHECKPOINT_PERIOD", 2)
+    trainer = run(Diverging, tmp_path, coco, *keys)
+    assert trainer.spoilt and trainer.progress.backoff.rollbacks == 1
+    assert list(results(tmp_path)) == [1, 3, 6] and snapshots(tmp_path) == []
 
 
 @pytest.mark.slow
