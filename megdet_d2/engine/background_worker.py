@@ -101,8 +101,13 @@ def check_importable(kind: type[Builders], cfg: CfgNode) -> None:
     """Checks that another process can get a trainer's class and the data sets.
 
     Raises:
-        ValueError: it cannot. The message names the class, or the error of the data sets.
+        ValueError: it cannot, or no process can be started. The message says why, and the fix.
     """
+    if multiprocessing.current_process().daemon:
+        raise ValueError(
+            "TEST.BACKGROUND is True, but this is a daemonic process of multiprocessing, which may "
+            "not start another; start it with daemon=False, or set TEST.BACKGROUND False"
+        )
     try:
         pickle.dumps(PicklableWrapper(_data_sets(cfg)))
     except Exception as error:  # of the user's objects

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -77,6 +78,19 @@ class Waiting(Summing):
         time.sleep(3600)
 
 
+class Diverging(Summing):
+    """Has weights that are not finite, once, before its fifth update."""
+
+    spoilt = False
+
+    def run_step(self):
+        if self.iter == 4 and not self.spoilt:
+            self.spoilt = True
+            with torch.no_grad():
+                self.model.backbone.fpn_output3.weight.fill_(float("nan"))
+        super().run_step()
+
+
 def run(kind, output, coco, *keys, resume=False):
     """Trains to the end, and returns the trainer."""
     cfg = config(output, coco, *KEYS, *keys)
@@ -89,8 +103,6 @@ def run(kind, output, coco, *keys, resume=False):
     return trainer
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # as in a user's script, whose class is __main__'s
     output, coco = sys.argv[1:]
-    from tests.helpers import background  # so that another process finds the class by its name
-
-    run(background.Waiting, output, json.loads(coco), "TEST.EVAL_PERIOD", 1)
+    run(Waiting, output, json.loads(coco), "TEST.EVAL_PERIOD", 1)
