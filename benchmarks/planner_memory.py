@@ -1,11 +1,12 @@
 """Compares the predicted memory of training steps with the measured one.
 
-    python benchmarks/planner_memory.py                                    # all settings, on CPU
-    python benchmarks/planner_memory.py --only mask --output FILE.json     # goes on where it stopped
+    python benchmarks/planner_memory.py --output FILE.json    # goes on where it was stopped
+    python benchmarks/planner_memory.py --only mask           # some settings
 
-A measurement is two steps of the real model with real tensors: the second one's peak, with weights
-and momentum, by the profiler's record of every allocation. It shares no code with the prediction.
-The images are random, and each has as many objects as the heads sample, like after some training.
+A measurement is a step of the real model with real tensors on the CPU: its peak, with weights and
+momentum, by the profiler's record of every allocation. The prediction sees neither these images nor
+their proposals. Images for mask and keypoint heads have as many objects as the heads take regions,
+since an untrained RPN finds few.
 """
 
 import argparse

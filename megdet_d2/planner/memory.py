@@ -101,7 +101,7 @@ class MemoryModel:
         *,
         sublinear: Sequence[str] = (),
         world_size: int = 1,
-        micro_batches: int = 1,
+        micro_batches: int | None = None,
     ) -> Memory:
         """Predicts the peak of a training step after the first.
 
@@ -109,12 +109,17 @@ class MemoryModel:
             images_per_gpu: images of a micro-batch.
             sublinear: stages that are computed twice, as in MODEL.SUBLINEAR.STAGES.
             world_size: processes of the training.
-            micro_batches: MEGDET.ACCUMULATION_STEPS.
+            micro_batches: per update; by default MEGDET.ACCUMULATION_STEPS.
+
+        Raises:
+            ValueError: a number is below 1, or a stage is unknown or not in the model.
         """
         if images_per_gpu < 1:
             raise ValueError(f"images_per_gpu is {images_per_gpu}; give 1 or more")
         check_stages(sublinear)
-        parts = self._interpolate(images_per_gpu, tuple(sublinear), min(micro_batches, 2))
+        # The second micro-batch starts with gradients, and later ones are like it.
+        steps = min(micro_batches or self._cfg.MEGDET.ACCUMULATION_STEPS, 2)
+        parts = self._interpolate(images_per_gpu, tuple(sublinear), steps)
         trained, averaged = parts.pop("trained"), parts.pop("averaged")
         if self._device != "cpu":
             parts["workspace"] += CONTEXT
@@ -151,18 +156,20 @@ class MemoryModel:
 
     def _run(self, cfg: CfgNode, images: int) -> TracedStep:
         options = cfg, images, self.size, self._objects, self._trainer
-        if not self.notes:
-            try:
-                return trace_step(*options)
-            except Exception as error:  # of any kind: the model is the user's
-                self._fall_back(error)
-        return trace_step(*options, fake=False)
+        if self.notes:
+            return trace_step(*options, fake=False)
+        try:
+            return trace_step(*options)
+        except Exception as error:  # of any kind: the model is the user's
+            step = trace_step(*options, fake=False)  # raises what a training would
+            self._fall_back(error)
+            return step
 
     def _fall_back(self, error: Exception) -> None:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         note = (
             f"{self._cfg.MODEL.META_ARCHITECTURE} cannot be traced without its numbers ({cause}). "
-            "So real training steps of one and two images are run on the CPU, and more are extrapolated"
+            "So real steps of one and two images run on the CPU, and more are extrapolated"
         )
         logger.warning(note)
         self.notes.append(note)

@@ -21,7 +21,7 @@ from megdet_d2.planner.allocator import reserved_bytes
 from megdet_d2.planner.memory import MemoryModel, largest_image
 from tests.helpers.models import tiny_config
 
-SIZE = (96, 128)
+SIZE = (100, 130)  # padded to 128 x 160
 MB = 1 << 20
 THIN = (
     *R18, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.BACKBONE.FREEZE_AT", 0,
