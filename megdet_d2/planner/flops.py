@@ -67,8 +67,7 @@ def count(cfg: CfgNode, megapixels: float, sublinear: tuple[str, ...] = ()) -> C
             built.append(super().build_model(cfg))
             return built[0]
 
-    height = max(1, round((1e6 * megapixels / ASPECT) ** 0.5))
-    size = height, max(1, round(1e6 * megapixels / height))
+    size = image_size(megapixels)
     with FlopCounterMode(display=False) as counter:
         try:
             trace_step(cfg, 1, size, objects, Keeping)
@@ -83,3 +82,9 @@ def count(cfg: CfgNode, megapixels: float, sublinear: tuple[str, ...] = ()) -> C
     return Counted(
         counter.get_total_flops(), sum(trained), len(cgbn_layers(model)), stages_of(model)
     )
+
+
+def image_size(megapixels: float) -> tuple[int, int]:
+    """Returns height and width of an image of this size."""
+    height = max(1, round((1e6 * megapixels / ASPECT) ** 0.5))
+    return height, max(1, round(1e6 * megapixels / height))

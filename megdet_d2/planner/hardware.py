@@ -45,7 +45,8 @@ class Hardware:
         inside: the link inside a machine.
         host: h, seconds per update.
         loader: images/s that the loader of one process decodes; None: not known.
-        cores: cores that the processes of a machine share; None where each has a GPU.
+        slots: processes that run at once at this speed on the cores of a machine; more of them
+            share these. None where each has a GPU.
         config: the config that was measured; "" for a preset.
     """
 
@@ -58,16 +59,16 @@ class Hardware:
     inside: Link
     host: float = 0.0
     loader: float | None = None
-    cores: int | None = None
+    slots: float | None = None
     config: str = ""
 
     def sharing(self, processes: int) -> float:
         """Returns how many times longer the compute takes, since processes share the cores."""
-        return 1.0 if self.cores is None else max(1.0, processes / self.cores)
+        return 1.0 if self.slots is None else max(1.0, processes / self.slots)
 
     def memory_of_one(self, processes: int) -> float:
         """Returns the bytes for each of ``processes`` on a machine."""
-        return self.memory if self.cores is None else self.memory / processes
+        return self.memory if self.slots is None else self.memory / processes
 
     def write(self, path: Path) -> Path:
         """Writes a json file that ``read`` reads, and returns ``path``."""

@@ -17,6 +17,7 @@ from . import hardware as devices
 from .advice import find_warnings
 from .epochs import PRESETS, EpochModel
 from .flops import count
+from .growth import draw
 from .hardware import Hardware
 from .memory import Memory, MemoryModel
 from .plan_tables import to_text
@@ -48,9 +49,7 @@ def run(args: argparse.Namespace) -> None:
             to_text(plan.introduction(), chosen, found, plan.warnings(chosen), plan.lines(chosen))
         )
     if args.report:
-        from .report_plot import draw_growth
-
-        path = draw_growth(plan.search, chosen[0], args.output)
+        path = draw(plan.search, chosen[0], args.output)
         if not args.json:
             print(f"\nPlot: {path}")
 
@@ -73,11 +72,13 @@ class Plan:
         check(cfg)
         self.images = count_images(cfg, args.images)
         hardware, self.chosen = devices.find(args.hardware)
-        gpus = args.gpus or torch.cuda.device_count() or hardware.cores or GPUS
+        if args.measure is not None:
+            hardware, self.chosen = self._measure(cfg, hardware.variation)
+        gpus = args.gpus or torch.cuda.device_count() or int(hardware.slots or GPUS)
         self.counted = functools.cache(lambda stages: count(cfg, self.images.megapixels, stages))
         hardware = self._override(hardware)
         memory = 1e9 * args.gpu_memory if args.gpu_memory else hardware.memory_of_one(gpus)
-        device = "cpu" if hardware.cores else "cuda"
+        device = "cpu" if hardware.slots else "cuda"
         model = functools.cache(lambda: MemoryModel(cfg, device=device))
         machines = args.machines[0] if args.machines else 1
         self.question = Question(
@@ -97,6 +98,14 @@ class Plan:
             return model().predict(images, sublinear=stages, world_size=self.question.ranks)
 
         self.search = Search(self.question, predict, self.counted)
+
+    def _measure(self, cfg: CfgNode, variation: float) -> tuple[Hardware, str]:
+        from .measure import measure
+
+        args = self.args
+        hardware = measure(cfg, self.images, args.measure, variation, args.config)
+        path = hardware.write(args.output / "hardware.json")
+        return hardware, f"Measured here and written to {path}: plan with it by --hardware {path}."
 
     def _override(self, hardware: Hardware) -> Hardware:
         args = self.args
@@ -190,7 +199,7 @@ def check_flags(args: argparse.Namespace) -> None:
         "machines": args.machines and args.machines[0],
         **{name: getattr(args, name) for name in (
             "gpus", "gpu_memory", "target_batch", "images", "seconds_per_image", "network_gbit",
-            "loader", "rows",
+            "loader", "rows", "measure",
         )},
     }  # fmt: skip
     for name, value in numbers.items():

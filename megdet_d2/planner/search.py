@@ -137,6 +137,10 @@ class Search:
         self._found.settings.sort(key=rank)
         return self._found
 
+    def for_question(self, question: Question) -> "Search":
+        """Returns a search for the same model on another cluster."""
+        return Search(question, self._memory, self._counted)
+
     def batches(self) -> list[int]:
         """Returns the mini-batches to try.
 

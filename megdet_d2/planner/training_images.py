@@ -27,6 +27,7 @@ class TrainingImages:
         test_megapixels: the same of a test image.
         test: images of all test sets.
         notes: sentences about numbers that are assumed.
+        are_here: the training set is on this machine.
     """
 
     count: int
@@ -34,6 +35,7 @@ class TrainingImages:
     test_megapixels: float
     test: int
     notes: tuple[str, ...] = ()
+    are_here: bool = False
 
 
 def count_images(cfg: CfgNode, given: int | None = None) -> TrainingImages:
@@ -88,6 +90,7 @@ def count_images(cfg: CfgNode, given: int | None = None) -> TrainingImages:
         mean_megapixels(test_shapes, size.MIN_SIZE_TEST, size.MAX_SIZE_TEST),
         test,
         tuple(notes),
+        found is not None,
     )
 
 

@@ -129,7 +129,7 @@ def test_presets():
 
 
 def test_a_measured_file_is_read_as_it_was_written(tmp_path):
-    measured = replace(hardware.presets()["A40"], cores=2, loader=50.0, config="a.yaml")
+    measured = replace(hardware.presets()["A40"], slots=2, loader=50.0, config="a.yaml")
     path = measured.write(tmp_path / "new/hardware.json")
     assert hardware.find(str(path)) == (measured, "")
     assert (measured.sharing(1), measured.sharing(8), measured.memory_of_one(2)) == (1, 4, 24e9)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megdet_d2.config import load_config
-from megdet_d2.planner import hardware
+from megdet_d2.planner import growth, hardware
 from megdet_d2.planner.advice import find_warnings
 from megdet_d2.planner.epochs import EpochModel
 from megdet_d2.planner.flops import Counted
@@ -192,3 +192,18 @@ def test_the_printed_tables():
     assert first[:3] == ["1", str(s.resolved.batch), str(s.images_per_gpu)]
     assert "evaluation" in text and "activations" in text
     assert json.loads(json.dumps(s.as_dict()))["hours"] == s.hours
+
+
+def test_growth(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
+    asked = question(batch=64)
+    best = search(asked).settings[0]
+    over = Search(asked, memory, counted)
+    stays, grows = growth.grow(over, best)
+    assert {s.resolved.batch for _, s in stays} == {64}
+    assert [gpus for gpus, _ in grows][:5] == [1, 2, 4, 8, 16]
+    assert all(s.resolved.batch == gpus * best.resolved.batch // 8 for gpus, s in grows)
+    assert dict(grows)[8].hours == pytest.approx(best.hours)
+    assert list(growth.clusters(3, 1))[:3] == [(1, 1), (1, 3), (2, 3)]
+    picture = growth.draw(over, best, tmp_path / "new")
+    assert picture.read_bytes().startswith(b"\x89PNG")
