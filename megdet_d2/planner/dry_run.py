@@ -20,6 +20,7 @@ from tabulate import tabulate
 from megdet_d2.config import load_config
 from megdet_d2.data.stream import StreamSampler, find_stream
 from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.auto_micro_batch import possible_micro_batches, with_micro_batch
 from megdet_d2.engine.command import find_config
 from megdet_d2.engine.model_classes import check_model_classes
 from megdet_d2.engine.model_reads import ModelReads
@@ -228,6 +229,8 @@ def _start(cfg: CfgNode) -> tuple[CfgNode, Layout, float, bool, StreamSampler | 
     """Does on one rank what the start of a training does, up to the first step."""
     prepare_config(cfg)
     cfg = Trainer.auto_scale_workers(cfg, dist.get_world_size())
+    if cfg.MEGDET.AUTO_MICRO_BATCH:
+        cfg = with_micro_batch(cfg, possible_micro_batches(cfg)[-1])  # if the memory allows it
     layout = Layout.from_config(cfg)
     reads = ModelReads(Trainer.build_model)
     model = reads(cfg)
