@@ -135,8 +135,7 @@ def choose_micro_batch(cfg: CfgNode, trainer: type[Builders]) -> CfgNode:
     images = min(choice[0] for choice, _ in everyone)
     sublinear = any(choice[1] for choice, _ in everyone)
     logger.info(
-        f"{_KEY}: {_describe(cfg, images, sublinear)}, found in "
-        f"{time.perf_counter() - began:.0f} s"
+        f"{_KEY}: {_describe(cfg, images, sublinear)}, found in {time.perf_counter() - began:.0f} s"
     )
     remember(cfg, images, sublinear, facts)
     chosen = with_micro_batch(cfg, images, sublinear)
@@ -194,7 +193,9 @@ def remember(
         return
     PathManager.mkdirs(cfg.OUTPUT_DIR)
     with PathManager.open(path, "w") as file:
-        json.dump({"images_per_gpu": images, "sublinear": sublinear, "facts": facts}, file, indent=1)
+        json.dump(
+            {"images_per_gpu": images, "sublinear": sublinear, "facts": facts}, file, indent=1
+        )
 
 
 def _choose_alone(cfg: CfgNode, trainer: type[Builders]) -> tuple[int, bool]:

@@ -44,7 +44,9 @@ class LiveBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
             if key not in self._storages:
-                self._storages[key] = weakref.ref(storage, lambda _, k=key, n=size: self._free(k, n))
+                self._storages[key] = weakref.ref(
+                    storage, lambda _, k=key, n=size: self._free(k, n)
+                )
                 self.live += size
 
     def _free(self, key: int, size: int) -> None:

@@ -45,6 +45,7 @@ class Probe:
 
     def __init__(self, cfg: CfgNode, trainer: type[DefaultTrainer], image: dict[str, Any]):
         self.reason = ""
+        self._needs_two = False
         self._cfg = cfg
         self._image = image
         self._limit = MemoryLimit(cfg)
@@ -63,10 +64,17 @@ class Probe:
     def fits(self, images: int) -> bool:
         """Returns True if two micro-batches of ``images`` worst images and an update fit."""
         self.reason = ""
+        if images == 1 and self._needs_two:
+            images = 2
         try:
             self._train([copy.deepcopy(self._image) for _ in range(images)])
         except OutOfMemoryError as error:
             self.reason = str(error).splitlines()[0]
+        except ValueError as error:
+            # Alone, a process may have one value per channel, which its BN group does not.
+            if images > 1 or self._needs_two or "more than 1 value per channel" not in str(error):
+                raise
+            self._needs_two = True
         # After the except, since the error keeps the tensors of its frames alive.
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
@@ -74,7 +82,7 @@ class Probe:
             gc.collect()
         if self._cfg.MODEL.DEVICE != "cpu":
             torch.cuda.empty_cache()
-        return not self.reason
+        return not self.reason and (images > 1 or not self._needs_two or self.fits(1))
 
     def _train(self, batch: list[dict[str, Any]]) -> None:
         state = state_tensors(self._model, self._optimizer)

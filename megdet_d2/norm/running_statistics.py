@@ -112,7 +112,9 @@ def own_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def load_normalizers(model: nn.Module, normalizers: dict[str, float]) -> None:
-    """Loads the values that ``own_normalizers`` returned."""
+    """Loads the values that ``own_normalizers`` returned; those not in it go back to the first."""
+    for name in own_normalizers(model).keys() - normalizers.keys():
+        delattr(model.get_submodule(name), "loss_normalizer")  # Detectron2 makes it in forward
     for name, module in model.named_modules():
         if name in normalizers:
             module.loss_normalizer = normalizers[name]
