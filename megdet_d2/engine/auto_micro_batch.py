@@ -4,6 +4,7 @@ The mini-batch stays ``SOLVER.IMS_PER_BATCH`` and the BN size ``MODEL.CGBN.BN_SI
 decides ``MEGDET.ACCUMULATION_STEPS`` and the processes of a BN group, and never what is trained.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -57,6 +58,11 @@ def check_auto_micro_batch(cfg: CfgNode) -> None:
             f"{_KEY} is True and MODEL.DEVICE is 'cpu', where memory does not end at a known size; "
             f"set MEGDET.MEMORY_LIMIT_MB to the MiB of a step's tensors, or {_KEY} False"
         )
+    if cfg.MODEL.DEVICE == "cpu" and cfg.MODEL.COMPILE:
+        raise ValueError(
+            f"{_KEY} and MODEL.COMPILE are both True, but on a CPU the tensors of compiled parts "
+            "cannot be counted; set one of them to False"
+        )
     if uses_cgbn(cfg) and cfg.MODEL.CGBN.BN_SIZE == -1:
         raise ValueError(
             f"{_KEY} is True and MODEL.CGBN.BN_SIZE is -1, all images that a machine holds at "
@@ -104,9 +110,8 @@ def choose_micro_batch(cfg: CfgNode, trainer: type[Builders]) -> CfgNode:
     """Returns the config with the largest micro-batch that fits on every process.
 
     ``MODEL.SUBLINEAR`` is turned on only where ``MEGDET.AUTO_SUBLINEAR`` allows it and no
-    micro-batch fits without. The choice is kept in OUTPUT_DIR/micro_batch.json, and taken from there
-    if config and machines are the same. Random numbers stay as they were. Every process has to call
-    it.
+    micro-batch fits without. OUTPUT_DIR/micro_batch.json keeps the choice, for a later start with
+    the same config and machines. Random numbers stay as they were. Every process has to call it.
 
     Args:
         cfg: a config that ``prepare_config`` has resolved.
@@ -127,6 +132,9 @@ def choose_micro_batch(cfg: CfgNode, trainer: type[Builders]) -> CfgNode:
         choice = _choose_alone(cfg, trainer)
     except Exception as failed:  # the other processes wait for the answer
         error = failed
+    gc.collect()  # modules with checkpointed segments refer to themselves
+    if cfg.MODEL.DEVICE != "cpu":
+        torch.cuda.empty_cache()
     random.restore()
     everyone = comm.all_gather((choice, None if error is None else f"{error}"))
     for rank, (_, said) in enumerate(everyone):

@@ -79,7 +79,7 @@ class DivergenceGuard(StepObserver):
                 handle.remove()
 
     def forget_step(self) -> None:
-        """Forgets images and losses."""
+        """Removes the images and losses of this step."""
         self._images, self._losses = [], []
 
     def _note_images(self, model: nn.Module, inputs: tuple) -> None:

@@ -38,7 +38,7 @@ class StepObserver(HookBase):
         raise NotImplementedError
 
     def forget_step(self) -> None:
-        """Forgets what it has seen of this step, which is about to be made again."""
+        """Undoes the counting of this step, which is about to be made again."""
         raise NotImplementedError
 
 

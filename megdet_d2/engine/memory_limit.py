@@ -1,6 +1,7 @@
 """Limits the memory of training steps: by torch's allocator on a GPU, by counting on a CPU."""
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -44,12 +45,11 @@ class LiveBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
             if key not in self._storages:
-                self._storages[key] = weakref.ref(
-                    storage, lambda _, k=key, n=size: self._free(k, n)
-                )
+                freed = functools.partial(self._free, key, size)
+                self._storages[key] = weakref.ref(storage, freed)
                 self.live += size
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int, storage: weakref.ref) -> None:
         del self._storages[key]
         self.live -= size
 

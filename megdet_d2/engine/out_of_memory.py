@@ -1,4 +1,4 @@
-"""Repeats an update that ran out of memory, with smaller micro-batches, on all processes alike.
+"""Makes an update that ran out of memory again, with smaller micro-batches, on all processes.
 
 Gradients are reduced only after every process has reported that it has them. Before, a process
 waits for others in CGBN layers alone. One that runs out of memory sends its group a message in
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 
 from megdet_d2.norm.batch_norm import bare_model, cgbn_layers, set_accumulation_steps
 from megdet_d2.norm.collective import GroupOutOfMemoryError, meet, report_out_of_memory
@@ -82,7 +82,7 @@ class UpdateRepeater:
         check: Callable[[], None],
         batches: Sequence[Any],
     ) -> None:
-        """Leaves the summed gradients of an update. Every process has to call it.
+        """Computes the summed gradients of an update. Every process has to call it.
 
         Args:
             compute: makes forward and backward of micro-batches, without a reduction.
@@ -113,18 +113,18 @@ class UpdateRepeater:
         batches: Sequence[Any],
     ) -> StepOutOfMemoryError | None:
         """Returns None after a backward of all processes; otherwise the report of all."""
-        groups = self._groups()
+        groups, is_cpu = self._groups(), self._trainer.cfg.MODEL.DEVICE == "cpu"
         reason = ""
         try:
             with self.limit.limited(state_tensors(self._trainer.model, self._trainer.optimizer)):
                 compute([part for batch in batches for part in self._split(batch)])
-            for group in groups:
+            for group in groups if is_cpu else ():
                 meet(group)
         except GroupOutOfMemoryError:
             reason = "stopped with its BN group"
         except OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            if groups and self._trainer.cfg.MODEL.DEVICE != "cpu":
+            if groups and not is_cpu:
                 self._leave(reason)
             for group in groups:
                 report_out_of_memory(group)
@@ -204,8 +204,8 @@ class UpdateRepeater:
                 remember(trainer.cfg, smaller, trainer.cfg.MODEL.SUBLINEAR.ENABLED)
                 said = f"--resume takes {smaller}"
         raise OutOfMemoryError(
-            f"{reason}, in iteration {trainer.iter}, with {self.images} images per GPU. On GPUs the "
-            f"other processes of a BN group cannot be told, so the run ends: {said}. {_ADVICE}"
+            f"{reason}, in iteration {trainer.iter}, with {self.images} images per GPU. On GPUs "
+            f"the other processes of a BN group cannot be told, so the run ends: {said}. {_ADVICE}"
         )
 
     def _set_splits(self, splits: int, average: bool) -> None:

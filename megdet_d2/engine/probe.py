@@ -1,4 +1,4 @@
-"""Tries whether a micro-batch of worst-case images fits into the memory of this process's device.
+"""Tests whether a micro-batch of worst-case images fits into the memory of this process's device.
 
 The tries run on a model and an optimizer that nothing else uses. Their CGBN layers normalise over
 this process alone, and there is no DDP. So no process waits for another one that has no memory

@@ -281,8 +281,8 @@ class Trainer(Builders):
             self._trainer.repeater = self._repeater
         elif self._repeater:
             logger.warning(
-                f"MEGDET.AUTO_MICRO_BATCH: {type(self._trainer).__name__} makes its updates itself, "
-                "so one that runs out of memory is not repeated"
+                f"MEGDET.AUTO_MICRO_BATCH: {type(self._trainer).__name__} makes its updates "
+                "itself, so one that runs out of memory is not repeated"
             )
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self._prepared = self._trainer

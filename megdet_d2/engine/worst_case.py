@@ -74,7 +74,9 @@ def largest_shape(cfg: CfgNode, records: Iterable[dict[str, Any]]) -> tuple[int,
             the shapes, the bound follows from INPUT alone.
     """
     short, long = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
-    sizes = {(record.get("height"), record.get("width")) for record in records}
+    sizes: set[tuple[Any, Any]] = {
+        (record.get("height"), record.get("width")) for record in records
+    }
     if cfg.INPUT.CROP.ENABLED and short or not all(h and w for h, w in sizes):
         short = min(short or long, long)
         shapes = [(short, long), (long, short)]

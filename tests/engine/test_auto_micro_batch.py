@@ -124,11 +124,11 @@ def test_a_limit_decides_and_the_training_is_that_of_the_typed_setting(coco, tmp
     caplog.clear()
     roomy = (*PLAIN, *SMALL, *AUTO[:3], 9)
     cfg = config(tmp_path / "c", coco, *roomy)
-    build(cfg)
+    prepared_trainer(cfg)
     assert "of another config or other machines" in caplog.text
 
 
-def build(cfg):
+def prepared_trainer(cfg):
     from megdet_d2.engine import Trainer, prepare_config
 
     prepare_config(cfg)
@@ -143,12 +143,16 @@ RETINANET = (
 
 
 def test_the_probe_leaves_random_numbers_and_weights_as_they_were(coco, tmp_path):
-    typed = build(config(tmp_path, coco, *SMALL, *RETINANET, "MEGDET.ACCUMULATION_STEPS", 2))
+    typed = prepared_trainer(
+        config(tmp_path, coco, *SMALL, *RETINANET, "MEGDET.ACCUMULATION_STEPS", 2)
+    )
     torch.manual_seed(0)
-    chosen = build(config(tmp_path, coco, *SMALL, *RETINANET, *AUTO))
+    chosen = prepared_trainer(config(tmp_path, coco, *SMALL, *RETINANET, *AUTO))
     after = torch.rand(1)
     torch.manual_seed(0)
-    again = build(config(tmp_path, coco, *SMALL, *RETINANET, "MEGDET.ACCUMULATION_STEPS", 2))
+    again = prepared_trainer(
+        config(tmp_path, coco, *SMALL, *RETINANET, "MEGDET.ACCUMULATION_STEPS", 2)
+    )
     assert torch.rand(1) == after
     assert chosen.layout == typed.layout == again.layout  # BN size 4 on one process
     for name, value in again.model.state_dict().items():
@@ -162,15 +166,15 @@ def test_sublinear_memory_only_if_nothing_fits_without(coco, tmp_path):
     with pytest.raises(
         ValueError, match="set MEGDET.AUTO_SUBLINEAR True.*BN_SIZE to 1 or 2 or 4; or"
     ):
-        build(config(tmp_path / "a", coco, *overrides, 15))
+        prepared_trainer(config(tmp_path / "a", coco, *overrides, 15))
     saving = ("MEGDET.AUTO_SUBLINEAR", True)
-    assert not build(
+    assert not prepared_trainer(
         config(tmp_path / "b", coco, *overrides, 40, *saving)
     ).cfg.MODEL.SUBLINEAR.ENABLED
-    trainer = build(config(tmp_path / "c", coco, *overrides, 15, *saving))
+    trainer = prepared_trainer(config(tmp_path / "c", coco, *overrides, 15, *saving))
     assert trainer.cfg.MODEL.SUBLINEAR.ENABLED and trainer.layout.images_per_gpu == 8
     with pytest.raises(ValueError, match="raise MEGDET.MEMORY_LIMIT_MB"):
-        build(config(tmp_path / "d", coco, *overrides, 2, *saving))
+        prepared_trainer(config(tmp_path / "d", coco, *overrides, 2, *saving))
 
 
 # --- out of memory later -------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def test_a_model_that_always_fails_is_refused_at_the_start(coco, tmp_path, monke
 
     monkeypatch.setattr(GeneralizedRCNN, "forward", forward)
     with pytest.raises(ValueError, match=r"no micro-batch fits.* 1 images per GPU \(always\)"):
-        build(config(tmp_path, coco, *PLAIN, *SMALL, *AUTO))
+        prepared_trainer(config(tmp_path, coco, *PLAIN, *SMALL, *AUTO))
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -277,7 +281,7 @@ def unequal_task(rank, folder, coco):
     with pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr(memory_limit, "MIB", 2**20 * 9 / 4000)
-        trainer = build(cfg)
+        trainer = prepared_trainer(cfg)
     group = trainer.model.module.backbone.bottom_up.stem.conv1.norm.group_size()
     return trainer.layout.images_per_gpu, group
 
