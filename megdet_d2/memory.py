@@ -70,7 +70,7 @@ def checkpoint_stages(model: nn.Module, stages: Sequence[str], blocks: int = 2) 
     for stage in stages:
         segments = list(_segments(model, stage))
         if not segments:
-            has = ", ".join(name for name in STAGES if list(_segments(model, name)))
+            has = ", ".join(stages_of(model))
             raise ValueError(
                 f"MODEL.SUBLINEAR.STAGES has {stage!r}, but the model has no such stage; "
                 f"use some of its stages: {has or 'none, so use checkpoint_modules'}"
@@ -98,6 +98,11 @@ def checkpoint_modules(modules: Iterable[nn.Module], keep: Keep = keep_nothing) 
     """
     for module in modules:
         _replace(module, "forward", _forward, module.forward, module, keep)
+
+
+def stages_of(model: nn.Module) -> tuple[str, ...]:
+    """Returns those of ``STAGES`` that a Detectron2 model has."""
+    return tuple(name for name in STAGES if list(_segments(model, name)))
 
 
 def check_stages(stages: Sequence[str]) -> None:

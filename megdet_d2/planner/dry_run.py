@@ -109,15 +109,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, OSError, ValueError: as a training on this cluster would.
     """
-    if len(args.machines) != 1:
+    machines = args.machines or [1]
+    if len(machines) != 1:
         raise ValueError(
-            f"--machines is {','.join(map(str, args.machines))}; a dry run takes one number, such "
-            "as --machines 128"
+            f"--machines is {','.join(map(str, machines))}; a dry run takes one number, such as "
+            "--machines 128"
         )
-    if not args.config:
-        raise ValueError("--dry-run needs a config: megdet plan --dry-run CONFIG --machines 128")
+    gpus = torch.cuda.device_count() or 8 if args.gpus is None else args.gpus
     cfg = load_config(find_config(args.config), args.opts or ())
-    result = dry_run(cfg, args.machines[0], args.gpus)
+    result = dry_run(cfg, machines[0], gpus)
     print(json.dumps(to_json(result), indent=1) if args.json else to_text(result))
 
 

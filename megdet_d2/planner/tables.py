@@ -7,13 +7,14 @@ from tabulate import tabulate
 from .scaling import Point
 
 
-def _table(rows: Sequence[dict[str, str]]) -> str:
+def to_table(rows: Sequence[dict[str, str]]) -> str:
+    """Returns a Markdown table of rows that have the same keys."""
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
 
 
 def to_points_table(points: Sequence[Point]) -> str:
     """Returns a Markdown table of schedule, seconds per update and hours to equal AP."""
-    return _table(
+    return to_table(
         [
             {
                 "GPUs": f"{point.gpus:,}",
@@ -36,7 +37,7 @@ def to_points_table(points: Sequence[Point]) -> str:
 
 def to_shares_table(points: Sequence[Point]) -> str:
     """Returns a Markdown table of the share of each part in the whole time."""
-    return _table(
+    return to_table(
         [
             {"GPUs": f"{point.gpus:,}"}
             | {name: f"{share:.1%}" for name, share in point.shares.items()}
@@ -52,7 +53,7 @@ def to_norm_table(rows: Sequence[tuple[int, float, float]], gpus: int) -> str:
         rows: of ``norm_against_compute``.
         gpus: GPUs per machine.
     """
-    return _table(
+    return to_table(
         [
             {
                 "ranks of a BN group": f"{group:,}",

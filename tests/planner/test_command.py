@@ -59,13 +59,22 @@ def test_mistakes_are_one_line(words, message):
     assert message in str(error.value)
 
 
-def test_one_task_is_needed(capsys):
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give a CONFIG, or one of the arguments --back-test --simulate"),
+        (["--simulate", "--back-test"], "not allowed with argument"),
+        (["--simulate", "x.yaml"], "x.yaml and --simulate: give one of them"),
+        (["--simulate", "--gpu-memory", "24"], "--gpu-memory needs a CONFIG"),
+        (["x.yaml", "--bn-size", "0"], "--bn-size is for --simulate; a config has its own keys"),
+        (["x.yaml", "--seed", "1"], "--seed is for --simulate"),
+        (["x.yaml", "SEED"], "unrecognized arguments: SEED"),
+    ],
+)
+def test_one_task_is_needed(words, message, capsys):
     with pytest.raises(SystemExit):
-        megdet_cli.main(["plan"])
-    assert (
-        "one of the arguments --back-test --simulate --dry-run is required"
-        in capsys.readouterr().err
-    )
+        megdet_cli.main(["plan", *words])
+    assert message in capsys.readouterr().err
 
 
 def test_the_back_test_prints_every_row(capsys):
