@@ -1,16 +1,16 @@
 """Plans a training: which mini-batch and schedule, does it fit, how long will it take.
 
 With a config it searches the settings that a cluster allows, best first, with schedule, memory,
-hours and launch line. --measure times the config on this machine. --dry-run resolves a config for
-every rank of a cluster, and ends with the error that the cluster would. --back-test prints
-predictions against published rows. --simulate goes through numbers of machines, with failures.
+hours and launch line. --measure times the config on this machine. --back-test prints predictions
+against published rows. --simulate goes through numbers of machines, with failures. --dry-run
+resolves a config for every rank of a cluster, and ends with the error that the cluster would.
 
   megdet plan COCO-Detection/megdet_R50_FPN_b16_normal.yaml --gpus 8 --hardware A100-SXM-80GB
   megdet plan my.yaml --gpus 4 --gpu-memory 24 --target-batch 64 SOLVER.AMP.ENABLED True
   megdet plan my.yaml --measure --output output/plan
+  megdet plan my.yaml --dry-run --machines 128 --gpus 8 SOLVER.IMS_PER_BATCH 2048
   megdet plan --back-test
   megdet plan --simulate --hardware A100-SXM-80GB --images-per-gpu 2 --bn-size 16
-  megdet plan --dry-run megdet_R50_FPN_b256_normal.yaml --machines 16 --gpus 8 KEY VALUE ...
 """
 
 import argparse
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--back-test", action="store_true", help="predictions against measured rows")
     task.add_argument("--simulate", action="store_true", help="a training on growing clusters")
-    task.add_argument("--dry-run", action="store_true", help="the start of a training, every rank")
+    task.add_argument("--dry-run", action="store_true", help="CONFIG's start on every rank")
     add("--json", action="store_true", help="print everything as json")
     add("--output", type=Path, metavar="FOLDER", help="for plots, and for the file of --measure")
 
@@ -143,6 +143,8 @@ def check_task(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: the usage, with what is wrong.
     """
+    if args.dry_run and not args.config:
+        args.command.error("--dry-run needs a CONFIG")
     task = "--back-test" if args.back_test else "--simulate" if args.simulate else ""
     if bool(args.config) == bool(task):
         args.command.error(
@@ -150,17 +152,17 @@ def check_task(args: argparse.Namespace) -> None:
             if task
             else "give a CONFIG, or one of the arguments --back-test --simulate"
         )
-    others = OF_CONFIG
-    if args.config:
-        others = (*SIMULATED, *OF_CONFIG, *PREDICTED) if args.dry_run else tuple(SIMULATED)
+    others = tuple(SIMULATED) if args.config else OF_CONFIG
+    if args.dry_run:
+        others = (*SIMULATED, *OF_CONFIG, *PREDICTED)
     values = {name: getattr(args, name) for name in others}
     given = [name for name, value in values.items() if value is not None and value is not False]
     if given:
         flag = f"--{given[0].replace('_', '-')}"
+        if args.dry_run:
+            args.command.error(f"{flag} is not for --dry-run")
         args.command.error(
-            f"{flag} is not for --dry-run"
-            if args.dry_run
-            else f"{flag} is for --simulate; a config has its own keys, such as MODEL.CGBN.BN_SIZE"
+            f"{flag} is for --simulate; a config has its own keys, such as MODEL.CGBN.BN_SIZE"
             if args.config
             else f"{flag} needs a CONFIG"
         )

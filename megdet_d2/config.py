@@ -142,6 +142,17 @@ def add_megdet_config(cfg: CN) -> None:
     # those.
     cfg.MEGDET.ACCUMULATION_STEPS = 1
 
+    # Chooses ACCUMULATION_STEPS at the start: the largest micro-batch that fits into the memory and
+    # holds BN_SIZE. An update that runs out of memory later is repeated with half of it, at most
+    # twice in a run. See docs/training.md.
+    cfg.MEGDET.AUTO_MICRO_BATCH = False
+    # Lets AUTO_MICRO_BATCH turn on MODEL.SUBLINEAR, if no micro-batch that holds BN_SIZE fits
+    # without.
+    cfg.MEGDET.AUTO_SUBLINEAR = False
+    # Memory of one device in MiB, for AUTO_MICRO_BATCH. 0 is all that a GPU has. A CPU needs a
+    # number: tensors that live in a step are counted, which makes it slow.
+    cfg.MEGDET.MEMORY_LIMIT_MB = 0
+
     # --- Reliability. See docs/reliability.md -----------------------------------------------------
     # Action after a loss or a gradient that is not finite. "stop" ends all processes with an error
     # that names it. "half_lr" and "longer_warmup" go back to the last good checkpoint. They then

@@ -1,8 +1,10 @@
 """Accumulation of micro-batches to one update, for mini-batches larger than the GPUs can hold."""
 
 import contextlib
+import functools
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from .exchange import StepExchange
 from .metrics import put_losses
+
+if TYPE_CHECKING:
+    from .out_of_memory import UpdateRepeater
 
 # Detectron2's options of a trainer; older versions have fewer.
 _OPTIONS = ("gather_metric_period", "zero_grad_before_forward", "async_write_metrics")
@@ -30,6 +35,7 @@ class AccumulationTrainer(SimpleTrainer):
     Attributes:
         exchange: carries the losses of all processes to the metrics; None gathers them as
             Detectron2 does.
+        repeater: repeats an update that runs out of memory; None for none.
     """
 
     def __init__(self, trainer: SimpleTrainer, steps: int):
@@ -38,6 +44,7 @@ class AccumulationTrainer(SimpleTrainer):
         )
         self.steps = steps
         self.exchange: StepExchange | None = None
+        self.repeater: UpdateRepeater | None = None
 
     def run_step(self) -> None:
         """Makes one update."""
@@ -46,19 +53,37 @@ class AccumulationTrainer(SimpleTrainer):
         batches = [next(self._data_loader_iter) for _ in range(self.steps)]
         data_time = time.perf_counter() - start
 
-        images = sum(map(len, batches)) if self.steps > 1 else 0
+        self._data_time = data_time
+        if self.repeater is None:
+            self._compute(batches)
+            self.after_backward()
+        else:
+            compute = functools.partial(self._compute, reduce=False)
+            self.repeater(compute, self.after_backward, batches)
+        self._report(self._mean, data_time)
+        self._update()
+
+    def _compute(self, batches: Sequence[Any], reduce: bool = True) -> None:
+        """Makes forward and backward of all micro-batches.
+
+        Args:
+            batches: the micro-batches.
+            reduce: let DDP reduce the gradients in the last backward.
+        """
+        images = sum(map(len, batches)) if len(batches) > 1 else 0
         zero_first = getattr(self, "zero_grad_before_forward", False)
         if zero_first:
             self.optimizer.zero_grad()
         mean: dict[str, Any] = {}
         for i, batch in enumerate(batches):
-            synchronized = i == self.steps - 1 or not hasattr(self.model, "no_sync")
+            last = i == len(batches) - 1
+            synchronized = (last and reduce) or not hasattr(self.model, "no_sync")
             with contextlib.nullcontext() if synchronized else self.model.no_sync():
                 with self._precision():
                     losses = self.model(batch)
                     if not isinstance(losses, dict):
                         losses = {"total_loss": losses}
-                    if self.steps > 1:
+                    if len(batches) > 1:
                         share = len(batch) / images
                         losses = {name: share * loss for name, loss in losses.items()}
                 if i == 0 and not zero_first:
@@ -66,11 +91,9 @@ class AccumulationTrainer(SimpleTrainer):
                 self._scaled(sum(losses.values())).backward()
             for name, loss in losses.items():
                 mean[name] = mean[name] + loss.detach() if name in mean else loss.detach()
+        self._mean = mean
         if self.exchange:
-            self.exchange.losses, self.exchange.data_time = mean, data_time
-        self.after_backward()
-        self._report(mean, data_time)
-        self._update()
+            self.exchange.losses, self.exchange.data_time = mean, self._data_time
 
     def _report(self, losses: dict[str, Any], data_time: float) -> None:
         gathered = self.exchange.gathered(losses) if self.exchange else {}
@@ -109,6 +132,7 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         self.async_write_metrics = getattr(trainer, "async_write_metrics", False)
         self.steps = steps
         self.exchange = None
+        self.repeater = None
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device = next(self.model.parameters()).device.type

@@ -27,6 +27,7 @@ from megdet_d2.schedule.build import (
 )
 
 from .advice import count_images, find_schedule_faults
+from .auto_micro_batch import possible_micro_batches
 from .best import check_best
 from .coco_api import find_coco_api_fault
 from .disk import check_output_dir
@@ -78,8 +79,11 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> str:
     if uses_cgbn(cfg):
         world_size = comm.get_world_size()
         scaled = DefaultTrainer.auto_scale_workers(cfg, world_size)
+        # Only for errors: the groups are made when there is a model.
+        if cfg.MEGDET.AUTO_MICRO_BATCH:
+            possible_micro_batches(scaled)
+            return schedule
         images_per_gpu = images_per_micro_batch(scaled, world_size)
-        # Only for its error: the groups are made when there is a model.
         group_ranks(cfg.MODEL.CGBN.BN_SIZE, images_per_gpu, cfg.MODEL.CGBN.CROSS_MACHINE)
     return schedule
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import detectron2.engine.defaults as d2_defaults
+import torch
 from detectron2.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +67,22 @@ def parameters_without_gradient(model: nn.Module, summed: Sequence[str]) -> list
         indices = [int(number) for number in re.findall(r"\d+", found[1])] if found else []
         return [summed[i] for i in indices] or [f"some parameters ({error})"]
     return []
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Lets DDP reduce gradients that backwards under ``no_sync`` have left.
+
+    DDP does it in a backward that adds -0.0 to each gradient, which changes no bit of it.
+
+    Args:
+        model: as it is called in training; without DDP there is nothing to do.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    model.reducer.prepare_for_forward()
+    model.reducer.prepare_for_backward([])
+    zeros = [p.sum() * -0.0 for p in model.module.parameters() if p.grad is not None]
+    torch.stack(zeros).sum().backward()
 
 
 @contextlib.contextmanager

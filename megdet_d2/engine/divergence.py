@@ -20,7 +20,7 @@ PATIENCE = 30
 # The least scale of a ``GradScaler``: it starts at 2^16 and halves in each step that it skips.
 LEAST_SCALE = 2.0**-16
 
-_FINE, _GRADIENT, _LOSS = range(3)
+_FINE, _GRADIENT, _LOSS, _MEMORY = range(4)
 
 _FIX = (
     "The weights are still those before this step. Look at these images, lower MEGDET.LR_FACTOR, "
@@ -30,6 +30,10 @@ _FIX = (
 
 class DivergenceError(FloatingPointError):
     """An error in every process, with the same message: a loss or a gradient was not finite."""
+
+
+class StepOutOfMemoryError(RuntimeError):
+    """An error in every process, with the same message: one has no memory for its update."""
 
 
 class DivergenceGuard(StepObserver):
@@ -74,6 +78,10 @@ class DivergenceGuard(StepObserver):
             for handle in handles:
                 handle.remove()
 
+    def forget_step(self) -> None:
+        """Removes the images and losses of this step."""
+        self._images, self._losses = [], []
+
     def _note_images(self, model: nn.Module, inputs: tuple) -> None:
         if model.training:
             self._images += describe_images(inputs[0])
@@ -92,16 +100,7 @@ class DivergenceGuard(StepObserver):
                 The other processes wait for their gradients.
         """
         self.checks += 1
-        missing = parameters_without_gradient(self._model, self._summed)
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise RuntimeError(
-                f"Rank {comm.get_rank()} has no gradient for {', '.join(missing[:5])}{more} in "
-                f"iteration {self.trainer.iter}: its losses do not depend on them, and DDP on the "
-                f"other ranks waits for them. Images: {', '.join(self._images)}. Every rank has to "
-                "use all trained parameters in every step: add 0 times the sum of an unused output "
-                "to a loss, or freeze parameters that no rank needs before the trainer is built"
-            )
+        self.refuse_missing()
         offered = self._exchange.losses  # the means over all micro-batches
         losses = list(offered.items()) or self._losses
         gradients = self._gradients()
@@ -114,6 +113,32 @@ class DivergenceGuard(StepObserver):
         named = list(zip(names, read, strict=False))
         fault = self._find_nonfinite(named, read[len(names) :], gradients)
         self._raise_together(*fault, losses=dict(named) if offered else None)
+
+    def refuse_missing(self) -> None:
+        """Checks that DDP has all gradients of this process.
+
+        Raises:
+            RuntimeError: in this process, see ``after_backward``.
+        """
+        missing = parameters_without_gradient(self._model, self._summed)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise RuntimeError(
+                f"Rank {comm.get_rank()} has no gradient for {', '.join(missing[:5])}{more} in "
+                f"iteration {self.trainer.iter}: its losses do not depend on them, and DDP on the "
+                f"other ranks waits for them. Images: {', '.join(self._images)}. Every rank has to "
+                "use all trained parameters in every step: add 0 times the sum of an unused output "
+                "to a loss, or freeze parameters that no rank needs before the trainer is built"
+            )
+
+    def report_out_of_memory(self, reason: str) -> NoReturn:
+        """Tells all processes, in place of their check, that this one has no memory left.
+
+        Raises:
+            StepOutOfMemoryError: in all processes.
+        """
+        self._raise_together(_MEMORY, reason)
+        raise AssertionError("unreachable: a fault raises")
 
     def join(self, error: FloatingPointError) -> NoReturn:
         """Raises the error of a process whose forward raised ``error``, as Detectron2's RPN does.
@@ -185,13 +210,21 @@ class DivergenceGuard(StepObserver):
             return
         report = (kind, f"{fault}; images: {', '.join(images)}")
         reports = comm.all_gather(report, self._exchange.group)
+        if worst == _MEMORY:
+            raise StepOutOfMemoryError(
+                f"Out of memory in iteration {self.trainer.iter}. {_join(reports, _MEMORY)}"
+            )
         # One process's loss spoils the averaged gradient of all, so losses are reported first.
-        lines = [f"rank {rank}: {text}" for rank, (k, text) in enumerate(reports) if k == worst]
-        more = f" (and {len(lines) - 4} more ranks)" if len(lines) > 4 else ""
         raise DivergenceError(
             f"Training has diverged in iteration {self.trainer.iter}. "
-            f"{'. '.join(lines[:4])}{more}. {_FIX}"
+            f"{_join(reports, worst)}. {_FIX}"
         )
+
+
+def _join(reports: Iterable[tuple[int, str]], kind: int) -> str:
+    lines = [f"rank {rank}: {text}" for rank, (k, text) in enumerate(reports) if k == kind]
+    more = f" (and {len(lines) - 4} more ranks)" if len(lines) > 4 else ""
+    return f"{'. '.join(lines[:4])}{more}"
 
 
 def describe_images(batch: Iterable[Any]) -> list[str]:

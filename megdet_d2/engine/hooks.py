@@ -37,6 +37,10 @@ class StepObserver(HookBase):
         """Returns a context that watches the model, and leaves nothing on it."""
         raise NotImplementedError
 
+    def forget_step(self) -> None:
+        """Undoes the counting of this step, which is about to be made again."""
+        raise NotImplementedError
+
 
 @contextlib.contextmanager
 def observed_step(registered: Iterable[HookBase]) -> Iterator[None]:
@@ -154,11 +158,16 @@ class CountSkippedImages(StepObserver):
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
         """Collects the images that the model takes."""
+        self._before = self._exchange.skipped
         handle = self._model.register_forward_pre_hook(self._note)
         try:
             yield
         finally:
             handle.remove()
+
+    def forget_step(self) -> None:
+        """Takes the images of this step from the count."""
+        self._exchange.skipped = self._before
 
     def _note(self, model: nn.Module, inputs: tuple) -> None:
         for image in inputs[0] if model.training else ():

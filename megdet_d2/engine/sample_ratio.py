@@ -125,13 +125,22 @@ class SampleRecorder(StepObserver):
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
         """Counts the labels that the model's methods return for the images of one update."""
-        images = math.ceil(self._batch_size / comm.get_world_size())
-        self._left = {stage: images for stage in STAGES}
+        self._begin_update()
+        self._before = dict(self._pending)
         with contextlib.ExitStack() as restore:
             for module, name, observed in self._observed:
                 restore.callback(_put_back, module, name, vars(module).get(name))
                 setattr(module, name, observed)
             yield
+
+    def forget_step(self) -> None:
+        """Takes the samples of this update from the sums."""
+        self._begin_update()
+        self._pending = dict(self._before)
+
+    def _begin_update(self) -> None:
+        images = math.ceil(self._batch_size / comm.get_world_size())
+        self._left = {stage: images for stage in STAGES}
 
     def _wrap(
         self, stage: str, module: nn.Module, name: str, find: Callable, read: Callable

@@ -2,6 +2,7 @@
 
 from detectron2.config import CfgNode
 
+from .auto_micro_batch import check_auto_micro_batch
 from .background import check_background
 from .compiled import check_compile
 from .ema import check_decay
@@ -25,6 +26,7 @@ def check_switches(cfg: CfgNode, eval_only: bool = False) -> None:
     check_compile(cfg)
     check_precision(cfg, eval_only)
     if not eval_only:
+        check_auto_micro_batch(cfg)
         check_sgd(cfg)
         check_trackers(cfg)
         check_background(cfg)

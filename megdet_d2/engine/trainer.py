@@ -25,6 +25,7 @@ from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import AccumulationTrainer
+from .auto_micro_batch import choose_micro_batch
 from .background import BackgroundEvaluation
 from .background_worker import check_importable, refuse_in_worker
 from .best import build_best_checkpointer
@@ -51,6 +52,7 @@ from .metrics import cut_metrics
 from .minibatch import MiniBatchCheck
 from .model_classes import check_model_classes
 from .model_reads import ModelReads
+from .out_of_memory import UpdateRepeater
 from .overrides import GuardCheck, LearningRateCheck, check_base_lr, overrides
 from .precision import build_inner_trainer, set_float32_precision
 from .progress import Layout, TrainingProgress
@@ -93,6 +95,8 @@ class Trainer(Builders):
             raise ValueError("cfg has no MEGDET keys: call megdet_d2.add_megdet_config(cfg) first")
         refuse_in_worker()
         write_kept_log()
+        if cfg.MEGDET.AUTO_MICRO_BATCH:
+            cfg = choose_micro_batch(cfg, type(self))
         name = type(self).__name__
         if cfg.TEST.BACKGROUND:
             check_importable(type(self), cfg)
@@ -138,6 +142,8 @@ class Trainer(Builders):
         self._learning_rate = LearningRateCheck(cfg.MEGDET.POLICY, name)
         self._exchange = StepExchange()
         self._guard = DivergenceGuard(self.model, self._exchange)
+        is_auto = cfg.MEGDET.AUTO_MICRO_BATCH
+        self._repeater = UpdateRepeater(self, self._guard) if is_auto else None
         self._guard_check = GuardCheck(self._guard, cfg.MEGDET.ON_DIVERGENCE, name)
         self._prepared: SimpleTrainer | None = None
         self._prepare_inner_trainer()
@@ -282,6 +288,12 @@ class Trainer(Builders):
             self._trainer = build_inner_trainer(self._trainer, self.cfg)
         if isinstance(self._trainer, AccumulationTrainer):
             self._trainer.exchange = self._exchange
+            self._trainer.repeater = self._repeater
+        elif self._repeater:
+            logger.warning(
+                f"MEGDET.AUTO_MICRO_BATCH: {type(self._trainer).__name__} makes its updates "
+                "itself, so one that runs out of memory is not repeated"
+            )
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self._prepared = self._trainer
 
@@ -351,7 +363,12 @@ class Trainer(Builders):
         self._checkpointer = adopt_checkpointer(other)
         saved = self._checkpointer.checkpointables
         # The progress is loaded after the trainer.
-        parts = {"trainer": weakref.proxy(self), "progress": self.progress, "ema": self.ema}
+        parts = {
+            "trainer": weakref.proxy(self),
+            "progress": self.progress,
+            "micro_batch": self._repeater,  # before statistics of its groups
+            "ema": self.ema,
+        }
         for key, part in parts.items():
             if part is not None and key not in saved:
                 self._checkpointer.add_checkpointable(key, part)

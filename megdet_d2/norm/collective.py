@@ -7,6 +7,7 @@ direction. Over K processes, K Σs² = (Σs)² if and only if all stamps are equ
 Every process of the group sees a mismatch at once, in the first call that does not match.
 """
 
+import contextlib
 import functools
 import zlib
 from typing import Any, NoReturn, cast
@@ -22,6 +23,9 @@ ROOM = 2048
 # Bits of a stamp. Its squares add up exactly in float64 over 8,192 processes.
 _STAMP_BITS = 20
 
+# A message of the whole update, in place of a layer.
+_UPDATE, _OUT_OF_MEMORY = "update", "out of memory"
+
 _RULE = (
     "Every process has to run the same layers in the same order; a process without images runs "
     "them on an empty input."
@@ -33,6 +37,10 @@ _mismatch: dict[tuple[str, torch.device], Tensor] = {}
 
 class OutOfStepError(RuntimeError):
     """The error for processes of a group that are in different CGBN layers, or missing."""
+
+
+class GroupOutOfMemoryError(OutOfStepError):
+    """The error for processes of a group, one of which has called ``report_out_of_memory``."""
 
 
 def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -69,6 +77,24 @@ def all_reduce(group: str, layer: str, direction: str, *parts: Tensor) -> tuple[
         if processes * squares != total**2:
             _raise(find_group(group, layer), layer, direction)
     return message[:used].split(sizes)
+
+
+def meet(group: str) -> None:
+    """Waits for the processes of ``group`` at the end of an update.
+
+    Raises:
+        GroupOutOfMemoryError: on CPU, one of them has called ``report_out_of_memory`` instead.
+    """
+    all_reduce(group, _UPDATE, "end", torch.zeros(1, dtype=torch.float64))
+
+
+def report_out_of_memory(group: str) -> None:
+    """Takes part in the next collective of ``group``, whatever it is, and makes it fail.
+
+    So on CPU all other processes raise ``GroupOutOfMemoryError``, if they end updates by ``meet``.
+    """
+    with contextlib.suppress(GroupOutOfMemoryError):
+        all_reduce(group, _UPDATE, _OUT_OF_MEMORY, torch.zeros(1, dtype=torch.float64))
 
 
 def message_size(used: int, group: str) -> int:
@@ -188,6 +214,8 @@ def _raise(process_group: dist.ProcessGroup, layer: str, direction: str) -> NoRe
     # All processes of the group call this, because the sums that differ are the same on each.
     places: list = [None] * process_group.size()
     dist.all_gather_object(places, f"{layer}, {direction}", group=process_group)
+    if f"{_UPDATE}, {_OUT_OF_MEMORY}" in places:
+        raise GroupOutOfMemoryError("another process of the group has run out of memory")
     ranks = dist.get_process_group_ranks(process_group)
     listed = "; ".join(f"rank {rank}: {place}" for rank, place in zip(ranks, places, strict=True))
     raise OutOfStepError(

@@ -7,7 +7,7 @@ statistics of each group.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,21 @@ def average_statistics(model: nn.Module) -> None:
     parts = flat.split([statistic.numel() for statistic in statistics.values()])
     for statistic, mean in zip(statistics.values(), parts, strict=True):
         statistic.copy_(mean)
+
+
+@torch.no_grad()
+def average_in_groups(model: nn.Module) -> None:
+    """Replaces the running statistics of every CGBN layer by their mean over its group, in place.
+
+    Groups that were merged have several. Every process has to call it, between two steps.
+    """
+    for layer in _batch_norms(model).values():
+        if isinstance(layer, CrossGPUBatchNorm) and layer.group_size() > 1:
+            statistics: Any = [layer.running_mean, layer.running_var]
+            flat = torch.cat([statistic.double() for statistic in statistics])
+            dist.all_reduce(flat, group=cast(Any, layer.process_group))
+            for statistic, mean in zip(statistics, flat.chunk(2), strict=True):
+                statistic.copy_(mean / layer.group_size())
 
 
 @contextlib.contextmanager
@@ -97,7 +112,9 @@ def own_normalizers(model: nn.Module) -> dict[str, float]:
 
 
 def load_normalizers(model: nn.Module, normalizers: dict[str, float]) -> None:
-    """Loads the values that ``own_normalizers`` returned."""
+    """Loads the values that ``own_normalizers`` returned; those not in it go back to the first."""
+    for name in own_normalizers(model).keys() - normalizers.keys():
+        delattr(model.get_submodule(name), "loss_normalizer")  # Detectron2 makes it in forward
     for name, module in model.named_modules():
         if name in normalizers:
             module.loss_normalizer = normalizers[name]

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from megdet_d2.config import load_config
 from megdet_d2.data.stream import StreamSampler, find_stream
 from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.auto_micro_batch import possible_micro_batches, with_micro_batch
 from megdet_d2.engine.command import find_config
 from megdet_d2.engine.model_classes import check_model_classes
 from megdet_d2.engine.model_reads import ModelReads
@@ -108,15 +109,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, OSError, ValueError: as a training on this cluster would.
     """
-    if len(args.machines) != 1:
+    machines = args.machines or [1]
+    if len(machines) != 1:
         raise ValueError(
-            f"--machines is {','.join(map(str, args.machines))}; a dry run takes one number, such "
-            "as --machines 128"
+            f"--machines is {','.join(map(str, machines))}; a dry run takes one number, such as "
+            "--machines 128"
         )
-    if not args.config:
-        raise ValueError("--dry-run needs a config: megdet plan --dry-run CONFIG --machines 128")
+    gpus = torch.cuda.device_count() or 8 if args.gpus is None else args.gpus
     cfg = load_config(find_config(args.config), args.opts or ())
-    result = dry_run(cfg, args.machines[0], args.gpus)
+    result = dry_run(cfg, machines[0], gpus)
     print(json.dumps(to_json(result), indent=1) if args.json else to_text(result))
 
 
@@ -228,6 +229,8 @@ def _start(cfg: CfgNode) -> tuple[CfgNode, Layout, float, bool, StreamSampler | 
     """Does on one rank what the start of a training does, up to the first step."""
     prepare_config(cfg)
     cfg = Trainer.auto_scale_workers(cfg, dist.get_world_size())
+    if cfg.MEGDET.AUTO_MICRO_BATCH:
+        cfg = with_micro_batch(cfg, possible_micro_batches(cfg)[-1])  # if the memory allows it
     layout = Layout.from_config(cfg)
     reads = ModelReads(Trainer.build_model)
     model = reads(cfg)

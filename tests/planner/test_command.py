@@ -68,7 +68,7 @@ def test_mistakes_are_one_line(words, message):
         (["--simulate", "--gpu-memory", "24"], "--gpu-memory needs a CONFIG"),
         (["x.yaml", "--bn-size", "0"], "--bn-size is for --simulate; a config has its own keys"),
         (["x.yaml", "--seed", "1"], "--seed is for --simulate"),
-        (["--dry-run"], "give a CONFIG"),
+        (["--dry-run"], "--dry-run needs a CONFIG"),
         (["x.yaml", "--dry-run", "--report"], "--report is not for --dry-run"),
         (["x.yaml", "SEED"], "unrecognized arguments: SEED"),
     ],

@@ -107,9 +107,8 @@ def test_the_command(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([TINY], "a dry run takes one number"),
+        ([TINY, "--machines", "-1"], "--machines is -1; give 1 or more"),
         ([TINY, "--machines", "1,2"], "--machines is 1,2; a dry run takes one number"),
-        (["--machines", "4"], "--dry-run needs a config"),
         ([TINY, "--machines", "0"], "--machines is 0; give 1 or more"),
         ([TINY, "--machines", "1", "--gpus", "-8"], "--gpus is -8; give 1 or more"),
         (["no.yaml", "--machines", "1"], "there is no config no.yaml"),
@@ -119,3 +118,18 @@ def test_mistakes_are_one_line(words, message):
     with pytest.raises(SystemExit) as error:
         megdet_cli.main(["plan", "--dry-run", *words])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--machines", "4"], "--dry-run needs a CONFIG"),
+        ([TINY, "--back-test"], "not allowed with argument"),
+        ([TINY, "--bn-size", "4"], "--bn-size is not for --dry-run"),
+        ([TINY, "--report"], "--report is not for --dry-run"),
+    ],
+)
+def test_mistakes_of_usage(words, message, capsys):
+    with pytest.raises(SystemExit):
+        megdet_cli.main(["plan", "--dry-run", *words])
+    assert message in capsys.readouterr().err
