@@ -293,5 +293,5 @@ def _to_instances(
             row.pop("segmentation", None)
     instances = utils.annotations_to_instances(rows, shape, mask_format=stock.instance_mask_format)
     if stock.recompute_boxes:
-        instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        instances.set("gt_boxes", instances.gt_masks.get_bounding_boxes())
     return utils.filter_empty_instances(instances)
