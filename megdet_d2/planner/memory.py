@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 CONTEXT = 500_000_000
 """Bytes of the CUDA context with torch's kernels. Assumed."""
-TRACED = (1, 2, 4, 8, 16)
-"""Images per GPU that are traced. Other numbers are interpolated."""
+TRACED = (1, 2, 4, 8, 16, 32, 64)
+"""Images per GPU that are traced. Others are interpolated, and above the last extrapolated."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU when a training step holds the most.
+    """The bytes of one GPU when a training step holds the most.
 
     Attributes:
         parameters: weights, and buffers other than CGBN's.
