@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from . import epochs, mlperf, simulation_back_test, table3
+from . import epochs, gloo, mlperf, simulation_back_test, table3, zoo
 from .back_test import BackTest, to_text
 from .epochs import PRESETS, EpochModel
 from .failures import Failures
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
 def back_tests() -> list[BackTest]:
     """Returns all back-tests, of time and of epochs."""
     time = [table3.back_test(), mlperf.back_test(), simulation_back_test.back_test()]
-    return [*time, *epochs.back_tests()]
+    own = [gloo.back_test()] if gloo.measured() else []
+    return [*time, zoo.back_test(), *own, *epochs.back_tests()]
 
 
 def to_json(test: BackTest) -> dict[str, Any]:

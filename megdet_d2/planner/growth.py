@@ -1,4 +1,4 @@
-"""Plans one setting on fewer and on more GPUs, and draws hours and efficiency against them.
+"""The growth of one setting: fewer and more GPUs, and a plot of hours and efficiency against them.
 
 The mini-batch either stays, so that fewer GPUs take more micro-batches, or it grows with the GPUs.
 """

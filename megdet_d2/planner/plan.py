@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """
     plan = Plan(args)
     found = plan.search.run()
-    chosen = choose(found.settings, args.rows, plan.question.batch)
+    chosen = choose(found.settings, args.rows)
     if not chosen:
         raise ValueError(describe_need(plan.question, found))
     if args.json:
@@ -219,14 +219,12 @@ def epoch_model(cfg: CfgNode, args: argparse.Namespace) -> EpochModel:
     return EpochModel(least, critical, "your numbers" if own else preset.source)
 
 
-def choose(settings: list[Setting], rows: int, batch: int | None) -> list[Setting]:
-    """Returns the first rows to show: the best of each mini-batch, or all of the one asked for."""
-    if batch is not None:
-        return settings[:rows]
+def choose(settings: list[Setting], rows: int) -> list[Setting]:
+    """Returns the first rows to show: the best of each mini-batch, or all where there is one."""
     best: dict[int, Setting] = {}
     for setting in settings:
         best.setdefault(setting.resolved.batch, setting)
-    return list(best.values())[:rows]
+    return (settings if len(best) == 1 else list(best.values()))[:rows]
 
 
 def describe_need(question: Question, found: Found) -> str:

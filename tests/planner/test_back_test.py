@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from megdet_d2.planner import command, epochs, mlperf, table3
+from megdet_d2.planner import command, epochs, gloo, mlperf, table3, zoo
 from megdet_d2.planner.back_test import BackTest, Row, to_table, to_text
+from scripts import planner_page
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs/planning.md").read_text()
@@ -129,7 +130,7 @@ def test_published_epochs():
 
 def test_goals_are_met_as_the_page_says(tests):
     titles = {test.title: test for test in tests}
-    assert len(titles) == len(tests) == 6
+    assert len(titles) == len(tests) == 7 + bool(gloo.measured())
     table_3, submissions, simulated = tests[:3]
     assert table_3.meets_goal
     for test in (submissions, simulated):
@@ -148,3 +149,52 @@ def test_the_page_and_the_record_have_these_rows(tests):
         assert predicted == pytest.approx([row.predicted for row in test.rows], rel=1e-4)
     assert to_table(tests[0].rows, "h") in PAGE
     assert to_table([row for row in tests[1].rows if not row.fitted], "images/s") in PAGE
+
+
+def test_the_zoo_is_scaled_from_one_model():
+    test = zoo.back_test()
+    assert [row.name for row in test.rows if row.fitted] == ["mask_rcnn_R_50_FPN_1x"]
+    (fitted,) = (row for row in test.rows if row.fitted)
+    assert abs(fitted.error) < 0.02  # the all-reduce of its gradients
+    rows = {row.name: row for row in test.rows}
+    assert rows["faster_rcnn_R_50_FPN_1x"].measured == 0.210
+    assert np.median(test.errors(fitted=False)) <= 0.15
+
+
+def test_the_fit_of_gloo_recovers_what_made_the_rows():
+    alone = {"a": 0.2, "b": 0.1, "c": 0.3}
+    models = [("a", 50, 10_000_000), ("b", 0, 10_000_000), ("c", 20, 40_000_000)]
+    rows = [gloo.Measured(m, p, 2, n, w, 0.0) for m, n, w in models for p in (1, 2, 4, 8)]
+    rows = [
+        gloo.Measured(**{**vars(row), "seconds": gloo.predict(row, alone, 1e-4, 1e-9)})
+        for row in rows
+    ]
+    found, alpha, per_byte = gloo.fit([row for row in rows if row.processes < 4])
+    assert found == alone and (alpha, per_byte) == pytest.approx((1e-4, 1e-9))
+    last = rows[3]  # 8 processes on 2 cores: 14 hops of 101 messages, 1.75 times the bytes
+    assert last.seconds == pytest.approx(4 * (0.2 + 14 * 101e-4 + 1.75 * 0.04))
+    faster = [gloo.Measured(**{**vars(r), "seconds": alone[r.model]}) for r in rows[:2]]
+    assert gloo.fit(faster)[1:] == (0, 0)  # no time below 0
+
+
+@pytest.mark.skipif(not gloo.measured(), reason="benchmarks/planner_gloo.py has not run")
+def test_rows_of_four_and_eight_processes_are_in_no_fit(monkeypatch, tests):
+    rows = tuple(
+        gloo.Measured(**{**vars(row), "seconds": 1.0}) if row.processes > 2 else row
+        for row in gloo.measured()
+    )
+    before = gloo.back_test()
+    monkeypatch.setattr(gloo, "measured", lambda: rows)
+    after = gloo.back_test()
+    assert [row.predicted for row in after.rows] == [row.predicted for row in before.rows]
+
+
+def test_the_tables_of_this_code_are_written_from_the_committed_files():
+    assert planner_page.render(PAGE) == PAGE, "run  python scripts/planner_page.py"
+    if not gloo.measured():
+        return
+    record = sorted((ROOT / "docs/results").glob("planner_gloo_*.json"))[-1]
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["model"], row["processes"], row["seconds"]) for row in rows] == [
+        (row.model, row.processes, row.seconds) for row in gloo.measured()
+    ]
