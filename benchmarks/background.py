@@ -186,8 +186,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=100, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=24, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a block")
     parser.add_argument("--evaluated", type=int, default=2000, help="images of an evaluation")
     output = ROOT / "docs" / "results" / f"background_cpu_{date.today()}.json"
     parser.add_argument("--output", default=str(output), metavar="FILE", help="'' for none")
