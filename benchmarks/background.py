@@ -134,7 +134,8 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     load = os.getloadavg()[0]
-    pairs, handed = [], []
+    pairs: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+    handed: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         training = Training(make_config(folder, args.evaluated))
         log = Path(folder, "background", "log.txt")
@@ -145,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
             for i in itertools.count():
                 if len(pairs) == args.rounds:
                     break
-                times = {}
+                times: dict[bool, tuple[float, ...]] = {}
                 for runs in (True, False) if i % 2 else (False, True):
                     send(signal.SIGCONT if runs else signal.SIGSTOP)
                     times[runs] = training.run(args.steps)
@@ -185,8 +186,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=100, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=24, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a block")
     parser.add_argument("--evaluated", type=int, default=2000, help="images of an evaluation")
     output = ROOT / "docs" / "results" / f"background_cpu_{date.today()}.json"
     parser.add_argument("--output", default=str(output), metavar="FILE", help="'' for none")
