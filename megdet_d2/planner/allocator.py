@@ -10,7 +10,7 @@ LARGE, LARGE_SEGMENT = 10 << 20, 20 << 20  # blocks below 10 MiB share segments 
 ROUND_SEGMENT = 2 << 20  # larger ones get a segment of their size, rounded up
 
 
-def reserved_bytes(events: Iterable[tuple[int, int]], start: int = 0) -> int:
+def reserved_bytes(events: Iterable[tuple[int, int]]) -> int:
     """Returns the most bytes that the allocator reserves on the GPU for these allocations.
 
     It takes the smallest free block that is large enough, and splits it. It gives no segment back,

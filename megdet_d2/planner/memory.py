@@ -19,19 +19,19 @@ from megdet_d2.engine.trainer import Trainer
 from megdet_d2.memory import check_stages
 
 from .allocator import reserved_bytes
-from .memory_step import trace_step
+from .memory_step import TracedStep, trace_step
 
 logger = logging.getLogger(__name__)
 
 CONTEXT = 500_000_000
 """Bytes of the CUDA context with torch's kernels. Assumed."""
-TRACED = (1, 2, 4, 8, 16)
-"""Images per GPU that are traced. Other numbers are interpolated."""
+TRACED = (1, 2, 4, 8, 16, 32, 64)
+"""Images per GPU that are traced. Others are interpolated, and above the last extrapolated."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU when a training step holds the most.
+    """The bytes of one GPU when a training step holds the most.
 
     Attributes:
         parameters: weights, and buffers other than CGBN's.
@@ -93,7 +93,7 @@ class MemoryModel:
         self._cfg, self._device, self._objects = cfg, device, objects
         self._trainer = trainer
         self._traced: dict[tuple, dict[str, int]] = {}
-        self.predict(1)
+        self._numbers = TRACED
 
     def predict(
         self,
@@ -101,7 +101,7 @@ class MemoryModel:
         *,
         sublinear: Sequence[str] = (),
         world_size: int = 1,
-        micro_batches: int = 1,
+        micro_batches: int | None = None,
     ) -> Memory:
         """Predicts the peak of a training step after the first.
 
@@ -109,12 +109,17 @@ class MemoryModel:
             images_per_gpu: images of a micro-batch.
             sublinear: stages that are computed twice, as in MODEL.SUBLINEAR.STAGES.
             world_size: processes of the training.
-            micro_batches: MEGDET.ACCUMULATION_STEPS.
+            micro_batches: per update; by default MEGDET.ACCUMULATION_STEPS.
+
+        Raises:
+            ValueError: a number is below 1, or a stage is unknown or not in the model.
         """
         if images_per_gpu < 1:
             raise ValueError(f"images_per_gpu is {images_per_gpu}; give 1 or more")
         check_stages(sublinear)
-        parts = self._interpolate(images_per_gpu, tuple(sublinear), min(micro_batches, 2))
+        # The second micro-batch starts with gradients, and later ones are like it.
+        steps = min(micro_batches or self._cfg.MEGDET.ACCUMULATION_STEPS, 2)
+        parts = self._interpolate(images_per_gpu, tuple(sublinear), steps)
         trained, averaged = parts.pop("trained"), parts.pop("averaged")
         if self._device != "cpu":
             parts["workspace"] += CONTEXT
@@ -125,10 +130,12 @@ class MemoryModel:
         )
 
     def _interpolate(self, images: int, stages: tuple[str, ...], steps: int) -> dict[str, int]:
-        if images in TRACED:
+        if not self._traced:
+            self._trace(1, stages, steps)  # where it falls back, it changes the numbers
+        if images in self._numbers:
             return dict(self._trace(images, stages, steps))
-        low = max(n for n in TRACED[:-1] if n < images)
-        high = TRACED[TRACED.index(low) + 1]
+        low = max(n for n in self._numbers[:-1] if n < images)
+        high = self._numbers[self._numbers.index(low) + 1]
         first, last = self._trace(low, stages, steps), self._trace(high, stages, steps)
         share = (images - low) / (high - low)
         return {part: round(first[part] + share * (last[part] - first[part])) for part in first}
@@ -136,8 +143,7 @@ class MemoryModel:
     def _trace(self, images: int, stages: tuple[str, ...], steps: int) -> dict[str, int]:
         key = images, stages, steps
         if key not in self._traced:
-            cfg = step_config(self._cfg, images, stages, steps)
-            step = trace_step(cfg, images, self.size, self._objects, self._trainer)
+            step = self._run(step_config(self._cfg, images, stages, steps), images)
             parts = step.peak()
             slack = reserved_bytes(step.events) - sum(parts.values())
             self._traced[key] = {
@@ -147,6 +153,27 @@ class MemoryModel:
                 "averaged": step.bytes_of("parameters") + step.bytes_of("norm"),
             }
         return self._traced[key]
+
+    def _run(self, cfg: CfgNode, images: int) -> TracedStep:
+        options = cfg, images, self.size, self._objects, self._trainer
+        if self.notes:
+            return trace_step(*options, fake=False)
+        try:
+            return trace_step(*options)
+        except Exception as error:  # of any kind: the model is the user's
+            step = trace_step(*options, fake=False)  # raises what a training would
+            self._fall_back(error)
+            return step
+
+    def _fall_back(self, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        note = (
+            f"{self._cfg.MODEL.META_ARCHITECTURE} cannot be traced without its numbers ({cause}). "
+            "So real steps of one and two images run on the CPU, and more are extrapolated"
+        )
+        logger.warning(note)
+        self.notes.append(note)
+        self._numbers = TRACED[:2]
 
 
 def step_config(cfg: CfgNode, images: int, stages: Sequence[str], steps: int) -> CfgNode:

@@ -73,7 +73,7 @@ def trace_step(
         trainer: builds the model and the optimizer.
         fake: False computes with real numbers, as slow and as large as a training.
     """
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
         model = trainer.build_model(cfg).train()
     trace = StepTrace()
     batch = make_batch(cfg, images, size, objects)
@@ -86,16 +86,16 @@ def trace_step(
     inner = build_inner_trainer(SimpleTrainer(model, [batch] * 2, optimizer), cfg)
     inner.iter = 0
     generator = getattr(model, "proposal_generator", None)
-    if generator is not None and fake:
+    if generator is not None:
         truth = [image["instances"] for image in batch]
         generator.register_forward_hook(lambda *call: _like_trained(call[-1], truth))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norms = {id(b) for layer in cgbn_layers(model) for b in layer.buffers(recurse=False)}
-    with EventStorage(0) as inner.storage, trace:
+    with EventStorage(0), trace, torch.random.fork_rng(devices=[]):
         trace.label("parameters", model.parameters())
         for buffer in model.buffers():
             trace.label("norm" if id(buffer) in norms else "parameters", [buffer])
-        trace.label("activations", (image["image"] for image in batch))
+        trace.label("activations", _device_tensors(batch))
         for parameter in trained:  # the first step makes the optimizer's state, later ones find it
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -119,12 +119,13 @@ def make_batch(
         corners = torch.rand(objects, 2, generator=generator) * extent * 0.6
         sides = (0.05 + 0.3 * torch.rand(objects, 2, generator=generator)) * extent
         boxes = torch.cat([corners, corners + sides], dim=1)
-        truth = Instances(size, gt_boxes=Boxes(boxes))
-        truth.gt_classes = torch.zeros(objects, dtype=torch.int64)
+        classes = torch.zeros(objects, dtype=torch.int64)
+        truth = Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
         if cfg.MODEL.MASK_ON:
-            truth.gt_masks = _masks(cfg.INPUT.MASK_FORMAT, boxes, size)
+            truth.set("gt_masks", _masks(cfg.INPUT.MASK_FORMAT, boxes, size))
         if cfg.MODEL.KEYPOINT_ON:
-            truth.gt_keypoints = _keypoints(boxes, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
+            number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+            truth.set("gt_keypoints", _keypoints(boxes, number))
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         batch.append(
             {
@@ -157,6 +158,8 @@ def _like_trained(output: Any, truth: Sequence[Instances]) -> Any:
     So the heads get as many regions of objects as they sample at most, like those of a trained RPN.
     """
     proposals, losses = output
+    if proposals is None or not all(image.has("proposal_boxes") for image in proposals):
+        return output
     generator = torch.Generator().manual_seed(0)
     made = []
     for image, objects in zip(proposals, truth, strict=True):
@@ -170,10 +173,22 @@ def _like_trained(output: Any, truth: Sequence[Instances]) -> Any:
             random[: number // 2] = near + 0.05 * sides * torch.rand(
                 near.shape, generator=generator
             )
-        new = Instances(image.image_size, proposal_boxes=Boxes(random))
-        new.objectness_logits = torch.zeros(number)
-        made.append(new)
+        fields = {
+            **image.get_fields(),
+            "proposal_boxes": Boxes(random),
+            "objectness_logits": torch.zeros(number),
+        }
+        made.append(Instances(image.image_size, **fields))
     return made, losses
+
+
+def _device_tensors(batch: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
+    """Yields what a batch takes on the model's device: pixels, and masks that are bitmaps."""
+    for image in batch:
+        yield image["image"]
+        masks = image["instances"].get_fields().get("gt_masks")
+        if isinstance(masks, BitMasks):
+            yield masks.tensor
 
 
 def _tensors(states: Any) -> Iterator[Tensor]:

@@ -119,16 +119,19 @@ def _work_space(func: Any, args: Any, result: Any) -> int:
     Libraries copy its tensors into a layout of their own: oneDNN does so on CPUs, and cuDNN mostly.
     """
     if func is aten.convolution.default:
-        tensors = args[0], result
-        needed = max
+        tensors, transposed = (args[0], result), args[6]
+        copied = 2 * _bytes(result) if transposed else max(map(_bytes, tensors))
     elif func is aten.convolution_backward.default:
         tensors = args[:2]
-        needed = sum
+        copied = sum(map(_bytes, tensors))
     else:
         return 0
-    if any(not tensor.is_contiguous() for tensor in tensors):  # channels_last stays as it is
-        return 0
-    return needed([tensor.numel() * tensor.element_size() for tensor in tensors])
+    # A tensor in channels_last stays as it is.
+    return copied if all(tensor.is_contiguous() for tensor in tensors) else 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _scalar(tensor: Tensor) -> bool | int | float:
