@@ -52,7 +52,7 @@ def count(cfg: CfgNode, megapixels: float, sublinear: tuple[str, ...] = ()) -> C
         sublinear: the stages that backward computes a second time.
 
     Raises:
-        ValueError: the model does not run without values.
+        ValueError: the model does not run on noise.
     """
     cfg = step_config(cfg, 1, sublinear, 1)
     # A trained RPN gives a dozen regions for each object; mask and keypoint heads take only these.
@@ -65,23 +65,30 @@ def count(cfg: CfgNode, megapixels: float, sublinear: tuple[str, ...] = ()) -> C
         @classmethod
         def build_model(cls, cfg: CfgNode) -> Any:
             built.append(super().build_model(cfg))
-            return built[0]
+            return built[-1]
 
     size = image_size(megapixels)
-    with FlopCounterMode(display=False) as counter:
+    try:
+        counted = _count(cfg, size, objects, Keeping, fake=True)
+    except Exception:  # the user's own model needs its numbers
         try:
-            trace_step(cfg, 1, size, objects, Keeping)
-        except Exception as error:  # of the user's own model
+            counted = _count(cfg, size, objects, Keeping, fake=False)
+        except Exception as error:
             raise ValueError(
-                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: a training step cannot "
-                f"be traced without values, so neither its arithmetic nor its memory is known "
-                f"({type(error).__name__}: {error})"
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: a training step on noise "
+                f"fails, so its arithmetic is not known ({type(error).__name__}: {error})"
             ) from error
-    model = built[0]
+    model = built[-1]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return Counted(
-        counter.get_total_flops(), sum(trained), len(cgbn_layers(model)), stages_of(model)
-    )
+    return Counted(counted, sum(trained), len(cgbn_layers(model)), stages_of(model))
+
+
+def _count(
+    cfg: CfgNode, size: tuple[int, int], objects: int, trainer: type[Trainer], fake: bool
+) -> float:
+    with FlopCounterMode(display=False) as counter:
+        trace_step(cfg, 1, size, objects, trainer, fake)
+    return counter.get_total_flops()
 
 
 def image_size(megapixels: float) -> tuple[int, int]:

@@ -79,7 +79,7 @@ class Plan:
         hardware = self._override(hardware)
         memory = 1e9 * args.gpu_memory if args.gpu_memory else hardware.memory_of_one(gpus)
         device = "cpu" if hardware.slots else "cuda"
-        model = functools.cache(lambda: MemoryModel(cfg, device=device))
+        self._memory_model = functools.cache(lambda: MemoryModel(cfg, device=device))
         machines = args.machines[0] if args.machines else 1
         self.question = Question(
             cfg,
@@ -95,7 +95,7 @@ class Plan:
         )
 
         def predict(images: int, stages: tuple[str, ...]) -> Memory:
-            return model().predict(images, sublinear=stages, world_size=self.question.ranks)
+            return self._memory_model().predict(images, sublinear=stages, world_size=self.question.ranks)
 
         self.search = Search(self.question, predict, self.counted)
 
@@ -149,7 +149,8 @@ class Plan:
             f"Equal AP takes E(B) = {epochs.least:g} (1 + B / {epochs.critical:g}) epochs "
             f"({epochs.source})."
         )
-        return [*lines, *filter(None, [self.chosen]), *question.images.notes]
+        notes = self._memory_model().notes
+        return [*lines, *filter(None, [self.chosen]), *question.images.notes, *notes]
 
     def warnings(self, chosen: list[Setting]) -> list[list[str]]:
         """Returns the warnings of each setting."""

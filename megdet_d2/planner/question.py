@@ -24,7 +24,6 @@ class Question:
         images: the data.
         epochs: E(B).
         batch: the mini-batch to reach; None for any.
-        gradient_bytes: per parameter.
     """
 
     cfg: CfgNode
@@ -37,7 +36,6 @@ class Question:
     images: TrainingImages
     epochs: EpochModel
     batch: int | None = None
-    gradient_bytes: int = 4
 
     @property
     def topology(self) -> Topology:

@@ -22,6 +22,7 @@ from .topology import Topology
 MOST_IMAGES_PER_GPU, MOST_BATCH = 16, 1024
 SMALLEST_BN_SIZE = 16
 """The paper's AP falls below it."""
+GRADIENT_BYTES = 4
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Images of an update for each GPU, b k, that are tried."""
 
@@ -192,6 +193,15 @@ class Search:
             memory = self._fit(b, stages)
             if memory is None:
                 continue
+            if k > 1:  # gradients of earlier micro-batches are there at the peak
+                size = GRADIENT_BYTES * self._counted(()).parameters
+                memory = replace(memory, gradients=max(memory.gradients, size))
+            if memory.total > self.question.memory:
+                self._found.leave_out(
+                    f"{b} images per GPU, {k} micro-batches, {_describe(stages)}: needs "
+                    f"{memory.total / 1e9:.1f} GB of {self.question.memory / 1e9:g}"
+                )
+                continue
             try:
                 self._found.settings.append(self.make(resolved, b, k, stages, memory))
             except ValueError as error:
@@ -208,10 +218,9 @@ class Search:
             self._found.needs[b, stages] = memory.total
             self._fits[b, stages] = memory if memory.total <= self.question.memory else None
             if self._fits[b, stages] is None:
-                what = f"sublinear memory in {', '.join(stages)}" if stages else "all kept"
                 self._found.leave_out(
-                    f"{b} images per GPU or more, {what}: {b} needs {memory.total / 1e9:.1f} GB of "
-                    f"{self.question.memory / 1e9:g}"
+                    f"{b} images per GPU or more, {_describe(stages)}: {b} needs "
+                    f"{memory.total / 1e9:.1f} GB of {self.question.memory / 1e9:g}"
                 )
         return self._fits[b, stages]
 
@@ -241,7 +250,7 @@ class Search:
             b,
             k,
             variation=hardware.variation,
-            gradient_bytes=question.gradient_bytes * plain.parameters * (question.ranks > 1),
+            gradient_bytes=GRADIENT_BYTES * plain.parameters * (question.ranks > 1),
             layers=plain.layers,
             group=group,
             host=hardware.host * shared,
@@ -271,3 +280,7 @@ class Search:
             group = min(possible, key=lambda n: (abs(n * b - keys.BN_SIZE), n))
         question.topology.group(group)  # for its error
         return group * b, group
+
+
+def _describe(stages: tuple[str, ...]) -> str:
+    return f"sublinear memory in {', '.join(stages)}" if stages else "all kept"
