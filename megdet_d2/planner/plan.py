@@ -95,7 +95,9 @@ class Plan:
         )
 
         def predict(images: int, stages: tuple[str, ...]) -> Memory:
-            return self._memory_model().predict(images, sublinear=stages, world_size=self.question.ranks)
+            return self._memory_model().predict(
+                images, sublinear=stages, world_size=self.question.ranks
+            )
 
         self.search = Search(self.question, predict, self.counted)
 
