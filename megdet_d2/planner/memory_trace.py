@@ -116,7 +116,7 @@ class StepTrace(TorchDispatchMode):
 def _work_space(func: Any, args: Any, result: Any) -> int:
     """Returns the bytes that a convolution needs for the time that it runs.
 
-    Libraries copy its tensors into a layout of their own: oneDNN does so on CPUs, and cuDNN mostly.
+    Libraries copy its tensors into another layout: oneDNN does so on CPUs, and cuDNN mostly.
     """
     if func is aten.convolution.default:
         tensors, transposed = (args[0], result), args[6]
