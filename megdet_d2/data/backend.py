@@ -250,9 +250,9 @@ def _to_planes(image: np.ndarray) -> torch.Tensor:
 def _transform_together(
     stock: DatasetMapper, annotations: list[dict], transforms: TransformList
 ) -> bool:
-    """Transforms the boxes and polygons of all objects of an image together, in place.
+    """Applies the transforms to the boxes and polygons of all objects of an image, in place.
 
-    Detectron2 transforms one object after another, which takes longer than resizing the image. The
+    Detectron2 takes one object after another, which takes longer than resizing the image. The
     numbers are the same.
 
     Returns:

@@ -120,9 +120,10 @@ def gradients(
     backward = torch.ops.aten.native_batch_norm_backward
     if _sums_up_well(x) and (weight is None or weight.dtype == x.dtype):
         return backward(dy, x, weight, None, None, mean, invstd, True, 0.0, needed)
-    arguments = (None if t is None else t.double() for t in (dy, x, weight))
-    wide = backward(*arguments, None, None, mean.double(), invstd.double(), True, 0.0, needed)
-    return tuple(None if t is None else t.to(x.dtype) for t in wide)
+    wide = (None if t is None else t.double() for t in (dy, x, weight))
+    results = backward(*wide, None, None, mean.double(), invstd.double(), True, 0.0, needed)
+    dx, dweight, dbias = (None if t is None else t.to(x.dtype) for t in results)
+    return dx, dweight, dbias
 
 
 def normalize(

@@ -107,7 +107,8 @@ def _time_steps(
 
     measure_pair(2)  # the first step is slower
     several = SEVERAL if measure_pair(2)[0] < QUICK else 2
-    pairs, began = [], time.perf_counter()
+    pairs: list[tuple[float, float, float]] = []
+    began = time.perf_counter()
     while len(pairs) < FEWEST or time.perf_counter() - began < seconds:
         pairs.append(measure_pair(several))
     ones, others, megapixels = (list(values) for values in zip(*pairs, strict=True))

@@ -93,7 +93,7 @@ class MemoryModel:
         self._cfg, self._device, self._objects = cfg, device, objects
         self._trainer = trainer
         self._traced: dict[tuple, dict[str, int]] = {}
-        self._numbers = TRACED
+        self._numbers: tuple[int, ...] = TRACED
 
     def predict(
         self,

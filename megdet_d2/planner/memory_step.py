@@ -100,7 +100,7 @@ def trace_step(
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         trace.label("optimizer", _tensors(optimizer.state.values()))
-        trace.label("gradients", (p.grad for p in trained))
+        trace.label("gradients", (p.grad for p in trained if p.grad is not None))
         start = len(trace.events)
         inner.run_step()
         trace.label("gradients", (p.grad for p in trained if p.grad is not None))

@@ -95,9 +95,8 @@ class Plan:
         )
 
         def predict(images: int, stages: tuple[str, ...]) -> Memory:
-            return self._memory_model().predict(
-                images, sublinear=stages, world_size=self.question.ranks
-            )
+            model, ranks = self._memory_model(), self.question.ranks
+            return model.predict(images, sublinear=stages, world_size=ranks)
 
         self.search = Search(self.question, predict, self.counted)
 
