@@ -347,8 +347,9 @@ class Normalization(torch.autograd.Function):
             )
         if ctx.mask_dy_first:
             dy, y, relu = torch.ops.aten.threshold_backward(dy, y, 0), None, False
-        here = not ctx.group and valid is None and not use_triton(x)
-        if here and aten.in_one_pass(x, weight):
+        # Not in traced code, which would be compiled again for sizes on the other side of a limit.
+        here = not (ctx.group or use_triton(x) or torch.compiler.is_compiling())
+        if here and valid is None and aten.in_one_pass(x, weight):
             wanted = needs_x, needs_weight, needs_bias
             dx, dweight, dbias = aten.gradients(dy, x, weight, stats[0], stats[1], wanted)
             return dx, dweight, dbias, dy if needs_residual else None, *[None] * 7
