@@ -319,7 +319,7 @@ def _copy_if_due(
         return
     if has_results(metrics, iteration):
         return
-    file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if file.get("iteration") == iteration:
         shutil.copyfile(path, f"{snapshot.path}.tmp")
         os.replace(f"{snapshot.path}.tmp", snapshot.path)

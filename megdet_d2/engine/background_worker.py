@@ -203,7 +203,7 @@ def _prepare(kind: type[Builders], cfg: CfgNode, data_sets: dict[str, Any], aliv
 
 
 def _evaluate(kind: type[Builders], cfg: CfgNode, model: Any, average: Any, path: str) -> Any:
-    file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     model.load_state_dict(file["model"])
     results = dict(kind.test(cfg, model) or {})
     if average is not None:

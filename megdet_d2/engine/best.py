@@ -83,7 +83,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         if not self._update_best(value, iteration):
             return
-        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         about = {"metric": self._metric, "value": value, "iteration": iteration}
         with WholeFiles(PathManager).open(self._path, "wb") as whole:
             torch.save(file | {"best": about}, whole)
