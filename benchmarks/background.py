@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from control import begin, make_steps
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 from norm import write_json
 from tabulate import tabulate
 
@@ -70,23 +70,14 @@ class Training:
 
     def __init__(self, cfg: CfgNode):
         self.trainer: Any = Trainer(cfg)
-        self.trainer.iter = self.trainer.start_iter = 0
-        self.trainer.storage = EventStorage()
-        with self.trainer.storage:
-            self.trainer.before_train()
+        begin(self.trainer)
         found = (h for h in self.trainer._hooks if isinstance(h, BackgroundEvaluation))
         self.evaluation: BackgroundEvaluation = next(found)
 
     def run(self, steps: int) -> tuple[float, float, float]:
         """Makes steps; returns the times of ``KINDS`` of one of them, in seconds."""
-        trainer = self.trainer
         wall, cpu, waited = time.perf_counter(), time.process_time(), waited_for_core()
-        with trainer.storage:
-            for _ in range(steps):
-                trainer.before_step()
-                trainer.run_step()
-                trainer.after_step()
-                trainer.iter += 1
+        make_steps(self.trainer, steps)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return wall / steps, (wall - waited_for_core() + waited) / steps, cpu / steps
 

@@ -91,30 +91,39 @@ class AlmostEmpty(nn.Module):
         return {"loss_a": x.square().mean(), "loss_b": x.abs().mean()}
 
 
+def begin(trainer: Any) -> None:
+    """Prepares a trainer for ``make_steps``, which can be called again and again."""
+    trainer.iter = trainer.start_iter = 0
+    trainer.storage = EventStorage()
+    with trainer.storage:
+        trainer.before_train()
+
+
+def make_steps(trainer: Any, steps: int) -> None:
+    """Makes the next steps of a training, with its hooks."""
+    with trainer.storage:
+        for _ in range(steps):
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+            trainer.iter += 1
+
+
 class Contender:
     """A trainer that can be run for some steps, and then again."""
 
     def __init__(self, kind: type[DefaultTrainer], cfg: CfgNode):
         with ddp_without_device_ids(cfg):
             self._trainer: Any = kind(cfg)
-        self._trainer.iter = self._trainer.start_iter = 0
         inner = self._trainer._trainer
         inner._data_loader_iter_obj = itertools.repeat(next(inner._data_loader_iter))
-        self._trainer.storage = EventStorage()
-        with self._trainer.storage:
-            self._trainer.before_train()
+        begin(self._trainer)
 
     def run(self, steps: int) -> tuple[float, float]:
         """Makes steps; returns CPU and wall time of one of them, in seconds."""
-        trainer = self._trainer
         comm.synchronize()
         cpu, wall = time.process_time(), time.perf_counter()
-        with trainer.storage:
-            for _ in range(steps):
-                trainer.before_step()
-                trainer.run_step()
-                trainer.after_step()
-                trainer.iter += 1
+        make_steps(self._trainer, steps)
         return (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps
 
 

@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from detectron2.data import DatasetCatalog
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
 
 # Detectron2's data sets are known to be right, and large.
@@ -40,6 +41,23 @@ def load_records(name: str, keep: bool) -> list[dict] | None:
             load = functools.partial(_from_memory, name, load)
         DatasetCatalog.register(name, load)
     return records
+
+
+def load_training_records(cfg: CfgNode, proposal_files: Sequence[str] | None = None) -> list[dict]:
+    """Returns the records of DATASETS.TRAIN, with the filters of Detectron2's training loader.
+
+    Args:
+        cfg: a config whose data sets are registered.
+        proposal_files: as in ``get_detection_dataset_dicts``.
+    """
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=least if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=proposal_files,
+        check_consistency=False,  # logs the class table, which the training loader does
+    )
 
 
 def forget_records() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.structures import Instances
 
 from megdet_d2.data.mapping import Mapper
+from megdet_d2.data.records import load_training_records
 
 _TRIES = 20  # images, since a mapper may refuse some
 
@@ -28,15 +28,8 @@ def worst_image(cfg: CfgNode, mapper: Mapper) -> dict[str, Any]:
     Raises:
         ValueError: the mapper refuses the images.
     """
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        check_consistency=False,
-    )
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    records = load_training_records(cfg, proposals)
     busiest = sorted(records, key=lambda record: -len(record.get("annotations", ())))[:_TRIES]
     mapped = (mapper(copy.deepcopy(record)) for record in busiest)
     image = next((image for image in mapped if image is not None), None)

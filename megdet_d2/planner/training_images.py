@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 
 from megdet_d2.data import register_datasets
+from megdet_d2.data.records import load_training_records
 
 from .stragglers import ASPECTS
 
@@ -129,11 +130,6 @@ def _load(cfg: CfgNode, split: str, given: int | None, notes: list[str]) -> list
         if given is None and not stock:
             raise FileNotFoundError(f"{error}. To plan without the data, give --images") from None
         return None
-    trained = split == "TRAIN"
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    return get_detection_dataset_dicts(
-        names,
-        filter_empty=trained and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints if trained else 0,
-        check_consistency=False,
-    )
+    if split == "TRAIN":
+        return load_training_records(cfg)
+    return get_detection_dataset_dicts(names, filter_empty=False, check_consistency=False)

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 from detectron2.utils import comm
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from tabulate import tabulate
+
+from megdet_d2.data.records import load_training_records
 
 from .scaling import POLICIES, EpochPolicy, Schedule, make_schedule
 
@@ -61,7 +62,7 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
         return ""
     refuse_solver_overrides(cfg)
 
-    epoch_images = cfg.MEGDET.EPOCH_IMAGES or num_images or _count_images(cfg)
+    epoch_images = cfg.MEGDET.EPOCH_IMAGES or num_images or len(load_training_records(cfg))
     schedule = make_schedule(
         policy,
         batch_size,
@@ -213,20 +214,6 @@ def _differ(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return list(a) != list(b)
     return a != b
-
-
-def _count_images(cfg: CfgNode) -> int:
-    # With the filters of Detectron2's training loader.
-    return len(
-        get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            check_consistency=False,  # logs the class table, which the training loader does
-        )
-    )
 
 
 def _reasons(
