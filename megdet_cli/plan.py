@@ -114,8 +114,6 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         from megdet_d2.planner import dry_run
 
-        args.machines = args.machines or [1]
-        args.gpus = 8 if args.gpus is None else args.gpus
         dry_run.run(args)
         return
     if args.config:

@@ -51,16 +51,15 @@ class AccumulationTrainer(SimpleTrainer):
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
         batches = [next(self._data_loader_iter) for _ in range(self.steps)]
-        data_time = time.perf_counter() - start
+        self._data_time = time.perf_counter() - start
 
-        self._data_time = data_time
         if self.repeater is None:
             self._compute(batches)
             self.after_backward()
         else:
             compute = functools.partial(self._compute, reduce=False)
             self.repeater(compute, self.after_backward, batches)
-        self._report(self._mean, data_time)
+        self._report(self._mean, self._data_time)
         self._update()
 
     def _compute(self, batches: Sequence[Any], reduce: bool = True) -> None:

@@ -89,7 +89,11 @@ def in_one_pass(x: Tensor, weight: Tensor | None) -> bool:
     """
     if x.is_cuda or x.numel() == 0 or x.dtype != statistics_dtype(x):
         return False
-    return has_few_values(x) or (_sums_up_well(x) and (weight is None or weight.dtype == x.dtype))
+    return has_few_values(x) or _needs_no_conversion(x, weight)
+
+
+def _needs_no_conversion(x: Tensor, weight: Tensor | None) -> bool:
+    return _sums_up_well(x) and (weight is None or weight.dtype == x.dtype)
 
 
 def _sums_up_well(x: Tensor) -> bool:
@@ -118,7 +122,7 @@ def gradients(
     """
     dy = like_layout(dy, x)
     backward = torch.ops.aten.native_batch_norm_backward
-    if _sums_up_well(x) and (weight is None or weight.dtype == x.dtype):
+    if _needs_no_conversion(x, weight):
         return backward(dy, x, weight, None, None, mean, invstd, True, 0.0, needed)
     wide = (None if t is None else t.double() for t in (dy, x, weight))
     results = backward(*wide, None, None, mean.double(), invstd.double(), True, 0.0, needed)

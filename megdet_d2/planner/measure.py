@@ -1,5 +1,6 @@
 """Measures here what a preset assumes: a config's own steps, its loader, and collectives."""
 
+import itertools
 import logging
 import os
 import statistics
@@ -61,7 +62,7 @@ def measure(
         batches = Trainer.build_train_loader(cfg)
     else:
         noise = make_batch(cfg, SEVERAL, image_size(images.megapixels), OBJECTS)
-        batches = _forever(noise)
+        batches = itertools.repeat(noise)
     stream = iter(batches)
     rate = _images_per_second(stream, OF_LOADER * seconds) if images.are_here else None
     several, ones, others, megapixels = _time_steps(cfg, stream, OF_STEPS * seconds)
@@ -135,11 +136,6 @@ def _images_per_second(stream: Iterator[list[dict[str, Any]]], seconds: float) -
     while loaded < 8 or time.perf_counter() - began < seconds:
         loaded += len(next(stream))
     return loaded / (time.perf_counter() - began)
-
-
-def _forever(batch: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    while True:
-        yield batch
 
 
 def _memory(cuda: bool) -> float:

@@ -75,24 +75,6 @@ def _tiling(
         )
     n, channels = shape[:2]
     size = shape.numel() // (n * channels)
-    return _tiles(innermost, n, channels, size, dtype, reduces, aligned, programs)
-
-
-def _is_aligned(x: Tensor | None) -> bool:
-    # Not data_ptr(), which fake tensors do not have. Allocations are aligned to 512 bytes.
-    return x is None or bool(x.storage_offset() * x.itemsize % 16 == 0)
-
-
-def _tiles(
-    innermost: bool,
-    n: int,
-    channels: int,
-    size: int,
-    dtype: torch.dtype,
-    reduces: bool,
-    aligned: bool,
-    programs: int,
-) -> Tiling:
     rows, columns = (n * size, channels) if innermost else (n, size)
     tile = TILE // 2 if dtype == torch.float64 else TILE  # STAGES tiles fit into shared memory
     widest = 16 // dtype.itemsize
@@ -126,6 +108,11 @@ def _tiles(
             "num_warps": NUM_WARPS,
         },
     )
+
+
+def _is_aligned(x: Tensor | None) -> bool:
+    # Not data_ptr(), which fake tensors do not have. Allocations are aligned to 512 bytes.
+    return x is None or bool(x.storage_offset() * x.itemsize % 16 == 0)
 
 
 def channels_innermost(x: Tensor) -> bool | None:
