@@ -1,5 +1,8 @@
 import os
 
+# One thread, as in the processes that tests start: numbers are compared to the last bit, and
+# threads that spin while other programs have the cores take many times longer.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Set before torch reads it. Detectron2's launcher chooses NCCL where it sees a GPU, and only
 # test_cuda.py needs one.
 if "MEGDET_TEST_GPU" not in os.environ:
