@@ -64,7 +64,7 @@ def tests(session: nox.Session, torch: str, torchvision: str) -> None:
         f"torch=={torch}", f"torchvision=={torchvision}", *numpy, *requirements(), "pytest-xdist",
         *CONSTRAINTS,
     )  # fmt: skip
-    site = session.run(
+    site = session.run_install(
         "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True
     )
     # As in the Makefile: the wheel is tagged for Python 3.10, and its extension loads there only.

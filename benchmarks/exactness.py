@@ -46,13 +46,10 @@ from tabulate import tabulate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import _functional_collectives as functional_collectives
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from megdet_d2 import CrossGPUBatchNorm
+from megdet_d2._older_torch import CheckpointPolicy, create_selective_checkpoint_contexts
 from megdet_d2.norm.batch_norm import name_layers
 from megdet_d2.norm.collective import raise_if_out_of_step
 

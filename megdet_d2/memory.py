@@ -23,13 +23,11 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 import megdet_d2.norm.functional  # noqa: F401  # its operators, torch.ops.megdet_d2
+
+from ._older_torch import CheckpointPolicy, create_selective_checkpoint_contexts
 
 RESNET_STAGES = ("res2", "res3", "res4", "res5")
 STAGES = ("stem", *RESNET_STAGES, "fpn", "rpn", "roi_heads")

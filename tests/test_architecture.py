@@ -13,6 +13,7 @@ PACKAGE = ROOT / "megdet_d2"
 FLOORS = {
     "_moved": 0,
     "_older_detectron2": 3,
+    "_older_torch": 0,
     "_version": 0,
     "norm": 0,
     "schedule": 0,

@@ -5,7 +5,9 @@ import copy
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from megdet_d2._older_torch import CheckpointPolicy, create_selective_checkpoint_contexts
 from megdet_d2.norm.batch_norm import CrossGPUBatchNorm
 
 
@@ -52,12 +54,6 @@ def test_fused_activations_compile():
 
 
 def test_selective_checkpointing_updates_statistics_once():
-    from torch.utils.checkpoint import (
-        CheckpointPolicy,
-        checkpoint,
-        create_selective_checkpoint_contexts,
-    )
-
     def policy(ctx, op, *args, **kwargs):
         saved = op is torch.ops.megdet_d2.statistics.default
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

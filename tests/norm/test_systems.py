@@ -11,14 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 import megdet_d2
 from megdet_d2 import CrossGPUBatchNorm
+from megdet_d2._older_torch import CheckpointPolicy, create_selective_checkpoint_contexts
 from megdet_d2.norm.functional import ALGORITHMS
 from tests.helpers.collectives import counted_all_reduces
 

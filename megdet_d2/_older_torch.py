@@ -1,0 +1,33 @@
+"""The names of selective checkpointing, also for torch 2.4, which has it without these names."""
+
+import contextlib
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.utils import checkpoint
+
+if TYPE_CHECKING or hasattr(checkpoint, "CheckpointPolicy"):
+    CheckpointPolicy = checkpoint.CheckpointPolicy
+    create_selective_checkpoint_contexts = checkpoint.create_selective_checkpoint_contexts
+else:
+
+    class CheckpointPolicy(enum.Enum):
+        """What happens to the output of an operator."""
+
+        MUST_SAVE = 0
+        PREFER_RECOMPUTE = 1
+
+    def create_selective_checkpoint_contexts(
+        policy: Callable[..., CheckpointPolicy],
+    ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """Returns the contexts of a first and a second forward.
+
+        Args:
+            policy: called as policy(None, op, *args, **kwargs).
+        """
+
+        def saves(_: str, op: Any, *args: Any, **kwargs: Any) -> bool:
+            return policy(None, op, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
+
+        return checkpoint._pt2_selective_checkpoint_context_fn_gen(saves)
