@@ -1,11 +1,17 @@
-"""The names of selective checkpointing, also for torch 2.4, which has it without these names."""
+"""Names that torch 2.4 has in other places."""
 
 import contextlib
 import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils import checkpoint
+
+if TYPE_CHECKING or hasattr(torch.library, "infer_schema"):
+    infer_schema = torch.library.infer_schema
+else:
+    from torch._library.infer_schema import infer_schema  # noqa: F401
 
 if TYPE_CHECKING or hasattr(checkpoint, "CheckpointPolicy"):
     CheckpointPolicy = checkpoint.CheckpointPolicy

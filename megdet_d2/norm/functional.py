@@ -29,6 +29,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megdet_d2._older_torch import infer_schema
+
 from . import aten, kernels
 from .collective import (
     all_reduce,
@@ -86,7 +88,7 @@ def _operator(mutates: tuple[str, ...] = ()):
     def define(function):
         implementations[function.__name__] = function
         name = f"megdet_d2::{function.__name__}"
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates))
+        torch.library.define(name, infer_schema(function, mutates_args=mutates))
         torch.library.impl(name, "default")(function)
         operator = getattr(torch.ops.megdet_d2, function.__name__).default
 
