@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -194,6 +195,10 @@ def test_count_is_right_where_it_can_be_known():
     assert count() == 4 * (x.numel() + 2 * 2 * 5 * 8 * 8)  # the weight is no activation
 
 
+@pytest.mark.skipif(
+    "respect_saved_tensors_hooks" not in inspect.signature(checkpoint).parameters,
+    reason="this torch does not show hooks what a segment keeps",
+)
 def test_keeping_everything_scores_all_bytes():
     plain = build(tiny_config())
     ours = copy.deepcopy(plain)
