@@ -57,6 +57,7 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
 
     ``fault(trainer)``, if given, breaks something before training starts.
     """
+    import torch
     from detectron2.utils.env import seed_all_rng
 
     from megdet_d2.engine import Trainer, prepare_config
@@ -84,10 +85,16 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
         "ema": digests(trainer.ema.model.state_dict()) if trainer.ema else {},
         "momentum": digests(
             {
-                str(i): state["momentum_buffer"]
+                f"{i}.{name}": value
                 for i, state in trainer.optimizer.state_dict()["state"].items()
+                for name, value in state.items()
+                if isinstance(value, torch.Tensor)
             }
         ),
+        "groups": [
+            {name: str(value) for name, value in group.items()}
+            for group in trainer.optimizer.state_dict()["param_groups"]
+        ],
         "rows": read_rows(output) if rank == 0 else None,
     }
 
