@@ -85,7 +85,7 @@ def ratios(variances: Mapping[str, float]) -> dict[str, float]:
 
 
 class AGVM(torch.optim.SGD):
-    """torch's SGD with the learning rate μ_i η in module i.
+    """An SGD of torch with the learning rate μ_i η in module i.
 
     "lr" of every group is η before and after a step, so schedulers and logs see the schedule. μ_i
     is "lr_factor" of the module's groups, so a checkpoint has it.
@@ -111,7 +111,7 @@ class AGVM(torch.optim.SGD):
 
     @property
     def factors(self) -> dict[str, float]:
-        """μ by module, in the order of the groups."""
+        """The μ of each module, in the order of the groups."""
         return {group["module"]: group["lr_factor"] for group in self.param_groups}
 
     def update_factors(self, variances: Mapping[str, float]) -> None:

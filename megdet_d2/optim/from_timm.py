@@ -1,4 +1,4 @@
-"""LARS, LAMB and Muon of timm, with the parameter groups that their papers use.
+"""Builds LARS, LAMB and Muon of timm, with the parameter groups that their papers use.
 
 w is a weight, g its gradient, η the learning rate, λ the weight decay and m the momentum.
 

@@ -1,4 +1,4 @@
-"""Parameter groups: Detectron2's, split by what an optimizer does differently."""
+"""The parameter groups of Detectron2, split by what an optimizer does differently."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def default_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 def split_groups(
     groups: list[dict[str, Any]], options_of: Callable[[Tensor], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Splits groups so that all parameters of a group have the same options; adds the options.
+    """Returns groups whose parameters have the same options, with these options.
 
     Groups, and parameters inside of a group, keep their order: a checkpoint knows them by it.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Halves:
-    """Splits the gradient of one update into the sum of two parts, one of each half.
+    """The gradient of one update as the sum of two parts, one of each half.
 
     The mean gradient of a mini-batch is a sum over processes and micro-batches. ``first`` is what
     the first half adds to it, and the rest is what the second adds. On W processes the first half
@@ -47,7 +47,7 @@ class Halves:
             self._first = [gradient.clone() for gradient in self._gradients()]
 
     def exchange(self) -> None:
-        """Sums over the first half of the processes. Every process has to call it.
+        """Adds up the gradients of the first half of the processes. Every process has to call it.
 
         That is one all-reduce of all gradients in one message, also of parameters without one.
         """
