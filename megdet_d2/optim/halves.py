@@ -54,7 +54,10 @@ class Halves:
         if self._world == 1:
             return
         flat = torch.cat([gradient.flatten() for gradient in self._gradients()])
-        flat = flat / self._world if self._rank < self._world // 2 else torch.zeros_like(flat)
+        if self._rank < self._world // 2:
+            flat /= self._world
+        else:
+            flat.zero_()
         dist.all_reduce(flat)
         parts = flat.split([parameter.numel() for parameter in self._parameters])
         self._first = [
