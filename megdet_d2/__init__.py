@@ -57,6 +57,7 @@ __all__ = [
     "Trainer",
     "add_megdet_config",
     "build_lr_scheduler",
+    "build_optimizer",
     "evaluate",
     "launch",
     "load_config",
@@ -80,6 +81,7 @@ try:
     from .engine.divergence import DivergenceError
     from .gradient_noise.hook import GradientNoise
     from .modeling.fused_resnet import fuse_activations
+    from .optim.build import build_optimizer
     from .schedule.build import build_lr_scheduler, scale_config
 except ImportError as error:  # the norm needs less of Detectron2 than the rest
     __getattr__ = _norm_only(error, __all__)

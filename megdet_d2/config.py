@@ -153,6 +153,22 @@ def add_megdet_config(cfg: CN) -> None:
     # number: tensors that live in a step are counted, which makes it slow.
     cfg.MEGDET.MEMORY_LIMIT_MB = 0
 
+    # --- Optimizers. See docs/large_batch.md ------------------------------------------------------
+    # "sgd" is Detectron2's, to the bit. "lars", "lamb" and "muon" are timm's, and need the extra
+    # "optimizers". "agvm" is SGD whose learning rates of FPN, RPN and heads follow from the
+    # variance of their gradients.
+    cfg.MEGDET.OPTIMIZER = "sgd"
+    cfg.MEGDET.LARS = CN()
+    # The ratio of an update to its weight, in norms, at a learning rate of 1. 0.001 is the paper's.
+    cfg.MEGDET.LARS.TRUST_COEFFICIENT = 0.001
+    cfg.MEGDET.AGVM = CN()
+    # Updates between two measurements of the variances. 10 is that of the authors' configs.
+    cfg.MEGDET.AGVM.INTERVAL = 10
+    # Updates between the end of the warm-up and the first measurement. 100 is theirs too.
+    cfg.MEGDET.AGVM.AFTER_WARMUP = 100
+    # The moving average keeps this part of the last factors at a measurement. 0.97 is theirs too.
+    cfg.MEGDET.AGVM.SMOOTHING = 0.97
+
     # --- Reliability. See docs/reliability.md -----------------------------------------------------
     # Action after a loss or a gradient that is not finite. "stop" ends all processes with an error
     # that names it. "half_lr" and "longer_warmup" go back to the last good checkpoint. They then

@@ -26,6 +26,7 @@ FLOORS = {
     "memory": 1,
     "model_zoo": 1,
     "modeling": 1,
+    "optim": 1,
     "data": 1,
     "engine": 2,
     "ablation": 3,

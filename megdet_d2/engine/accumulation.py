@@ -11,10 +11,14 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from megdet_d2.optim.halves import Halves
+
+from .ddp import sum_gradients
 from .exchange import StepExchange
 from .metrics import put_losses
 
 if TYPE_CHECKING:
+    from .modulation import Modulation
     from .out_of_memory import UpdateRepeater
 
 # Detectron2's options of a trainer; older versions have fewer.
@@ -36,6 +40,7 @@ class AccumulationTrainer(SimpleTrainer):
         exchange: carries the losses of all processes to the metrics; None gathers them as
             Detectron2 does.
         repeater: repeats an update that runs out of memory; None for none.
+        modulation: measures the variance of gradients in some updates; None for none.
     """
 
     def __init__(self, trainer: SimpleTrainer, steps: int):
@@ -45,6 +50,7 @@ class AccumulationTrainer(SimpleTrainer):
         self.steps = steps
         self.exchange: StepExchange | None = None
         self.repeater: UpdateRepeater | None = None
+        self.modulation: Modulation | None = None
 
     def run_step(self) -> None:
         """Makes one update."""
@@ -53,21 +59,36 @@ class AccumulationTrainer(SimpleTrainer):
         batches = [next(self._data_loader_iter) for _ in range(self.steps)]
         self._data_time = time.perf_counter() - start
 
+        halves = self.modulation.begin(self.iter) if self.modulation else None
         if self.repeater is None:
-            self._compute(batches)
+            self._compute(batches, reduce=halves is None, halves=halves)
+            if halves:
+                halves.exchange()  # of gradients that DDP has not averaged yet
+                sum_gradients(self.model)
             self.after_backward()
         else:
-            compute = functools.partial(self._compute, reduce=False)
-            self.repeater(compute, self.after_backward, batches)
+            compute = functools.partial(self._compute, reduce=False, halves=halves)
+            self.repeater(compute, functools.partial(self._check, halves), batches)
+        if self.modulation and halves:
+            self.modulation.end(halves)
         self._report(self._mean, self._data_time)
         self._update()
 
-    def _compute(self, batches: Sequence[Any], reduce: bool = True) -> None:
+    def _check(self, halves: Halves | None) -> None:
+        """Calls the hooks, before gradients are averaged over processes."""
+        self.after_backward()
+        if halves:
+            halves.exchange()
+
+    def _compute(
+        self, batches: Sequence[Any], reduce: bool = True, halves: Halves | None = None
+    ) -> None:
         """Makes forward and backward of all micro-batches.
 
         Args:
             batches: the micro-batches.
             reduce: let DDP reduce the gradients in the last backward.
+            halves: gets the gradients of half of them; None for none.
         """
         images = sum(map(len, batches)) if len(batches) > 1 else 0
         zero_first = getattr(self, "zero_grad_before_forward", False)
@@ -88,6 +109,8 @@ class AccumulationTrainer(SimpleTrainer):
                 if i == 0 and not zero_first:
                     self.optimizer.zero_grad()
                 self._scaled(sum(losses.values())).backward()
+            if halves:
+                halves.keep(i + 1, len(batches))
             for name, loss in losses.items():
                 mean[name] = mean[name] + loss.detach() if name in mean else loss.detach()
         self._mean = mean
@@ -132,6 +155,7 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         self.steps = steps
         self.exchange = None
         self.repeater = None
+        self.modulation = None
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device = next(self.model.parameters()).device.type

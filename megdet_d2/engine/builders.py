@@ -22,6 +22,7 @@ from megdet_d2.modeling.tta import build_tta
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.configure import configure_cgbn, group_ranks
 from megdet_d2.norm.running_statistics import averaged_statistics
+from megdet_d2.optim.build import build_optimizer
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_micro_batch
 
 from .check_evaluation import CLASS_FAULTS, inspect_evaluation
@@ -58,6 +59,11 @@ class Builders(DefaultTrainer):
         if cfg.MODEL.SUBLINEAR.ENABLED:
             checkpoint_stages(model, cfg.MODEL.SUBLINEAR.STAGES)
         return prepare_model(model, cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Builds the optimizer of ``MEGDET.OPTIMIZER``; see ``megdet_d2.build_optimizer``."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(

@@ -20,6 +20,7 @@ from megdet_d2.modeling.tta import check_tta
 from megdet_d2.norm.configure import group_ranks
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.registry import uses_cgbn
+from megdet_d2.optim.halves import check_halves
 from megdet_d2.schedule.build import (
     images_per_micro_batch,
     refuse_solver_overrides,
@@ -75,6 +76,8 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> str:
     found = _register_datasets(cfg, ("TRAIN", "TEST"))
     check_best(cfg)
     schedule = scale_config(cfg)
+    if cfg.MEGDET.OPTIMIZER == "agvm" and not cfg.MEGDET.AUTO_MICRO_BATCH:
+        check_halves(cfg.MEGDET.ACCUMULATION_STEPS)
     raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
     if uses_cgbn(cfg):
         world_size = comm.get_world_size()

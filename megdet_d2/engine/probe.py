@@ -111,11 +111,12 @@ class Probe:
         return torch.autocast(device, dtype=getattr(torch, amp.PRECISION))
 
     def _allocate_others(self) -> list[Tensor]:
-        """Takes the GPU memory of DDP's buckets and of the averaged model, which are not here."""
+        """Takes the GPU memory of DDP's buckets, of AGVM's copy and of the averaged model."""
         if self._cfg.MODEL.DEVICE == "cpu":  # whose limit counts the tensors of a step
             return []
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        copies = trained if comm.get_world_size() > 1 else []
+        in_halves = self._cfg.MEGDET.OPTIMIZER == "agvm"  # of one process: half of its gradient
+        copies = trained if comm.get_world_size() > 1 or in_halves else []
         averaged = list(self._model.parameters()) if self._cfg.MEGDET.EMA_DECAY else []
         return [torch.empty_like(parameter) for parameter in [*copies, *averaged]]
 

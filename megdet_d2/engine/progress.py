@@ -60,6 +60,7 @@ class TrainingProgress:
         layout: processes, micro-batches and images that make up a mini-batch.
         images_seen: images that all updates so far have taken.
         backoff: changes of the schedule that roll-backs after a divergence have made.
+        warmup_iters: iterations of the warm-up, which a roll-back may have lengthened.
         loaded_iteration: the last iteration in the loaded checkpoint, in the mini-batches of that
             run: -1 before the first update, None where no checkpoint was loaded.
     """
@@ -70,6 +71,7 @@ class TrainingProgress:
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
         self.layout = Layout.from_config(trainer.cfg)
         self.images_seen = 0
+        self.warmup_iters = trainer.cfg.SOLVER.WARMUP_ITERS
         self.backoff = ScheduleBackoff()
         self.loaded_iteration: int | None = None
 
@@ -179,6 +181,7 @@ class TrainingProgress:
         cfg.defrost()
         most = (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)[0] - 1
         warmup = min(updates_done(self.backoff.warmup_images, self.layout.batch_size), most)
+        self.warmup_iters = max(warmup, cfg.SOLVER.WARMUP_ITERS)
         if warmup > cfg.SOLVER.WARMUP_ITERS:
             for node in (cfg.SOLVER, cfg.MEGDET.RESOLVED):
                 node.WARMUP_ITERS, node.WARMUP_FACTOR = warmup, NEAR_ZERO

@@ -2,6 +2,8 @@
 
 from detectron2.config import CfgNode
 
+from megdet_d2.optim.build import check_optimizer
+
 from .auto_micro_batch import check_auto_micro_batch
 from .background import check_background
 from .compiled import check_compile
@@ -28,5 +30,6 @@ def check_switches(cfg: CfgNode, eval_only: bool = False) -> None:
     if not eval_only:
         check_auto_micro_batch(cfg)
         check_sgd(cfg)
+        check_optimizer(cfg)
         check_trackers(cfg)
         check_background(cfg)

@@ -22,6 +22,7 @@ from megdet_d2.norm.batch_norm import bare_model
 from megdet_d2.norm.configure import configure_cgbn, describe_norms
 from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
+from megdet_d2.optim.build import warn_if_unused
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import AccumulationTrainer
@@ -52,6 +53,7 @@ from .metrics import cut_metrics
 from .minibatch import MiniBatchCheck
 from .model_classes import check_model_classes
 from .model_reads import ModelReads
+from .modulation import build_modulation
 from .out_of_memory import UpdateRepeater
 from .overrides import GuardCheck, LearningRateCheck, check_base_lr, overrides
 from .precision import build_inner_trainer, set_float32_precision
@@ -119,6 +121,7 @@ class Trainer(Builders):
             super().__init__(cfg)
         del self.build_hooks, self.build_model
         set_float32_precision(cfg)
+        warn_if_unused(cfg.MEGDET.OPTIMIZER, self.optimizer, name)
         set_sgd_implementation(self.optimizer, cfg.SOLVER.SGD_IMPLEMENTATION)
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         own_data = overrides(type(self), Trainer, *OWN_DATA)
@@ -145,6 +148,7 @@ class Trainer(Builders):
         is_auto = cfg.MEGDET.AUTO_MICRO_BATCH
         self._repeater = UpdateRepeater(self, self._guard) if is_auto else None
         self._guard_check = GuardCheck(self._guard, cfg.MEGDET.ON_DIVERGENCE, name)
+        self._modulation = build_modulation(cfg, self.optimizer, self.progress, name)
         self._prepared: SimpleTrainer | None = None
         self._prepare_inner_trainer()
         if overrides(type(self), Trainer, "test"):
@@ -239,6 +243,8 @@ class Trainer(Builders):
         self._mini_batch.end()
         self._learning_rate.check(self)
         self._guard_check.end()
+        if self._modulation:
+            self._modulation.check(self.iter)
         self.progress.count_step()
         with naming_output_dir(self.cfg.OUTPUT_DIR):
             super().after_step()
@@ -289,6 +295,9 @@ class Trainer(Builders):
         if isinstance(self._trainer, AccumulationTrainer):
             self._trainer.exchange = self._exchange
             self._trainer.repeater = self._repeater
+            self._trainer.modulation = self._modulation
+        elif self._modulation:
+            self._modulation.refuse(type(self._trainer).__name__)
         elif self._repeater:
             logger.warning(
                 f"MEGDET.AUTO_MICRO_BATCH: {type(self._trainer).__name__} makes its updates "

@@ -121,6 +121,8 @@ class MemoryModel:
         steps = min(micro_batches or self._cfg.MEGDET.ACCUMULATION_STEPS, 2)
         parts = self._interpolate(images_per_gpu, tuple(sublinear), steps)
         trained, averaged = parts.pop("trained"), parts.pop("averaged")
+        if self._cfg.MEGDET.OPTIMIZER == "agvm" and world_size == 1:
+            parts["gradients"] += trained  # half of the micro-batches is kept during the others
         if self._device != "cpu":
             parts["workspace"] += CONTEXT
         return Memory(

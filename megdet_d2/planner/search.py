@@ -189,12 +189,19 @@ class Search:
         return list(dict.fromkeys(options))
 
     def _try(self, resolved: Resolved, b: int, k: int) -> None:
+        in_halves = self.question.cfg.MEGDET.OPTIMIZER == "agvm" and self.question.ranks == 1
+        if in_halves and k == 1:
+            self._found.leave_out(
+                "1 micro-batch on 1 GPU: MEGDET.OPTIMIZER 'agvm' compares two halves of a "
+                "mini-batch"
+            )
+            return
         for stages in self.options():
             memory = self._fit(b, stages)
             if memory is None:
                 continue
             if k > 1:  # gradients of earlier micro-batches are there at the peak
-                size = GRADIENT_BYTES * self._counted(()).parameters
+                size = GRADIENT_BYTES * self._counted(()).parameters * (1 + in_halves)
                 memory = replace(memory, gradients=max(memory.gradients, size))
             if memory.total > self.question.memory:
                 self._found.leave_out(

@@ -295,9 +295,17 @@ def test_two_ranks_train_as_with_the_typed_setting(pool2, coco, tmp_path, retina
         assert_same(a, b)
 
 
-def test_one_rank_without_memory_halves_all_and_a_resume_is_exact(pool2, coco, tmp_path):
+MEASURED = (
+    "MEGDET.OPTIMIZER", "agvm", "MEGDET.WARMUP_EPOCHS", 0.0, "MEGDET.AGVM.AFTER_WARMUP", 0,
+    "MEGDET.AGVM.INTERVAL", 1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(MEASURED, marks=pytest.mark.slow)])
+def test_one_rank_without_memory_halves_all_and_a_resume_is_exact(pool2, coco, tmp_path, more):
     fault = OutOfMemoryAbove(2, at=1, ranks=(1,), backward=True)
-    task = train, str(tmp_path / "a"), coco, (*TWO, *AUTO), False, fault
+    overrides = (*TWO, *AUTO, *more)
+    task = train, str(tmp_path / "a"), coco, overrides, False, fault
     whole = pool2.run(*task, timeout=200)
     assert whole[0]["state"] == whole[1]["state"] and whole[0]["images_seen"] == 24
     assert [len(batch) for batch in whole[0]["images"]][:2] == [4, 4]
@@ -306,9 +314,10 @@ def test_one_rank_without_memory_halves_all_and_a_resume_is_exact(pool2, coco, t
         output = str(tmp_path / name)
         copy_checkpoint(tmp_path / "a", output, name)
         shutil.copy(tmp_path / "a" / "micro_batch.json", output)
-        resumed = pool2.run(train, output, coco, (*TWO, *AUTO), True, fault, timeout=200)
+        resumed = pool2.run(train, output, coco, overrides, True, fault, timeout=200)
         for a, b in zip(whole, resumed, strict=True):
             assert not differing(a["state"], b["state"]) and a["momentum"] == b["momentum"]
+            assert a["groups"] == b["groups"]
 
 
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from megdet_d2.engine import compiled
 from megdet_d2.engine.trackers import TrackRun
-from tests.helpers.training import train
+from tests.helpers.training import SHORT, train
 
 SWITCHES = {
     "ema": ("MEGDET.EMA_DECAY", 0.9),
@@ -27,16 +27,6 @@ SWITCHES = {
     "padding": ("MODEL.CGBN.IGNORE_PADDING", True),
 }
 REFUSED = {("compile", "padding"): "MODEL.COMPILE and MODEL.CGBN.IGNORE_PADDING"}
-# Two updates of 4 images, of a detector with 14 convolutions, which is traced in seconds.
-SHORT = (
-    "MODEL.BACKBONE.NAME", "build_thin_resnet_fpn_backbone", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.OUT_FEATURES", ("res2", "res3"),
-    "MODEL.FPN.IN_FEATURES", ("res2", "res3"), "MODEL.RPN.IN_FEATURES", ("p2", "p3"),
-    "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]], "MODEL.ROI_HEADS.IN_FEATURES", ("p2",),
-    "MODEL.ROI_BOX_HEAD.NUM_CONV", 0,
-    "SOLVER.IMS_PER_BATCH", 4, "MEGDET.EPOCH_IMAGES", 4, "MEGDET.DECAY_EPOCHS", (),
-    "MEGDET.DECAY_FACTORS", (), "SOLVER.CHECKPOINT_PERIOD", 100,
-)  # fmt: skip
 PAIRS = list(itertools.combinations(SWITCHES, 2))
 
 

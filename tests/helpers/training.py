@@ -10,6 +10,17 @@ import numpy as np
 
 from tests.helpers.paths import TINY
 
+# Two updates of 4 images, of a detector with 14 convolutions, which is traced in seconds.
+SHORT = (
+    "MODEL.BACKBONE.NAME", "build_thin_resnet_fpn_backbone", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.RESNETS.OUT_FEATURES", ("res2", "res3"),
+    "MODEL.FPN.IN_FEATURES", ("res2", "res3"), "MODEL.RPN.IN_FEATURES", ("p2", "p3"),
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]], "MODEL.ROI_HEADS.IN_FEATURES", ("p2",),
+    "MODEL.ROI_BOX_HEAD.NUM_CONV", 0,
+    "SOLVER.IMS_PER_BATCH", 4, "MEGDET.EPOCH_IMAGES", 4, "MEGDET.DECAY_EPOCHS", (),
+    "MEGDET.DECAY_FACTORS", (), "SOLVER.CHECKPOINT_PERIOD", 100,
+)  # fmt: skip
+
 
 def write_images(folder: Path, images: int = 24, shape=None) -> list[list[str]]:
     """Writes images of noise with two boxes each, wide and tall; returns DATASETS.COCO's value."""
@@ -52,11 +63,13 @@ def config(output, coco, *overrides):
     return cfg
 
 
-def train(rank, output, coco, overrides=(), resume=False, fault=None):
+def train(rank, output, coco, overrides=(), resume=False, fault=None, kind=None):
     """Trains to the end; returns what this process has seen and made, to compare bit by bit.
 
-    ``fault(trainer)``, if given, breaks something before training starts.
+    ``fault(trainer)``, if given, breaks something before training starts. ``kind`` is the trainer's
+    class, by default ``Trainer``.
     """
+    import torch
     from detectron2.utils.env import seed_all_rng
 
     from megdet_d2.engine import Trainer, prepare_config
@@ -65,7 +78,7 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
     prepare_config(cfg)
     os.makedirs(output, exist_ok=True)
     seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
-    trainer = Trainer(cfg)
+    trainer = (kind or Trainer)(cfg)
     trainer.resume_or_load(resume=resume)
     images = []
     trainer.model.register_forward_pre_hook(lambda _, inputs: images.append(_look(inputs[0])))
@@ -84,10 +97,16 @@ def train(rank, output, coco, overrides=(), resume=False, fault=None):
         "ema": digests(trainer.ema.model.state_dict()) if trainer.ema else {},
         "momentum": digests(
             {
-                str(i): state["momentum_buffer"]
+                f"{i}.{name}": value
                 for i, state in trainer.optimizer.state_dict()["state"].items()
+                for name, value in state.items()
+                if isinstance(value, torch.Tensor)
             }
         ),
+        "groups": [
+            {name: str(value) for name, value in group.items()}
+            for group in trainer.optimizer.state_dict()["param_groups"]
+        ],
         "rows": read_rows(output) if rank == 0 else None,
     }
 

@@ -51,6 +51,13 @@ def test_the_parts_of_the_ranks_are_those_of_a_training(coco, tmp_path, pool2):
     assert len(images) == 24 and len(set(images)) == 24 - epoch.held_back
 
 
+def test_agvm_on_one_gpu_is_refused_as_a_training_is(coco, tmp_path):
+    overrides = ("SOLVER.IMS_PER_BATCH", 8, "MEGDET.OPTIMIZER", "agvm")
+    dry_run(config(tmp_path, coco, *overrides), machines=1, gpus=2)
+    with pytest.raises(ValueError, match="one process with MEGDET.ACCUMULATION_STEPS 1"):
+        dry_run(config(tmp_path, coco, *overrides), machines=1, gpus=1)
+
+
 def test_groups_across_machines(coco, tmp_path):
     cfg = config(
         tmp_path, coco, *LARGE, "SOLVER.IMS_PER_BATCH", 24, "MODEL.CGBN.BN_SIZE", -1,

@@ -17,6 +17,7 @@ from benchmarks.planner_memory import (
     measure,
     random_batch,
 )
+from megdet_d2.engine import Trainer
 from megdet_d2.planner.allocator import reserved_bytes
 from megdet_d2.planner.memory import MemoryModel, largest_image
 from tests.helpers.models import tiny_config
@@ -75,6 +76,21 @@ def test_average_of_the_weights_is_one_more_copy():
     cfg = tiny_config("MEGDET.EMA_DECAY", 0.999)
     memory = MemoryModel(cfg, device="cpu", size=(64, 64), objects=4).predict(1)
     assert memory.average == memory.parameters + memory.norm
+
+
+@pytest.mark.timeout(120)  # the first import of timm reads a thousand files
+def test_the_state_of_an_optimizer():
+    """One number per weight is SGD's momentum; LAMB has two moments. AGVM keeps half a gradient."""
+    found = {}
+    for name in ("sgd", "lamb", "agvm"):
+        cfg = tiny_config("MEGDET.OPTIMIZER", name)
+        found[name] = MemoryModel(cfg, device="cpu", size=(64, 64), objects=4)
+    sgd, lamb, agvm = (found[name].predict(1) for name in ("sgd", "lamb", "agvm"))
+    weights = sum(4 * p.numel() for p in Trainer.build_model(tiny_config()).parameters())
+    assert sgd.optimizer == agvm.optimizer == weights and lamb.optimizer == 2 * weights
+    assert agvm.gradients == sgd.gradients + weights
+    assert found["agvm"].predict(1, world_size=2).gradients == sgd.gradients
+    assert not any(model.notes for model in found.values())
 
 
 def test_frozen_stages_have_neither_gradients_nor_momentum():

@@ -105,6 +105,16 @@ def test_three_gpus_and_one():
     assert {s.group for s in alone} == {1} and alone[0].step.gradients == 0
 
 
+def test_agvm_on_one_gpu_has_two_micro_batches_and_a_second_copy_of_gradients():
+    opts = ("MEGDET.OPTIMIZER", "agvm")
+    one, eight = search(question(opts=opts, gpus=1)), search(question(opts=opts))
+    assert min(s.micro_batches for s in one.settings) == 2
+    assert any("1 micro-batch on 1 GPU: MEGDET.OPTIMIZER 'agvm'" in reason for reason in one.out)
+    assert {s.memory.gradients for s in one.settings} == {2 * 4 * 41_000_000}
+    assert min(s.micro_batches for s in eight.settings) == 1
+    assert {s.memory.gradients for s in eight.settings} == {0, 4 * 41_000_000}
+
+
 def test_groups_stay_on_a_machine():
     found = search(question(machines=4, gpus=4, batch=16))
     assert {s.bn_size for s in found.settings} == {4}
