@@ -5,7 +5,7 @@ an image gives the backbone one gradient, and the heads those of hundreds of anc
 AGVM scales the learning rate of each module i until its variance is that of the backbone, i = 1.
 
 g_A and g_B are the gradients of two halves of the mini-batch, before clipping. With cos for the
-cosine of the angle between them, and η for the learning rate of the schedule (§3):
+cosine of the angle between them, and η for the learning rate of the schedule:
 
     Φ_i = 1 - cos(g_A,i , g_B,i)                 relative variance of module i
     r_i = √ clip((Φ_1 + ε) / (Φ_i + ε), ½, 10)   ratio to the backbone, with ε = 1e-6
@@ -19,9 +19,9 @@ the number of images of a half has to be known.
 The ratios are measured every ``INTERVAL`` updates, from ``AFTER_WARMUP`` updates after the warm-up
 on; before, μ_i is 1. Between two measurements μ_i stays. The backbone's is always 1.
 
-The bounds ½ and 10, ε and the place of the moving average are those of the authors' public code;
-the equations of the paper leave them open. Written from the paper and for SGD only. The authors
-also describe AdamW.
+The equations, the bounds ½ and 10, ε and the place of the moving average follow the authors' public
+code, of which this is a new implementation; they were not compared with the paper's line by line.
+For SGD only. The authors also describe AdamW.
 """
 
 import math
