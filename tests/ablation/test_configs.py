@@ -275,6 +275,7 @@ LISTS = {
     "headline_rules": (8, 191_488, 1_496),
     "headline_switches": (10, 191_488, 1_496),
     "loader_backend": (2, 12_848, 1_606),
+    "optimizers_grid": (20, 95_744, 374),
 }
 
 
@@ -297,7 +298,7 @@ def test_the_rows_of_a_list_train_on_equal_images_and_differ(path, monkeypatch):
         assert row.cfg.SOLVER.MAX_ITER % row.cfg.TEST.EVAL_PERIOD == 0, row.name
         if match := re.match(r"b(\d+)_", row.name):
             assert row.batch_size == int(match[1]), row.name
-        if match := re.match(r"lr_(.+)", row.name):
+        if match := re.match(r"(?:lr|\w+_lr)_(\d.*)", row.name):
             assert row.cfg.SOLVER.BASE_LR == pytest.approx(float(match[1])), row.name
         if match := re.match(r"warmup_(.+)", row.name):
             assert row.cfg.SOLVER.WARMUP_ITERS == int(match[1]), row.name
