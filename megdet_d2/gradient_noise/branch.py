@@ -13,6 +13,7 @@ from torch import nn
 
 from megdet_d2.engine import Trainer
 from megdet_d2.norm.running_statistics import load_normalizers
+from megdet_d2.schedule.phases import Phases
 from megdet_d2.schedule.scaling import scale_lr
 
 from .critical_batch import Branch
@@ -58,7 +59,10 @@ class Start:
                 "it; give a checkpoint that megdet train has written, such as model_0000999.pth"
             )
         layout = progress["layout"]
-        trained = layout["processes"] * layout["accumulation_steps"] * layout["images_per_gpu"]
+        own = layout["processes"] * layout["accumulation_steps"] * layout["images_per_gpu"]
+        # Older checkpoints have no phases, and one mini-batch.
+        starts, batch_sizes = zip(*progress.get("phases", [(0, own)]), strict=True)
+        trained = Phases(starts, batch_sizes).batch_size(trainer["iteration"] + 1)
         if trained != batch_size:
             raise ValueError(
                 f"--checkpoints: {path} is of a training with mini-batches of {trained}, and "

@@ -175,7 +175,7 @@ def make_constant(cfg: CfgNode, micro_batch: int) -> None:
     solver, keys = cfg.SOLVER, cfg.MEGDET
     keys.ACCUMULATION_STEPS = solver.IMS_PER_BATCH // micro_batch
     cfg.MODEL.CGBN.BN_SIZE = -1  # all images of the one process, which are the micro-batch
-    keys.POLICY, keys.ON_DIVERGENCE = "", "stop"
+    keys.POLICY, keys.ON_DIVERGENCE, keys.BATCH_WARMUP = "", "stop", ()
     solver.LR_SCHEDULER_NAME, solver.STEPS, solver.WARMUP_ITERS = "WarmupMultiStepLR", (), 0
     solver.RESCALE_INTERVAL, solver.REFERENCE_WORLD_SIZE = False, 0
     keys.AUTO_MICRO_BATCH, keys.AUTO_SUBLINEAR, keys.MEMORY_LIMIT_MB = False, False, 0

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     bn_size = args.images_per_forward or bn_size
     # These keys fit the training's mini-batch and processes. Here N is the mini-batch, and there is
     # one process.
-    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY = -1, ""
+    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY, cfg.MEGDET.BATCH_WARMUP = -1, "", ()
     prepare_config(cfg, opts=args.opts)
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
