@@ -21,6 +21,7 @@ KEYS = (
     "MEGDET.DECAY_EPOCHS", (3,), "MEGDET.WARMUP_EPOCHS", 0.0, "MEGDET.REFERENCE_BATCH_SIZE", 8,
     "INPUT.MIN_SIZE_TRAIN", (32,), "INPUT.CROP.ENABLED", False,
 )  # fmt: skip
+FIXED = (*KEYS, "MEGDET.BATCH_WARMUP", ())
 SIZES = [2] * 4 + [4] * 2 + [8] * 2
 
 
@@ -39,7 +40,7 @@ def test_updates_grow_and_see_the_images_of_the_fixed_schedule(whole, coco, tmp_
     output, result = whole
     assert result["images_seen"] == sum(SIZES) == 32
     assert [len(batch) for batch in result["images"]] == [2] * 16  # micro-batches, and the BN size
-    fixed = training.train(0, str(tmp_path), coco, (*KEYS, "MEGDET.BATCH_WARMUP", ()))
+    fixed = training.train(0, str(tmp_path), coco, FIXED)
     assert fixed["images"] == result["images"] and len(fixed["lr"]) == 4
     rates = [result["lr"][i] for i in range(8)]
     assert rates == pytest.approx([0.005] * 4 + [0.01] * 2 + [0.02, 0.002])
@@ -90,14 +91,27 @@ def test_running_statistics_follow_the_micro_batches(coco, tmp_path):
     assert dict(steps) == dict(enumerate(size // 2 for size in SIZES))
 
 
-def test_a_run_may_leave_or_begin_the_warm_up(whole, coco, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("before", "after", "name", "start", "images"),
+    [
+        (KEYS, FIXED, "model_0000003.pth", 1, 8),  # from a phase with smaller mini-batches
+        (KEYS, FIXED, "model_0000006.pth", 3, 24),  # from the last phase
+        (FIXED, KEYS, "model_0000000.pth", 4, 8),
+    ],
+)
+def test_a_run_may_leave_or_begin_the_warm_up(
+    coco, tmp_path, caplog, before, after, name, start, images
+):
     """The data go on at the same image, and the schedule at the same images."""
-    output = str(tmp_path / "left")
-    training.copy_checkpoint(whole[0], output, "model_0000003.pth")
-    left = training.train(0, output, coco, (*KEYS, "MEGDET.BATCH_WARMUP", ()), resume=True)
-    assert left["start"] == 1 and left["images_seen"] == 32
-    assert left["images"] == whole[1]["images"][4:]
-    assert "SOLVER.IMS_PER_BATCH" in caplog.text
+    first = training.train(0, str(tmp_path / "first"), coco, before)
+    output = str(tmp_path / "second")
+    training.copy_checkpoint(tmp_path / "first", output, name)
+    caplog.clear()
+    second = training.train(0, output, coco, after, resume=True)
+    assert second["start"] == start and second["images_seen"] == 32
+    assert second["images"] == first["images"][images // 2 :]
+    assert "iterations done" in caplog.text and "ahead of the data" not in caplog.text
+    assert second["lr"][max(second["lr"])] == pytest.approx(0.002)
 
 
 def test_a_report_counts_iterations_of_the_last_mini_batch(whole, coco):
