@@ -97,7 +97,7 @@ class Start:
         load_normalizers(trainer.model, self._normalizers)
         for group in trainer.optimizer.param_groups:
             group["initial_lr"] = group["lr"] = lr_factor * group["lr"]
-        trainer.scheduler.base_lrs = [group["lr"] for group in trainer.optimizer.param_groups]
+        trainer.scheduler = trainer.build_lr_scheduler(trainer.cfg, trainer.optimizer)
 
 
 class RecordLoss(HookBase):

@@ -1,13 +1,15 @@
 """Runs ``megdet variance --branch``: measures the critical batch, beside the noise scale."""
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -77,19 +79,47 @@ def run(args: argparse.Namespace) -> None:
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(paths[0]), str(output)
     prepare_config(cfg)
     output.mkdir(parents=True, exist_ok=True)
-    fixed_loss = FixedLoss(cfg, args.loss_images, micro_batch)
     runs = 1 + (len(args.factors) - 1) * len(args.rules)
     total = len(starts) * len(args.seeds) * runs * args.images
-    with tqdm(total=total, unit=" images", dynamic_ncols=True) as bar:
-        measured = [
-            measure_checkpoint(cfg, args, start, fixed_loss, micro_batch, output, bar)
-            for start in starts
-        ]
+    with logged_to(output / "log.txt"):
+        fixed_loss = FixedLoss(cfg, args.loss_images, micro_batch)
+        with tqdm(total=total, unit=" images", dynamic_ncols=True) as bar:
+            measured = [
+                measure_checkpoint(cfg, args, start, fixed_loss, micro_batch, output, bar)
+                for start in starts
+            ]
     write_results(measured, args.tolerance, output)
     text = describe(measured, args, fixed_loss.source)
     (output / "branches.md").write_text(text)
     print(text)
-    print(f"Table, branches and results: {output}/branches.md, .csv, .json")
+    print(f"Table, branches and results: {output}/branches.md, .csv, .json; log: {output}/log.txt")
+
+
+@contextlib.contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """Writes what trainings log to a file inside of a ``with``, and only warnings to the terminal.
+
+    A training logs its whole model, and here are many trainings. Detectron2's trainer sets up a
+    log on the terminal unless its logger has one.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "megdet_d2")]
+    before = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.INFO)
+        log.addHandler(terminal)
+        log.addHandler(file)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, before, strict=True):
+            log.setLevel(level)
+            log.removeHandler(terminal)
+            log.removeHandler(file)
+        file.close()
 
 
 def find_micro_batch(cfg: CfgNode, images_per_forward: int | None) -> int:

@@ -156,13 +156,19 @@ def to_branch_table(compared: Sequence[Comparison], tolerance: float) -> str:
             "learning rate": f"{c.lr:.4g}",
             "seeds": c.seeds,
             "loss": "diverged" if math.isinf(c.loss) else f"{c.loss:.4f}",
-            "against k = 1": "" if math.isinf(c.difference) else f"{100 * c.difference:+.2f} %",
-            "95 %": "" if math.isnan(c.low) else f"{100 * c.low:+.2f} to {100 * c.high:+.2f} %",
+            "against k = 1": _percent(c, c.difference),
+            "95 %": _percent(c, c.low, c.high),
             f"worse by over {100 * tolerance:g} %": _verdict(c, tolerance),
         }
         for c in compared
     ]
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def _percent(comparison: Comparison, *values: float) -> str:
+    if comparison.factor == 1 or not all(map(math.isfinite, values)):
+        return ""
+    return " to ".join(f"{100 * value:+.2f}" for value in values) + " %"
 
 
 def _verdict(comparison: Comparison, tolerance: float) -> str:

@@ -240,6 +240,7 @@ def test_the_command_measures_and_does_not_repeat(run, tmp_path, monkeypatch, ca
     assert files(run[1]) == before and not list(tmp_path.rglob("*.pth"))
     assert trained == ["k1_seed1", "k2_linear_seed1", "k2_sqrt_seed1"]
     out = capsys.readouterr().out
+    assert "Conv2d(" not in out and "Conv2d(" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "branches.md").read_text().strip() in out
     for part in (
         "noise scale",
