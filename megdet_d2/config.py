@@ -141,6 +141,10 @@ def add_megdet_config(cfg: CN) -> None:
     # process takes IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts
     # those.
     cfg.MEGDET.ACCUMULATION_STEPS = 1
+    # Pairs (epoch, mini-batch): the mini-batch grows with the epochs by more micro-batches, from
+    # epoch 0 to SOLVER.IMS_PER_BATCH in the last pair, such as ((0, 64), (1, 128), (2, 256)). Each
+    # has the learning rate of its mini-batch. BN size and images stay. See docs/training.md.
+    cfg.MEGDET.BATCH_WARMUP = ()
 
     # Chooses ACCUMULATION_STEPS at the start: the largest micro-batch that fits into the memory and
     # holds BN_SIZE. An update that runs out of memory later is repeated with half of it, at most
@@ -229,6 +233,8 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.RESOLVED.STEPS = ()
     cfg.MEGDET.RESOLVED.WARMUP_ITERS = 0
     cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
+    # The (first iteration, mini-batch) of each phase of BATCH_WARMUP.
+    cfg.MEGDET.RESOLVED.PHASES = ()
 
     # --- Loading. See docs/performance.md ---------------------------------------------------------
     # Library that decodes and resizes images: "pil" as Detectron2, or the faster "torchvision". Its

@@ -49,6 +49,7 @@ PLAIN = [
     "norm/batch_norm.py",
     "norm/convert.py",
     *(f"norm/kernels/{path.name}" for path in (PACKAGE / "norm/kernels").glob("*.py")),
+    "schedule/phases.py",
     "schedule/scaling.py",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))

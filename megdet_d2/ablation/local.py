@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megdet_d2.engine.signals import REQUEUE
+from megdet_d2.schedule.build import phases_from_config
 
 from .job import Job
 from .results import FAILURE, find_error, read_result
@@ -134,7 +135,8 @@ class Training:
     def images_done(self) -> int:
         """Returns the number of images that the training has seen."""
         row = self.job.row
-        return min(iterations_done(self.job.folder) * row.batch_size, row.images)
+        done = phases_from_config(row.cfg).images(iterations_done(self.job.folder))
+        return min(done, row.images)
 
     def poll(self) -> bool:
         """Returns True if the training has ended; writes failure.json if it has failed."""

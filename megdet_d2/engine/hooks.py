@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,11 @@ class BatchScalars(HookBase):
     mini-batch that is not finite; the hook counts and logs these.
 
     Args:
-        effective_batch_size: images of one update, over all processes.
+        effective_batch_size: returns the images of an iteration's update, over all processes.
         images_per_gpu: images of one micro-batch in one process.
     """
 
-    def __init__(self, effective_batch_size: int, images_per_gpu: int):
+    def __init__(self, effective_batch_size: Callable[[int], int], images_per_gpu: int):
         self._effective_batch_size = effective_batch_size
         self._images_per_gpu = images_per_gpu
         self._seconds = 0.0
@@ -112,7 +112,7 @@ class BatchScalars(HookBase):
             )
         self.trainer.storage.put_scalars(
             images_seen=self.trainer.images_seen,
-            effective_batch_size=self._effective_batch_size,
+            effective_batch_size=self._effective_batch_size(self.trainer.iter),
             bn_size=self._bn_size,
             training_time=self._seconds,
             smoothing_hint=False,

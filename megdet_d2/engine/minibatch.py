@@ -53,6 +53,10 @@ class MiniBatchCheck:
         self._is_first = True
         self._warned = False
 
+    def expect(self, layout: "Layout") -> None:
+        """Sets the layout of the updates from now on."""
+        self._layout = layout
+
     def begin(self, trainer: SimpleTrainer) -> None:
         """Starts an update; from now on all batches of the trainer's loader are counted."""
         self._taken = 0

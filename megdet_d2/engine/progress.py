@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from megdet_d2._moved import renamed
 from megdet_d2.data.stream import find_stream, seed_cpu, step_seed
-from megdet_d2.schedule.build import images_per_micro_batch
+from megdet_d2.schedule.build import images_per_micro_batch, phases_from_config
 from megdet_d2.schedule.scaling import NEAR_ZERO
 
 from .metrics import recent_scalars, restore_scalars
@@ -29,6 +29,11 @@ class Layout:
     processes: int
     accumulation_steps: int
     images_per_gpu: int
+
+    def at(self, batch_size: int) -> "Layout":
+        """Returns the layout of another mini-batch, with the same micro-batches."""
+        steps = batch_size // (self.processes * self.images_per_gpu)
+        return Layout(self.processes, steps, self.images_per_gpu)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "Layout":
@@ -57,7 +62,7 @@ class TrainingProgress:
         trainer: a trainer with its loader, optimizer and scheduler. Only a weak reference is kept.
 
     Attributes:
-        layout: processes, micro-batches and images that make up a mini-batch.
+        phases: the mini-batch of each iteration.
         images_seen: images that all updates so far have taken.
         backoff: changes of the schedule that roll-backs after a divergence have made.
         warmup_iters: iterations of the warm-up, which a roll-back may have lengthened.
@@ -69,11 +74,19 @@ class TrainingProgress:
         self._trainer: Any = weakref.proxy(trainer)
         self._configured_lrs = _base_lrs(trainer)
         self._scalars: dict[str, Any] = {}  # from a checkpoint, until there is a storage
-        self.layout = Layout.from_config(trainer.cfg)
+        self._layout = Layout.from_config(trainer.cfg)
+        self.phases = phases_from_config(trainer.cfg)
         self.images_seen = 0
         self.warmup_iters = trainer.cfg.SOLVER.WARMUP_ITERS
         self.backoff = ScheduleBackoff()
         self.loaded_iteration: int | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The processes, micro-batches and images that make up the mini-batch of this iteration."""
+        if len(self.phases.starts) == 1:
+            return self._layout
+        return self._layout.at(self.phases.batch_size(self._trainer.iter))
 
     def clear_loaded(self) -> None:
         """Sets ``loaded_iteration`` to None, so that the next load can be noticed."""
@@ -105,6 +118,7 @@ class TrainingProgress:
         return {
             "images_seen": self.images_seen,
             "layout": vars(self.layout),
+            "phases": self.phases.pairs,
             "stream": stream.place(self.images_seen) if stream else None,
             "scalars": recent_scalars(storage, self._trainer.iter) if storage else {},
             "backoff": vars(self.backoff),
@@ -123,7 +137,7 @@ class TrainingProgress:
         trainer = self._trainer
         self.loaded_iteration, done = trainer.iter, trainer.iter + 1
         if not state:
-            self.images_seen = done * self.layout.batch_size
+            self.images_seen = self.phases.images(done)
             logger.warning(
                 f"The checkpoint is not from megdet_d2.Trainer: taking its {done} iterations for "
                 f"{self.images_seen} images, at this config's mini-batch; the images are shuffled "
@@ -133,7 +147,9 @@ class TrainingProgress:
         else:
             self.images_seen = state["images_seen"]
         before = Layout(**state["layout"])
-        same_batch = before.batch_size == self.layout.batch_size
+        # Older checkpoints have no phases, and one mini-batch.
+        phases = state.get("phases", [[0, before.batch_size]])
+        same_batch = phases == self.phases.pairs
         self._seek(state["stream"])
         if same_batch:
             self._scalars = state["scalars"]
@@ -144,7 +160,7 @@ class TrainingProgress:
         base_lrs = self._apply_backoff()
         if trainer.cfg.MEGDET.POLICY or self.backoff.rollbacks:
             if not same_batch:
-                done = updates_done(self.images_seen, self.layout.batch_size)
+                done = self.phases.updates(self.images_seen)
             self._set_schedule(base_lrs, done)
         elif not same_batch or lrs_before != base_lrs:
             logger.warning(
@@ -159,6 +175,7 @@ class TrainingProgress:
             self.images_seen,
             (self.loaded_iteration + 1, done),
             (lrs_before[0], _base_lrs(trainer)[0]),
+            self.phases.images(done),
         )
         if changes:
             logger.info("What --resume changes:\n%s", changes)
@@ -216,6 +233,7 @@ def describe_resume(
     images_seen: int,
     iterations: tuple[int, int],
     lrs: tuple[float, float],
+    scheduled: int | None = None,
 ) -> str:
     """Returns a table of the changes of a resume for the log; "" if nothing changes.
 
@@ -224,6 +242,7 @@ def describe_resume(
         images_seen: images in the checkpoint.
         iterations: completed iterations, in mini-batches of each layout.
         lrs: base learning rates of each.
+        scheduled: images of the completed iterations; by default those of ``after`` alone.
     """
     keys = {
         "processes": (before.processes, after.processes),
@@ -237,7 +256,9 @@ def describe_resume(
     if not rows:
         return ""
     table = tabulate(rows, headers=("key", "before", "after"), tablefmt="pipe")
-    ahead = iterations[1] * after.batch_size - images_seen
+    if scheduled is None:
+        scheduled = iterations[1] * after.batch_size
+    ahead = scheduled - images_seen
     if before.batch_size != after.batch_size and ahead > 0:
         table += (
             f"\n{images_seen} images are not a whole number of mini-batches of {after.batch_size}: "

@@ -20,6 +20,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from megdet_d2.schedule.phases import Phases
+
 from .hooks import StepObserver, is_due
 
 # epoch: {mini-batch: the paper's ratio in percent}
@@ -79,7 +81,7 @@ class SampleRecorder(StepObserver):
 
     Args:
         output_dir: folder in which the main process writes samples.csv.
-        batch_size: images per iteration, over all processes.
+        phases: the images of each iteration, over all processes.
         images_per_epoch: None for a config without epochs, for which no file is written.
         checkpoint_period: iterations between two checkpoints; 0 for none.
         period: iterations between two scalars; Detectron2's writers use 20.
@@ -88,13 +90,13 @@ class SampleRecorder(StepObserver):
     def __init__(
         self,
         output_dir: str,
-        batch_size: int,
+        phases: Phases,
         images_per_epoch: float | None = None,
         checkpoint_period: int = 0,
         period: int = 20,
     ):
         self._path = os.path.join(output_dir, FILE)
-        self._batch_size = batch_size
+        self._phases = phases
         self._images_per_epoch = images_per_epoch
         self._period = period
         self._checkpoint_period = checkpoint_period
@@ -139,7 +141,7 @@ class SampleRecorder(StepObserver):
         self._pending = dict(self._before)
 
     def _begin_update(self) -> None:
-        images = math.ceil(self._batch_size / comm.get_world_size())
+        images = math.ceil(self._phases.batch_size(self.trainer.iter) / comm.get_world_size())
         self._left = {stage: images for stage in STAGES}
 
     def _wrap(
@@ -179,7 +181,7 @@ class SampleRecorder(StepObserver):
         if self._images_per_epoch is None:
             return 0
         # Rounded, since images_per_epoch may be a quotient: 10.999999999 epochs are 11.
-        return int(round(done * self._batch_size / self._images_per_epoch, 9))
+        return int(round(self._phases.images(done) / self._images_per_epoch, 9))
 
     def reduce(self) -> None:
         """Adds up the counts of all processes since the last call. Every process has to call it."""

@@ -18,7 +18,7 @@ from torch import nn
 from megdet_d2._moved import renamed
 from megdet_d2.data.coco import forget_parsed, refuse_unreadable
 from megdet_d2.memory import checkpoint_stages
-from megdet_d2.norm.batch_norm import bare_model
+from megdet_d2.norm.batch_norm import bare_model, set_accumulation_steps
 from megdet_d2.norm.configure import configure_cgbn, describe_norms
 from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
@@ -225,6 +225,7 @@ class Trainer(Builders):
 
         All random numbers of an update follow from the seed, the images and the process.
         """
+        self._follow_phases()
         super().before_step()
         self._mini_batch.begin(self._trainer)
         self._guard_check.begin()
@@ -305,6 +306,27 @@ class Trainer(Builders):
             )
         self._trainer.register_hooks([StopOutOfStep(), self._guard])
         self._prepared = self._trainer
+
+    def _follow_phases(self) -> None:
+        """Gives this update the micro-batches of its phase of ``MEGDET.BATCH_WARMUP``."""
+        layout, inner = self.layout, self._trainer
+        if len(self.progress.phases.starts) == 1 or getattr(inner, "steps", 0) == (
+            layout.accumulation_steps
+        ):
+            return
+        if not isinstance(inner, AccumulationTrainer):
+            raise ValueError(
+                f"MEGDET.BATCH_WARMUP is {self.cfg.MEGDET.BATCH_WARMUP}, but "
+                f"{type(inner).__name__} makes the updates itself; keep self._trainer as it is, or "
+                "set MEGDET.BATCH_WARMUP ()"
+            )
+        inner.steps = layout.accumulation_steps
+        set_accumulation_steps(self.model, inner.steps)  # the momentum of running statistics
+        self._mini_batch.expect(layout)
+        logger.info(
+            f"MEGDET.BATCH_WARMUP: from iteration {self.iter} an update has {layout.batch_size} "
+            f"images in {inner.steps} micro-batches"
+        )
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -406,12 +428,11 @@ class Trainer(Builders):
         The trainer inserts them before the first hook of ``build_hooks`` that saves, evaluates or
         writes. So they stay where ``build_hooks`` is overridden without a call of its parent.
         """
-        cfg, layout = self.cfg, self.layout
+        cfg, phases = self.cfg, self.progress.phases
         checkpoint_period = cfg.SOLVER.CHECKPOINT_PERIOD
-        recorder = SampleRecorder(
-            cfg.OUTPUT_DIR, layout.batch_size, images_per_epoch(cfg), checkpoint_period
-        )
-        built: list[HookBase] = [BatchScalars(layout.batch_size, layout.images_per_gpu), recorder]
+        recorder = SampleRecorder(cfg.OUTPUT_DIR, phases, images_per_epoch(cfg), checkpoint_period)
+        scalars = BatchScalars(phases.batch_size, self.layout.images_per_gpu)
+        built: list[HookBase] = [scalars, recorder]
         if cfg.MEGDET.SKIP_BAD_IMAGES:
             built.insert(0, CountSkippedImages(self.model, self._exchange))
         collect = [recorder.reduce]

@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: the config or a flag is wrong, or the gradient of the whole
             model does not vary.
     """
-    _check_flags(args)
+    check_flags(args)
     cfg = load_config(args.config, args.opts)
     bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
     bn_size = args.images_per_forward or bn_size
     # These keys fit the training's mini-batch and processes. Here N is the mini-batch, and there is
     # one process.
-    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY = -1, ""
+    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY, cfg.MEGDET.BATCH_WARMUP = -1, "", ()
     prepare_config(cfg, opts=args.opts)
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")
 
 
-def _check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
+    """Checks the flags of a measurement of the noise scale.
+
+    Raises:
+        ValueError: one is wrong. The message names it and its value.
+    """
     if args.pairs < 2 or len(set(args.sizes)) < 2 or min(args.sizes) < 1:
         raise ValueError(
             f"--pairs is {args.pairs} and --sizes {args.sizes}: an interval needs 2 pairs, a slope "

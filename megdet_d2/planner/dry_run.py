@@ -31,6 +31,7 @@ from megdet_d2.norm.configure import set_bn_size
 from megdet_d2.norm.groups import SelfGroup
 
 from .fake_cluster import fake_rank
+from .resolved import refuse_batch_warmup
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def dry_run(cfg: CfgNode, machines: int, gpus: int) -> DryRun:
     for flag, value in (("machines", machines), ("gpus", gpus)):
         if value < 1:
             raise ValueError(f"--{flag} is {value}; give 1 or more")
+    refuse_batch_warmup(cfg)
     cfg, not_checked = _without_gpu(cfg)
     with fake_rank(0, machines, gpus):
         cfg, layout, first_lr, uses_cgbn, stream = _start(cfg)

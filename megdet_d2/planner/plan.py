@@ -22,7 +22,7 @@ from .hardware import Hardware
 from .memory import Memory, MemoryModel
 from .plan_tables import to_text
 from .question import Question
-from .resolved import launch_line
+from .resolved import launch_line, refuse_batch_warmup
 from .search import Found, Search, Setting
 from .topology import network
 from .training_images import count_images
@@ -180,6 +180,7 @@ class Plan:
 
 def check(cfg: CfgNode) -> None:
     """Checks the config's values as a training does, apart from what its machines must have."""
+    refuse_batch_warmup(cfg)
     cfg = cfg.clone()
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = "", ".", "cpu"
     cfg.SOLVER.AMP.ENABLED, cfg.MODEL.COMPILE, cfg.MEGDET.TRACKERS = False, False, ()

@@ -78,6 +78,19 @@ def resolve(question: Question, batch: int) -> Resolved:
     )
 
 
+def refuse_batch_warmup(cfg: CfgNode) -> None:
+    """Refuses a mini-batch that grows: a plan and a dry run have one.
+
+    Raises:
+        ValueError: MEGDET.BATCH_WARMUP is set.
+    """
+    if cfg.MEGDET.BATCH_WARMUP:
+        raise ValueError(
+            f"MEGDET.BATCH_WARMUP is {cfg.MEGDET.BATCH_WARMUP}, and megdet plan takes one "
+            "mini-batch for the whole training; add MEGDET.BATCH_WARMUP () to plan the last one"
+        )
+
+
 def to_words(cfg: CfgNode, values: dict[str, Any]) -> tuple[str, ...]:
     """Returns KEY VALUE ... of the mini-batch, and of those values that ``cfg`` does not have."""
     return tuple(

@@ -15,7 +15,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from megdet_d2.config import load_config
-from megdet_d2.schedule.build import images_per_epoch
+from megdet_d2.schedule.build import images_per_epoch, phases_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Run:
     """The config and the metrics of one training.
 
     Iterations are the number of iterations done, from 1. If the training was resumed with another
-    mini-batch, they are iterations of the last mini-batch.
+    mini-batch, or has a batch warm-up, they are iterations of the last mini-batch.
 
     Attributes:
         path: OUTPUT_DIR.
@@ -155,6 +155,12 @@ class Run:
             return int(-(-row["images_seen"] // self.cfg.SOLVER.IMS_PER_BATCH))
         return row["iteration"] + 1
 
+    @property
+    def _length(self) -> int:
+        # A batch warm-up has more iterations. They count as those of the last mini-batch.
+        images = phases_from_config(self.cfg).images(self.cfg.SOLVER.MAX_ITER)
+        return images // self.cfg.SOLVER.IMS_PER_BATCH
+
     def evaluations(
         self, metric: str = "AP", augmented: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +175,7 @@ class Run:
         names = (f"bbox{tta}", *(f"{name}{tta}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
         pairs = [
             # The last evaluation is written one iteration after the last training iteration.
-            (min(self._done(row), self.cfg.SOLVER.MAX_ITER), row[f"{name}/{metric}"])
+            (min(self._done(row), self._length), row[f"{name}/{metric}"])
             for row in self.eval_rows
             for name in names
             if f"{name}/{metric}" in row
@@ -183,7 +189,7 @@ class Run:
         If the config has ``TEST.AUG.ENABLED``, it is the value with test-time augmentation.
         """
         iterations, values = self.evaluations(metric, self.cfg.TEST.AUG.ENABLED)
-        done = len(iterations) and iterations[-1] >= self.cfg.SOLVER.MAX_ITER
+        done = len(iterations) and iterations[-1] >= self._length
         return float(values[-1]) if done else None
 
     def epochs(self, iterations: np.ndarray) -> np.ndarray:

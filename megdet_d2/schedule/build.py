@@ -7,11 +7,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 from detectron2.utils import comm
-from fvcore.common.param_scheduler import MultiStepParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler, ParamScheduler
 from tabulate import tabulate
 
 from megdet_d2.data.records import load_training_records
 
+from .phases import Phases, lr_factor, make_phases, stretch
 from .scaling import POLICIES, EpochPolicy, Schedule, make_schedule
 
 # SOLVER keys that a policy decides, and what to set instead.
@@ -55,9 +56,11 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
     world_size = comm.get_world_size() if world_size is None else world_size
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     policy = policy_from_config(cfg) if cfg.MEGDET.POLICY else None
+    _refuse_with_batch_warmup(cfg)
+    cfg.MEGDET.RESOLVED.PHASES = ()
     if policy is None and cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return ""  # Detectron2 scales the batch to the workers later
-    images_per_micro_batch(cfg, world_size)  # for its errors
+    images_per_gpu = images_per_micro_batch(cfg, world_size)  # also for its errors
     if policy is None:
         return ""
     refuse_solver_overrides(cfg)
@@ -74,7 +77,19 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
         warmup_epochs=cfg.MEGDET.WARMUP_EPOCHS,
         warmup_start=cfg.MEGDET.WARMUP_START,
     )
+    keys, phases = cfg.MEGDET, Phases((0,), (batch_size,))
+    if warmup := cfg.MEGDET.BATCH_WARMUP:
+        phases = make_phases(warmup, batch_size, epoch_images, images_per_gpu * world_size)
+        schedule = stretch(
+            schedule, phases, keys.REFERENCE_LR, keys.SCALING_RULE, keys.WARMUP_START
+        )
+        cfg.MEGDET.RESOLVED.PHASES = phases.pairs
     why = _reasons(cfg, policy, schedule, epoch_images)
+    if warmup:
+        for key in ("MAX_ITER", "STEPS", "WARMUP_ITERS"):
+            why[key] += ", in iterations of the phases below"
+        start_lr = schedule.warmup_factor * lr_factor(phases, 0, keys.SCALING_RULE)
+        why["WARMUP_FACTOR"] = f"from LR {start_lr * schedule.base_lr:g} ({keys.WARMUP_START})"
     rows = []
     for key in _RESOLVED:
         before, after = cfg.SOLVER[key], getattr(schedule, key.lower())
@@ -83,6 +98,9 @@ def scale_config(cfg: CfgNode, num_images: int | None = None, world_size: int | 
         # would change both.
         cfg.MEGDET.RESOLVED[key] = tuple(list(after)) if isinstance(after, tuple) else after
         rows.append((f"SOLVER.{key}", before, after, why[key]))
+    if warmup:
+        why_phases = "MEGDET.BATCH_WARMUP, as (first iteration, mini-batch)"
+        rows.append(("MEGDET.RESOLVED.PHASES", (), phases.pairs, why_phases))
     return tabulate(rows, headers=("key", "before", "after", "why"), tablefmt="pipe")
 
 
@@ -92,7 +110,42 @@ def images_per_epoch(cfg: CfgNode) -> float | None:
         return cfg.MEGDET.EPOCH_IMAGES
     if not cfg.MEGDET.POLICY:
         return None
-    return cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / policy_from_config(cfg).epochs
+    return phases_from_config(cfg).images(cfg.SOLVER.MAX_ITER) / policy_from_config(cfg).epochs
+
+
+def phases_from_config(cfg: CfgNode) -> Phases:
+    """Returns the mini-batch of each iteration of a resolved config."""
+    if not cfg.MEGDET.RESOLVED.PHASES:
+        return Phases((0,), (cfg.SOLVER.IMS_PER_BATCH,))
+    starts, batch_sizes = zip(*cfg.MEGDET.RESOLVED.PHASES, strict=True)
+    return Phases(starts, batch_sizes)
+
+
+def _refuse_with_batch_warmup(cfg: CfgNode) -> None:
+    """Raises ``ValueError`` for keys that cannot work while the mini-batch grows."""
+    keys = cfg.MEGDET
+    if not keys.BATCH_WARMUP:
+        return
+    for key, works, why in (
+        ("POLICY", bool(keys.POLICY), 'it counts epochs; use "normal", "long" or "custom"'),
+        ("AUTO_MICRO_BATCH", not keys.AUTO_MICRO_BATCH, "use MEGDET.ACCUMULATION_STEPS"),
+        ("EMA_DECAY", not keys.EMA_DECAY, "its decay is for one mini-batch; use 0.0"),
+        (
+            "ON_DIVERGENCE",
+            keys.ON_DIVERGENCE == "stop",
+            'a roll-back counts iterations; use "stop"',
+        ),
+    ):
+        if not works:
+            raise ValueError(
+                f"MEGDET.BATCH_WARMUP is {keys.BATCH_WARMUP}, which does not work with "
+                f"MEGDET.{key} {keys[key]!r}: {why}, or set MEGDET.BATCH_WARMUP ()"
+            )
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in keys.BATCH_WARMUP):
+        raise ValueError(
+            f"MEGDET.BATCH_WARMUP is {keys.BATCH_WARMUP}; give pairs (epoch, mini-batch), such as "
+            "((0, 64), (1, 128), (2, 256))"
+        )
 
 
 def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
@@ -140,10 +193,27 @@ def build_lr_scheduler(
         milestones=list(solver.STEPS),
         num_updates=solver.MAX_ITER,
     )
-    multiplier = WarmupParamScheduler(
+    multiplier: ParamScheduler = WarmupParamScheduler(
         decay, solver.WARMUP_FACTOR, solver.WARMUP_ITERS / solver.MAX_ITER, "linear"
     )
+    if cfg.MEGDET.RESOLVED.PHASES:
+        phases, rule = phases_from_config(cfg), cfg.MEGDET.SCALING_RULE
+        multiplier = _BatchWarmup(multiplier, phases, rule, solver.MAX_ITER)
     return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
+
+
+class _BatchWarmup(ParamScheduler):
+    """The multiples of a scheduler, times that of each phase's mini-batch."""
+
+    def __init__(self, scheduler: ParamScheduler, phases: Phases, rule: str, max_iter: int):
+        self._scheduler = scheduler
+        self._phases = phases
+        self._rule = rule
+        self._max_iter = max_iter
+
+    def __call__(self, where: float) -> float:
+        iteration = round(where * self._max_iter)  # LRMultiplier divides by it
+        return self._scheduler(where) * lr_factor(self._phases, iteration, self._rule)
 
 
 def policy_from_config(cfg: CfgNode) -> EpochPolicy:

@@ -18,6 +18,7 @@ from megdet_d2.engine.sample_ratio import (
     ratios,
     read_samples,
 )
+from megdet_d2.schedule.phases import Phases
 from tests.helpers import training
 from tests.helpers.models import tiny_config
 
@@ -101,7 +102,7 @@ def train(rank, output, iterations, images_per_epoch, period, state=None, start=
     batches = [make_batch(rank + 1, generator) for _ in range(iterations)][start:]
     trainer = ObservingTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1e-4))
     images = sum(len(batch) for batch in batches[:1])
-    recorder = SampleRecorder(output, 3, images_per_epoch, saves, period)
+    recorder = SampleRecorder(output, Phases((0,), (3,)), images_per_epoch, saves, period)
     if state:
         recorder.load_state_dict(state)
     spy = Spy(images)
