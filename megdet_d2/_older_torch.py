@@ -1,4 +1,4 @@
-"""Names that torch 2.4 has in other places."""
+"""Has the names that torch 2.4 keeps in other places."""
 
 import contextlib
 import enum
@@ -19,7 +19,7 @@ if TYPE_CHECKING or hasattr(checkpoint, "CheckpointPolicy"):
 else:
 
     class CheckpointPolicy(enum.Enum):
-        """What happens to the output of an operator."""
+        """The policy for the output of an operator."""
 
         MUST_SAVE = 0
         PREFER_RECOMPUTE = 1

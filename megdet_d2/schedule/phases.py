@@ -30,7 +30,7 @@ class Phases:
 
     @property
     def pairs(self) -> list[list[int]]:
-        """The pairs (first iteration, mini-batch), as plain lists."""
+        """Returns the pairs (first iteration, mini-batch), as plain lists."""
         return [list(pair) for pair in zip(self.starts, self.batch_sizes, strict=True)]
 
     def batch_size(self, iteration: int) -> int:
