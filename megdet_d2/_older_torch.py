@@ -1,4 +1,4 @@
-"""Has the names that torch 2.4 keeps in other places."""
+"""Finds the names that torch 2.4 has in other places."""
 
 import contextlib
 import enum
