@@ -1,6 +1,6 @@
 """Measures updates of small detectors in 1, 2, 4 and 8 gloo processes of this machine.
 
-The planner fits itself on 1 and 2 processes and predicts 4 and 8; see docs/planning.md. Every
+The planner fits itself on 1 to 4 processes and predicts 8; see docs/planning.md. Every
 process trains the same images again and again, so that nothing varies but the processes. Run it on
 an idle machine: it takes about five minutes on two cores.
 
