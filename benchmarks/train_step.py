@@ -195,7 +195,7 @@ if __name__ == "__main__":
         "--processes", type=int, metavar="N", default=processes, dest="num_gpus", help="processes"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads per process on CPU")
-    parser.add_argument("--images", type=int, default=2, help="images per process")
+    parser.add_argument("--images", type=int, default=1, help="images per process (default 1)")
     parser.add_argument("--height", type=int, default=192, help="image height")
     parser.add_argument("--width", type=int, default=256, help="image width")
     parser.add_argument("--repeats", type=int, help="timed steps per row (10, or 5 on CPUs)")
