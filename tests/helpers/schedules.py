@@ -1,4 +1,8 @@
-"""Lists the schedules of the paper, for COCO of 118,000 images."""
+"""Lists the schedules of the paper, for COCO of 118,000 images; runs a schedule."""
+
+import torch
+
+import megdet_d2
 
 GPUS_PER_MACHINE = 8
 
@@ -18,3 +22,15 @@ LONG = {
     128: (64, 0.16, 16593, (10140, 12906, 15671), 921, 0.125),
     256: (128, 0.32, 8296, (5070, 6453, 7835), 460, 0.0625),
 }
+
+
+def learning_rates(cfg, build=megdet_d2.build_lr_scheduler):
+    """Returns the learning rate of each iteration of a resolved config."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build(cfg, optimizer)
+    rates = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates

@@ -3,16 +3,11 @@
 import json
 
 import pytest
-import torch
 
 from megdet_d2.config import load_config
-from megdet_d2.schedule.build import (
-    build_lr_scheduler,
-    images_per_epoch,
-    phases_from_config,
-    scale_config,
-)
+from megdet_d2.schedule.build import images_per_epoch, phases_from_config, scale_config
 from megdet_d2.schedule.phases import Phases, make_phases
+from tests.helpers.schedules import learning_rates
 
 # 4 epochs of 64 images: 16 updates of 16 images alone.
 KEYS = [
@@ -28,17 +23,6 @@ def resolved(*opts):
     cfg = load_config(None, [*KEYS, *opts])
     scale_config(cfg, 64, 1)
     return cfg
-
-
-def learning_rates(cfg):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    rates = []
-    for _ in range(cfg.SOLVER.MAX_ITER):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def test_images_and_updates_are_inverse():

@@ -4,7 +4,6 @@ import json
 import shlex
 
 import pytest
-import torch
 from detectron2 import model_zoo as d2_model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,6 +22,7 @@ from megdet_d2.schedule.scaling import (
     scale_lr,
 )
 from tests.helpers import training
+from tests.helpers.schedules import learning_rates
 
 
 def make_config(*overrides):
@@ -30,17 +30,6 @@ def make_config(*overrides):
     megdet_d2.add_megdet_config(cfg)
     cfg.merge_from_list(list(overrides))
     return cfg
-
-
-def learning_rates(cfg, build=megdet_d2.build_lr_scheduler):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
-    scheduler = build(cfg, optimizer)
-    rates = []
-    for _ in range(cfg.SOLVER.MAX_ITER):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def closed_form(t, base, start, warmup, milestones, values):
