@@ -15,7 +15,7 @@ from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
 from megdet_d2.norm.registry import uses_cgbn
-from megdet_d2.schedule.build import images_per_micro_batch, phases_from_config, scale_config
+from megdet_d2.schedule.build import images_per_micro_batch, scale_config, scheduled_images
 
 GPUS_PER_MACHINE = 8
 
@@ -62,7 +62,7 @@ class Row:
     @property
     def images(self) -> int:
         """Returns the images of the whole training."""
-        return phases_from_config(self.cfg).images(self.cfg.SOLVER.MAX_ITER)
+        return scheduled_images(self.cfg)
 
 
 def read_rows(

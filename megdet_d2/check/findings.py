@@ -14,7 +14,7 @@ from megdet_d2.data.annotations import find_annotation_faults
 from megdet_d2.data.coco import unregister_coco
 from megdet_d2.engine.advice import count_images, find_schedule_faults
 from megdet_d2.engine.check_config import check_keys
-from megdet_d2.schedule.build import phases_from_config, scale_config
+from megdet_d2.schedule.build import scale_config, scheduled_images
 
 from .boxes import BoxSizes, find_anchor_faults, measure_boxes
 
@@ -130,7 +130,7 @@ def _schedule(cfg: CfgNode, num_images: int | None) -> dict[str, Any]:
     epoch = cfg.MEGDET.EPOCH_IMAGES or num_images
     return {
         "iterations": solver.MAX_ITER,
-        "epochs": phases_from_config(cfg).images(solver.MAX_ITER) / epoch if epoch else None,
+        "epochs": scheduled_images(cfg) / epoch if epoch else None,
         "images per epoch": epoch,
         "mini-batch": solver.IMS_PER_BATCH,
         "learning rate": solver.BASE_LR,

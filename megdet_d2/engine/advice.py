@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 
 from megdet_d2.data import Finding, Inspection
-from megdet_d2.schedule.build import phases_from_config
+from megdet_d2.schedule.build import scheduled_images
 
 _FEW = 300  # iterations; a detector learns little in fewer, even from good weights
 _FACTOR = 2  # between the images of an epoch and those that there are
@@ -60,9 +60,7 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
         )
     iterations = cfg.SOLVER.MAX_ITER
     if keys.POLICY and iterations < _FEW:
-        epochs = keys.EPOCHS or phases_from_config(cfg).images(iterations) / (
-            epoch or num_images or batch_size
-        )
+        epochs = keys.EPOCHS or scheduled_images(cfg) / (epoch or num_images or batch_size)
         warn(
             "few-iterations",
             f"MEGDET.POLICY is {keys.POLICY!r}",

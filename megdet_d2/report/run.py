@@ -15,7 +15,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from megdet_d2.config import load_config
-from megdet_d2.schedule.build import images_per_epoch, phases_from_config
+from megdet_d2.schedule.build import images_per_epoch, scheduled_images
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,7 @@ class Run:
     @property
     def _length(self) -> int:
         # A batch warm-up has more iterations. They count as those of the last mini-batch.
-        images = phases_from_config(self.cfg).images(self.cfg.SOLVER.MAX_ITER)
-        return images // self.cfg.SOLVER.IMS_PER_BATCH
+        return scheduled_images(self.cfg) // self.cfg.SOLVER.IMS_PER_BATCH
 
     def evaluations(
         self, metric: str = "AP", augmented: bool = False

@@ -110,7 +110,7 @@ def images_per_epoch(cfg: CfgNode) -> float | None:
         return cfg.MEGDET.EPOCH_IMAGES
     if not cfg.MEGDET.POLICY:
         return None
-    return phases_from_config(cfg).images(cfg.SOLVER.MAX_ITER) / policy_from_config(cfg).epochs
+    return scheduled_images(cfg) / policy_from_config(cfg).epochs
 
 
 def phases_from_config(cfg: CfgNode) -> Phases:
@@ -119,6 +119,11 @@ def phases_from_config(cfg: CfgNode) -> Phases:
         return Phases((0,), (cfg.SOLVER.IMS_PER_BATCH,))
     starts, batch_sizes = zip(*cfg.MEGDET.RESOLVED.PHASES, strict=True)
     return Phases(starts, batch_sizes)
+
+
+def scheduled_images(cfg: CfgNode) -> int:
+    """Returns the images of a whole training of a resolved config."""
+    return phases_from_config(cfg).images(cfg.SOLVER.MAX_ITER)
 
 
 def _refuse_with_batch_warmup(cfg: CfgNode) -> None:
