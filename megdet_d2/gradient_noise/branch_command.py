@@ -17,14 +17,13 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from megdet_d2.config import load_config
-from megdet_d2.engine import Trainer, prepare_config
-from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
+from megdet_d2.engine import prepare_config
 from megdet_d2.norm.registry import uses_cgbn
 from megdet_d2.schedule.scaling import SCALING_RULES
 
 from .branch import Start, train_branch
 from .branch_tables import Measured, describe, write_results
-from .command import check_flags, measure
+from .command import check_flags, load_model, measure
 from .critical_batch import Branch, compare_branches
 from .estimate import WHOLE, fit
 from .fixed_loss import FixedLoss
@@ -248,11 +247,11 @@ def _measure_noise(
 ) -> dict[str, Any]:
     cfg = cfg.clone()
     cfg.MODEL.WEIGHTS = str(start.path)
-    model = Trainer.build_model(cfg)
-    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    result = fit(measure(cfg, args.sizes, args.pairs, micro_batch)[WHOLE])
+    model = load_model(cfg)
+    loss = fixed_loss(model)
+    result = fit(measure(cfg, model, args.sizes, args.pairs, micro_batch)[WHOLE])
     return {
-        "loss": fixed_loss(model),
+        "loss": loss,
         "noise_scale": result.noise_scale,
         "noise_interval": result.noise_interval,
     }

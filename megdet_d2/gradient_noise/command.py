@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 from megdet_d2.config import load_config
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_config(cfg, opts=args.opts)
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
-    pairs = measure(cfg, args.sizes, args.pairs, bn_size)
+    pairs = measure(cfg, load_model(cfg), args.sizes, args.pairs, bn_size)
     _write_csv(pairs, output / "variance.csv")
     fits = fit_modules(pairs)
     plot(fits, output / "variance.png")
@@ -73,18 +74,30 @@ Pairs = dict[int, list[tuple[float, float]]]
 """For each N the (½|a - b|², a·b) of its pairs."""
 
 
-def measure(cfg: CfgNode, sizes: Sequence[int], pairs: int, bn_size: int) -> dict[str, Pairs]:
-    """Returns the pairs of each module, see ``measure_pairs``; shows a bar of the images done.
+def load_model(cfg: CfgNode) -> nn.Module:
+    """Seeds all random numbers by SEED, and returns the model with the weights of MODEL.WEIGHTS.
 
     Args:
         cfg: prepared. With MODEL.WEIGHTS "" the model has its random initialisation.
-        sizes: mini-batches N.
-        pairs: number of pairs per size.
-        bn_size: images per forward pass.
     """
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 0)
     model = Trainer.build_model(cfg)
     WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def measure(
+    cfg: CfgNode, model: nn.Module, sizes: Sequence[int], pairs: int, bn_size: int
+) -> dict[str, Pairs]:
+    """Returns the pairs of each module, see ``measure_pairs``; shows a bar of the images done.
+
+    Args:
+        cfg: prepared.
+        model: from ``load_model``, which also decides the images.
+        sizes: mini-batches N.
+        pairs: number of pairs per size.
+        bn_size: images per forward pass.
+    """
     # The loader gives one image at a time, so that mini-batches of all sizes come from one stream.
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH = 1

@@ -15,7 +15,7 @@ from torch import nn
 
 from megdet_d2.cli import main
 from megdet_d2.engine import prepare_config
-from megdet_d2.gradient_noise.command import measure, to_update_table
+from megdet_d2.gradient_noise.command import load_model, measure, to_update_table
 from megdet_d2.gradient_noise.estimate import (
     WHOLE,
     Fit,
@@ -224,7 +224,7 @@ def test_it_is_measured_at_the_configs_weights(tmp_path):
     def measured(weights):
         cfg = training.config(tmp_path, coco, "MODEL.WEIGHTS", weights)
         prepare_config(cfg)
-        return measure(cfg, [1], 1, 1)
+        return measure(cfg, load_model(cfg), [1], 1, 1)
 
     coco = training.write_images(tmp_path)
     torch.manual_seed(9)
