@@ -22,6 +22,7 @@ from megdet_d2.memory import checkpoint_stages
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.groups import SELF
 from megdet_d2.norm.keys import plain_batch_norms
+from megdet_d2.optim.halves import keeps_first_half
 
 from .memory_limit import MemoryLimit, OutOfMemoryError, state_tensors
 
@@ -115,8 +116,8 @@ class Probe:
         if self._cfg.MODEL.DEVICE == "cpu":  # whose limit counts the tensors of a step
             return []
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        in_halves = self._cfg.MEGDET.OPTIMIZER == "agvm"  # of one process: half of its gradient
-        copies = trained if comm.get_world_size() > 1 or in_halves else []
+        world_size = comm.get_world_size()
+        copies = trained if world_size > 1 or keeps_first_half(self._cfg, world_size) else []
         averaged = list(self._model.parameters()) if self._cfg.MEGDET.EMA_DECAY else []
         return [torch.empty_like(parameter) for parameter in [*copies, *averaged]]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor
 
@@ -83,6 +84,14 @@ def describe_missing_halves() -> str:
         "but one process with MEGDET.ACCUMULATION_STEPS 1 computes only one; use two or more "
         "processes, or MEGDET.ACCUMULATION_STEPS 2 or more"
     )
+
+
+def keeps_first_half(cfg: CfgNode, world_size: int) -> bool:
+    """Returns True if a process keeps a second copy of its gradients during several backwards.
+
+    That is AGVM on one process, which compares halves of its micro-batches.
+    """
+    return cfg.MEGDET.OPTIMIZER == "agvm" and world_size == 1
 
 
 def check_halves(steps: int) -> None:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from megdet_d2.engine.builders import Builders
 from megdet_d2.engine.trainer import Trainer
 from megdet_d2.memory import check_stages
+from megdet_d2.optim.halves import keeps_first_half
 
 from .allocator import reserved_bytes
 from .memory_step import TracedStep, trace_step
@@ -121,8 +122,8 @@ class MemoryModel:
         steps = min(micro_batches or self._cfg.MEGDET.ACCUMULATION_STEPS, 2)
         parts = self._interpolate(images_per_gpu, tuple(sublinear), steps)
         trained, averaged = parts.pop("trained"), parts.pop("averaged")
-        if self._cfg.MEGDET.OPTIMIZER == "agvm" and world_size == 1:
-            parts["gradients"] += trained  # half of the micro-batches is kept during the others
+        if keeps_first_half(self._cfg, world_size):
+            parts["gradients"] += trained
         if self._device != "cpu":
             parts["workspace"] += CONTEXT
         return Memory(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megdet_d2.norm.groups import ranks_per_group
+from megdet_d2.optim.halves import keeps_first_half
 
 from .evaluation_time import evaluation_seconds
 from .flops import Counted
@@ -189,7 +190,7 @@ class Search:
         return list(dict.fromkeys(options))
 
     def _try(self, resolved: Resolved, b: int, k: int) -> None:
-        in_halves = self.question.cfg.MEGDET.OPTIMIZER == "agvm" and self.question.ranks == 1
+        in_halves = keeps_first_half(self.question.cfg, self.question.ranks)
         if in_halves and k == 1:
             self._found.leave_out(
                 "1 micro-batch on 1 GPU: MEGDET.OPTIMIZER 'agvm' compares two halves of a "
