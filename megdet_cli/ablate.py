@@ -1,8 +1,8 @@
 """Trains every row of an ablation over seeds and tabulates the results.
 
-A finished training is not repeated, and a stopped one goes on where it stopped. A failed one is a
-result. For a cluster, --print and --submit make one launch line per training; --collate writes the
-table when they have ended.
+A finished training is not repeated, and a stopped one goes on where it stopped. One that diverged
+is a result, "failed"; one that another error ended is trained again. For a cluster, --print and
+--submit make one launch line per training; --collate writes the table when they have ended.
 
   megdet ablate configs/ablations/table3 --reduced
   megdet ablate configs/ablations/table3 --seeds 1,2,3 --print
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--script",
         help="training script (default train_net.py of this folder; without one, megdet train)",
     )
-    add("--retry", action="store_true", help="train failed rows again")
+    add("--retry", action="store_true", help="also train again what diverged")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from megdet_d2.report.run import read_config
 from .cluster import launch_line, submit
 from .job import Job, find_seeds, make_jobs
 from .ledger import Ledger
-from .local import train_all
+from .local import CONSOLE, train_all
 from .reduced import reduce_rows
 from .results import FAILURE, Result, collate, read_result
 from .rows import Row, differences, read_rows
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError, ValueError: a wrong argument, row or folder, before anything is trained.
+        SystemExit: a training ended by an error that is no result of its row.
     """
     on_cpu = args.reduced or not torch.cuda.is_available()
     _check_flags(args, on_cpu)
@@ -81,6 +82,14 @@ def run(args: argparse.Namespace) -> None:
         train_all(pending, program, on_cpu, args.jobs, tabulate)
     print(tabulate())
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
+    broken = [job for job in jobs if _result(job, ledger).status == "error"]
+    if broken and not args.collate:
+        raise SystemExit(
+            f"{len(broken)} of {len(jobs)} trainings ended by an error and are not counted, first "
+            f"{broken[0].name}: {_result(broken[0], ledger).reason}\n"
+            f"Its output is in {broken[0].folder / CONSOLE}. Mend the cause and give the command "
+            "again: it goes on with them."
+        )
 
 
 def _program(script: str | None) -> list[str]:
@@ -92,7 +101,7 @@ def _program(script: str | None) -> list[str]:
 
 def unfinished(jobs: list[Job], retry: bool, ledger: Ledger | None = None) -> list[Job]:
     """Returns the jobs that are still to be trained, with ``retry`` also those that have failed."""
-    statuses = {"unfinished", "failed"} if retry else {"unfinished"}
+    statuses = {"unfinished", "error"} | ({"failed"} if retry else set())
     return [job for job in jobs if _result(job, ledger).status in statuses]
 
 

@@ -104,7 +104,8 @@ class Ledger:
     def add(self, job: Job, result: Result) -> None:
         """Adds a training that is done or has failed, and writes the file; ignores others."""
         key = job.row.name, job.seed
-        if result.status in ("unfinished", self._lines.get(key, {}).get("status")):
+        known = self._lines.get(key, {}).get("status")
+        if result.status not in ("done", "failed") or result.status == known:
             return
         row = job.row
         line = asdict(result) | {

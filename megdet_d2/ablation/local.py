@@ -100,7 +100,7 @@ def _signals_exit() -> Iterator[None]:
 class Training:
     """A job that runs on this machine, to its end or its failure.
 
-    Its output goes to console.txt in the job's folder, the reason of a failure to failure.json.
+    Its output goes to console.txt in the job's folder, the reason of an error to failure.json.
 
     Args:
         program: the words after ``python`` that start a training: a script, or -m and a module.
@@ -139,7 +139,7 @@ class Training:
         return min(done, row.images)
 
     def poll(self) -> bool:
-        """Returns True if the training has ended; writes failure.json if it has failed."""
+        """Returns True if the training has ended; writes failure.json if an error ended it."""
         code = self._process.poll()
         # REQUEUE: a signal stopped it, and it has saved. It can be resumed and has not failed.
         if code not in (None, 0, REQUEUE):
@@ -167,7 +167,7 @@ class Training:
 
 
 def failure_reason(text: str) -> str:
-    """Returns the error in the output of a failed training, or its last line."""
+    """Returns the error in the output of a training that it ended, or its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return find_error(text) or (lines[-1] if lines else "it printed nothing")
 

@@ -30,8 +30,9 @@ class Result:
     Attributes:
         row: name of the row.
         seed: SEED of the training.
-        status: "done", "failed" or "unfinished".
-        reason: why it failed.
+        status: "done"; "failed", which is a result: it diverged, or detects nothing; "error": it
+            ended by another error, such as a missing file, and is no result; or "unfinished".
+        reason: why it is not done.
         ap, ap50, ap75: COCO's box AP in percent; None unless it is done.
         hours: hours of training, without evaluations.
         images_per_second: mean throughput of all processes together.
@@ -48,8 +49,10 @@ class Result:
     images_per_second: float | None = None
 
 
-# A file in OUTPUT_DIR, written if a local training has failed: its exit code and the reason.
+# A file in OUTPUT_DIR, written if a local training ended by an error: its exit code, the reason.
 FAILURE = "failure.json"
+# Errors of a loss or gradient that is not finite: Detectron2's own, and ours.
+DIVERGENCE = re.compile(r"(?:FloatingPoint|Divergence)Error: .+")
 # By default, rows whose AP differs by less than this are equally accurate.
 MARGIN = 0.5
 MEASURES = ("ap", "ap50", "ap75", "hours", "images_per_second")
@@ -85,12 +88,11 @@ def read_result(job: Job) -> Result:
             reason = json.loads(failure.read_text())["reason"]
         except (KeyError, ValueError):
             reason = f"{failure} cannot be read"
-        return Result(row.name, seed, "failed", reason)
-    # On a cluster there is no failure.json. The log has the error.
-    reason = find_error(log.read_text(errors="replace")) if log.is_file() else None
-    if reason:
-        return Result(row.name, seed, "failed", reason)
-    return Result(row.name, seed, "unfinished", "not at its end")
+    else:  # On a cluster there is no failure.json. The log has the error.
+        reason = find_error(log.read_text(errors="replace")) if log.is_file() else None
+    if reason is None:
+        return Result(row.name, seed, "unfinished", "not at its end")
+    return Result(row.name, seed, "failed" if DIVERGENCE.match(reason) else "error", reason)
 
 
 def find_error(text: str) -> str | None:
@@ -100,7 +102,7 @@ def find_error(text: str) -> str | None:
     rolled back do not count.
     """
     latest = text.rpartition("Starting training from iteration")[2]
-    diverged = re.findall(r"(?:FloatingPoint|Divergence)Error: .+", latest)
+    diverged = DIVERGENCE.findall(latest)
     failed = latest.rpartition("Exception during training:")[2] if "Exception d" in latest else ""
     errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*", failed, re.MULTILINE)
     return next(iter(diverged[-1:] + errors[-1:]), None)
@@ -195,7 +197,7 @@ def to_markdown(
     baseline: str | None = None,
     margin: float = MARGIN,
 ) -> str:
-    """Returns the table of ``summarize`` and, below it, the reasons of failures."""
+    """Returns the table of ``summarize`` and, below it, the reasons of failures and errors."""
     lines = [
         {
             "row": line["row"],
@@ -216,13 +218,15 @@ def to_markdown(
         }
         for line in summary
     ]
-    text = tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)
-    notes = [
-        f"* {result.row}, seed {result.seed}: {result.reason}"
-        for result in results
-        if result.status == "failed"
-    ]
-    return "\n".join([text, *(["", "Failed:", "", *notes] if notes else [])])
+    text = [tabulate(lines, headers="keys", tablefmt="pipe", disable_numparse=True)]
+    for status, title in (("failed", "Failed:"), ("error", "Ended by an error, not counted:")):
+        notes = [
+            f"* {result.row}, seed {result.seed}: {result.reason}"
+            for result in results
+            if result.status == status
+        ]
+        text += ["", title, "", *notes] if notes else []
+    return "\n".join(text)
 
 
 def plot(summary: Sequence[dict[str, Any]], path: Path) -> None:

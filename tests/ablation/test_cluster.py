@@ -91,7 +91,7 @@ def test_a_submission_that_fails_is_one_line(command, match, listed, tmp_path):
 def test_what_failed_is_submitted_again_when_asked(listed, tmp_path):
     output, log = tmp_path / "out", tmp_path / "submitted"
     (output / "half/seed1").mkdir(parents=True)
-    (output / "half/seed1/failure.json").write_text('{"reason": "diverged"}')
+    (output / "half/seed1/failure.json").write_text('{"reason": "DivergenceError: rank 1"}')
     command = ["ablate", str(listed), "--submit", f"echo {{name}} >> {log}"]
     main([*command, "--output", str(output)])
     assert log.read_text().split() == ["linear-seed1", "none-seed1"]

@@ -127,3 +127,19 @@ def test_a_digest_is_of_what_changes_the_result(source):
     small, large = read_rows(source)
     same = read_rows(source, ["OUTPUT_DIR", "elsewhere", "SEED", "7"])[0]
     assert config_digest(small) == config_digest(same) != config_digest(large)
+
+
+def test_an_error_that_says_nothing_of_the_row_is_no_result(source, tmp_path, monkeypatch, capsys):
+    """A training whose data are missing once stood in the file as one that diverged."""
+    monkeypatch.chdir(ROOT)
+    ledger, output = tmp_path / "ledger.csv", tmp_path / "out"
+    command = ["ablate", str(source), "--rows", "small", "--output", str(output)]
+    command += ["--ledger", str(ledger), "MODEL.WEIGHTS", "nowhere.pth"]
+    for _ in range(2):  # the second command trains it again
+        with pytest.raises(SystemExit, match="1 of 1 trainings ended by an error .*nowhere"):
+            main(command)
+        assert "not counted:\n\n* small, seed 1: " in capsys.readouterr().out
+    starts = (output / "small/seed1/console.txt").read_text().count("nowhere")
+    assert starts >= 2 and not ledger.exists()
+    with open(output / "results.csv", newline="") as file:
+        assert [(r["seeds"], r["failed"]) for r in csv.DictReader(file)] == [("0", "0")]

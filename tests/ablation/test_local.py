@@ -71,11 +71,12 @@ def test_several_trainings_at_a_time(tmp_path, monkeypatch):
     threads = max(1, os.cpu_count() // 2)
     command = ["ablate", "configs/ablations/table2", "--script", str(script), "--reduced"]
     command += ["--output", str(output), "--rows", "1_*,5_*", "--cores", "2", "--jobs", "2"]
-    main(command)
+    with pytest.raises(SystemExit, match="2 of 2 trainings ended by an error .* 1_b16_frozen"):
+        main(command)
     runs = read_csv(output / "runs.csv")
-    assert [(r["row"], r["reason"]) for r in runs] == [
-        ("1_b16_frozen", f"met, {threads} threads"),
-        ("5_b128_frozen_half_lr", f"met, {threads} threads"),
+    assert [(r["row"], r["status"], r["reason"]) for r in runs] == [
+        ("1_b16_frozen", "error", f"met, {threads} threads"),
+        ("5_b128_frozen_half_lr", "error", f"met, {threads} threads"),
     ]
     assert [r["processes"] for r in read_csv(output / "results.csv")] == ["1", "1"]
 

@@ -81,11 +81,14 @@ def test_what_a_run_overcame_is_no_failure(listed, tmp_path):
         '  File "x.py", line 3, in f\n    raise ValueError\n'
         "torch.OutOfMemoryError: CUDA out of memory\n[01/01 INFO]: Total training time\n"
     )
-    assert read_result(job).reason == "torch.OutOfMemoryError: CUDA out of memory"
+    memory = "torch.OutOfMemoryError: CUDA out of memory"
+    assert (read_result(job).status, read_result(job).reason) == ("error", memory)
     (tmp_path / "failure.json").write_text("")  # as a full disk leaves it
     assert "failure.json cannot be read" in read_result(job).reason
     (tmp_path / "failure.json").write_text('{"reason": "no GPU"}')
-    assert read_result(job).reason == "no GPU"
+    assert (read_result(job).status, read_result(job).reason) == ("error", "no GPU")
+    (tmp_path / "failure.json").write_text('{"reason": "DivergenceError: loss is inf"}')
+    assert read_result(job).status == "failed"
     (tmp_path / "config.yaml").write_text(row.cfg.dump())
     last = {"iteration": row.cfg.SOLVER.MAX_ITER, "bbox/AP": 30, "bbox/AP50": 50, "bbox/AP75": 30}
     training = {"iteration": 19, "total_loss": 1.0, "time": 0.5}
