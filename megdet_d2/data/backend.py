@@ -243,8 +243,9 @@ def _to_planes(image: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
     planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
     cv2.split(pixels, list(planes))  # several times as fast as NumPy's transposed copy
-    image_planes = torch.from_numpy(planes)
-    return image_planes.flip(2) if mirrored else image_planes
+    for plane in planes if mirrored else ():
+        cv2.flip(plane, 1, plane)  # in place: new memory costs more than the flip
+    return torch.from_numpy(planes)
 
 
 def _transform_together(
