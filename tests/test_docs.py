@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
-from scripts import config_page, headline_page, readme_plot
+from scripts import config_page, headline_page
 from tests.helpers.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -104,15 +104,6 @@ def test_readme_fits_its_limit_and_its_pictures_are_small():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
     for picture in (ROOT / "docs/assets").iterdir():
         assert picture.stat().st_size < 150_000
-
-
-def test_the_plot_is_drawn_from_the_committed_results(tmp_path):
-    pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
-    curves = readme_plot.read_curves(readme_plot.SOURCE)
-    assert {len(aps) for row in readme_plot.ROWS for aps in curves[row].values()} == {3}
-    with Image.open(readme_plot.draw(tmp_path / "plot.png")) as drawn:
-        with Image.open(readme_plot.OUTPUT) as committed:
-            assert drawn.size == committed.size
 
 
 def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):

@@ -10,7 +10,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+try:
+    from scipy import stats
+except ImportError as error:
+    raise ImportError('The tests of equality need scipy: run  pip install -e ".[demo]"') from error
 
 ALPHA = 0.05
 

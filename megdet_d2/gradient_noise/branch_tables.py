@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .branch import Start
-from .critical_batch import Branch, Comparison, describe_critical, find_critical, to_branch_table
+from .critical_batch import Branch, Comparison, find_critical
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,40 @@ def describe(measured: Sequence[Measured], args: argparse.Namespace, source: str
                     "be worse: give more --images, or a smaller --tolerance."
                 )
     return "\n\n".join(parts) + "\n"
+
+
+def describe_critical(compared: Sequence[Comparison], tolerance: float) -> str:
+    """Returns the critical batch for a table, with "at least" where no factor was worse."""
+    critical, bounded = find_critical(compared, tolerance)
+    return f"{critical}" if bounded else f"at least {critical}"
+
+
+def to_branch_table(compared: Sequence[Comparison], tolerance: float) -> str:
+    """Returns a Markdown table of the factors of one checkpoint and rule."""
+    rows = [
+        {
+            "k": c.factor,
+            "mini-batch": c.batch_size,
+            "learning rate": f"{c.lr:.4g}",
+            "seeds": c.seeds,
+            "loss": "diverged" if math.isinf(c.loss) else f"{c.loss:.4f}",
+            "against k = 1": _percent(c, c.difference),
+            "95 %": _percent(c, c.low, c.high),
+            f"worse by over {100 * tolerance:g} %": _verdict(c, tolerance),
+        }
+        for c in compared
+    ]
+    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def _percent(comparison: Comparison, *values: float) -> str:
+    if comparison.factor == 1 or not all(map(math.isfinite, values)):
+        return ""
+    return " to ".join(f"{100 * value:+.2f}" for value in values) + " %"
+
+
+def _verdict(comparison: Comparison, tolerance: float) -> str:
+    if comparison.factor == 1:
+        return ""
+    said = "yes" if comparison.is_worse(tolerance) else "no"
+    return said if comparison.is_decided(tolerance) else f"{said}, within chance"

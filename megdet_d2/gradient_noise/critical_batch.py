@@ -15,8 +15,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-from tabulate import tabulate
+try:
+    from scipy import stats
+except ImportError as error:
+    raise ImportError('The critical batch needs scipy: run  pip install -e ".[demo]"') from error
 
 
 @dataclass(frozen=True)
@@ -139,40 +141,3 @@ def find_critical(compared: Sequence[Comparison], tolerance: float) -> tuple[int
             return critical, True
         critical = comparison.batch_size
     return critical, False
-
-
-def describe_critical(compared: Sequence[Comparison], tolerance: float) -> str:
-    """Returns the critical batch for a table, with "at least" where no factor was worse."""
-    critical, bounded = find_critical(compared, tolerance)
-    return f"{critical}" if bounded else f"at least {critical}"
-
-
-def to_branch_table(compared: Sequence[Comparison], tolerance: float) -> str:
-    """Returns a Markdown table of the factors of one checkpoint and rule."""
-    rows = [
-        {
-            "k": c.factor,
-            "mini-batch": c.batch_size,
-            "learning rate": f"{c.lr:.4g}",
-            "seeds": c.seeds,
-            "loss": "diverged" if math.isinf(c.loss) else f"{c.loss:.4f}",
-            "against k = 1": _percent(c, c.difference),
-            "95 %": _percent(c, c.low, c.high),
-            f"worse by over {100 * tolerance:g} %": _verdict(c, tolerance),
-        }
-        for c in compared
-    ]
-    return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
-
-
-def _percent(comparison: Comparison, *values: float) -> str:
-    if comparison.factor == 1 or not all(map(math.isfinite, values)):
-        return ""
-    return " to ".join(f"{100 * value:+.2f}" for value in values) + " %"
-
-
-def _verdict(comparison: Comparison, tolerance: float) -> str:
-    if comparison.factor == 1:
-        return ""
-    said = "yes" if comparison.is_worse(tolerance) else "no"
-    return said if comparison.is_decided(tolerance) else f"{said}, within chance"

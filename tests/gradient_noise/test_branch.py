@@ -23,13 +23,8 @@ from megdet_d2.gradient_noise.branch import (
     train_branch,
 )
 from megdet_d2.gradient_noise.branch_command import make_constant
-from megdet_d2.gradient_noise.critical_batch import (
-    Branch,
-    compare_branches,
-    describe_critical,
-    find_critical,
-    to_branch_table,
-)
+from megdet_d2.gradient_noise.branch_tables import describe_critical, to_branch_table
+from megdet_d2.gradient_noise.critical_batch import Branch, compare_branches, find_critical
 from megdet_d2.gradient_noise.fixed_loss import FixedLoss
 from megdet_d2.schedule.scaling import SCALING_RULES
 from tests.helpers import training
