@@ -142,7 +142,7 @@ def _curve(folder: Path) -> str:
         run = Run.read(folder)
     except (FileNotFoundError, ValueError):
         return ""
-    iterations, values = run.evaluations()
+    iterations, values = run.evaluations(averaged=run.averages_weights)
     in_epochs = images_per_epoch(run.cfg) is not None
     at = run.epochs(iterations) if in_epochs else iterations
     return " ".join(f"{x:.4g}:{ap:.2f}" for x, ap in zip(at, values, strict=True))

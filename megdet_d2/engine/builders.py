@@ -145,19 +145,23 @@ class Builders(DefaultTrainer):
             return super().test(cfg, model, evaluators)
 
     @classmethod
-    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module, suffix: str = "") -> dict[str, Any]:
         """Evaluates the model with the augmentation of ``TEST.AUG``.
+
+        Args:
+            suffix: "_EMA" for the averaged model, which goes before "_TTA" in all names.
 
         Returns:
             results by name: "bbox_TTA" in place of "bbox". Files are in OUTPUT_DIR/inference_TTA.
         """
-        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        suffix += "_TTA"
+        output_dir = os.path.join(cfg.OUTPUT_DIR, f"inference{suffix}")
         evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.MIN_SIZE_TEST = 0  # each scale is made from the file's pixels, in one step
         results = cls.test(cfg, build_tta(cfg, model), evaluators)
-        return {f"{name}_TTA": result for name, result in results.items()}
+        return {f"{name}{suffix}": result for name, result in results.items()}
 
     @classmethod
     def test_ema(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megdet_d2.config import load_config
 from .check_config import prepare_config
 from .disk import naming_output_dir
 from .early_log import write_kept_log
-from .ema import build_average
+from .ema import SUFFIX, build_average
 from .launch import launch
 from .precision import set_float32_precision
 from .trainer import Trainer
@@ -95,13 +95,16 @@ def evaluate(
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)
-        if average is not None and "ema" in rest:
+        if average is not None and "ema" not in rest:
+            logger.warning("MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate")
+            average = None
+        if average is not None:
             average.load_state_dict(rest["ema"])
             results.update(trainer.test_ema(cfg, average.model))
-        elif average is not None:
-            logger.warning("MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate")
         if cfg.TEST.AUG.ENABLED:
             results.update(trainer.test_with_tta(cfg, model))
+            if average is not None:
+                results.update(trainer.test_with_tta(cfg, average.model, SUFFIX))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results

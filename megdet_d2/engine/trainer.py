@@ -37,7 +37,7 @@ from .ddp import ddp_without_device_ids, finalize_ddp_buckets
 from .disk import naming_output_dir
 from .divergence import DivergenceError, DivergenceGuard
 from .early_log import write_kept_log
-from .ema import UpdateAverage, build_average
+from .ema import SUFFIX, UpdateAverage, build_average
 from .exchange import StepExchange
 from .frozen import check_frozen
 from .hooks import (
@@ -498,6 +498,9 @@ class Trainer(Builders):
     def _test_with_tta(self) -> dict[str, Any]:
         with averaged_statistics(self.model):
             results = self.test_with_tta(self.cfg, self.model)
+        if self.ema:
+            with averaged_statistics(self.ema.model):
+                results.update(self.test_with_tta(self.cfg, self.ema.model, SUFFIX))
         self._last_eval_results = {**self._last_eval_results, **results}
         return results
 

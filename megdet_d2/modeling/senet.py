@@ -25,6 +25,8 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
+from .thin_resnet import build_thin_resnet_fpn_backbone
+
 # σ(2) = 0.88 is close to 1, so a network with ResNe(X)t's weights computes nearly the same. And the
 # slope of σ there, 0.10 of at most 0.25, lets the gates learn.
 OPEN = 2.0
@@ -48,6 +50,18 @@ def build_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
     """
     fpn = build_resnet_fpn_backbone(cfg, input_shape)
+    _add_by_config(fpn.bottom_up, cfg)
+    return fpn
+
+
+@BACKBONE_REGISTRY.register()
+def build_thin_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Builds the FPN of the studies with gates, see ``build_thin_resnet_fpn_backbone``.
+
+    Raises:
+        ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
+    """
+    fpn = build_thin_resnet_fpn_backbone(cfg, input_shape)
     _add_by_config(fpn.bottom_up, cfg)
     return fpn
 

@@ -144,6 +144,11 @@ class Run:
         """Returns the name of the folder."""
         return self.path.name
 
+    @property
+    def averages_weights(self) -> bool:
+        """Returns True if the training keeps an average of the weights."""
+        return bool(self.cfg.MEGDET.EMA_DECAY > 0)
+
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (n,) iterations and (n,) values of a training metric, where it was written."""
         rows = [row for row in self.train_rows if key in row]
@@ -161,17 +166,18 @@ class Run:
         return scheduled_images(self.cfg) // self.cfg.SOLVER.IMS_PER_BATCH
 
     def evaluations(
-        self, metric: str = "AP", augmented: bool = False
+        self, metric: str = "AP", averaged: bool = False, augmented: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (n,) iterations and (n,) values of a COCO box metric on the first test set.
 
         Args:
             metric: for example "AP", in percent.
+            averaged: take the evaluations of the averaged weights, ``MEGDET.EMA_DECAY``.
             augmented: take the evaluations with test-time augmentation.
         """
-        tta = "_TTA" * augmented
+        model = "_EMA" * averaged + "_TTA" * augmented
         # With several test sets a metric's key begins with the set's name.
-        names = (f"bbox{tta}", *(f"{name}{tta}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
+        names = (f"bbox{model}", *(f"{name}{model}/bbox" for name in self.cfg.DATASETS.TEST[:1]))
         pairs = [
             # The last evaluation is written one iteration after the last training iteration.
             (min(self._done(row), self._length), row[f"{name}/{metric}"])
@@ -185,9 +191,11 @@ class Run:
     def final(self, metric: str = "AP") -> float | None:
         """Returns the value of the last evaluation, or None if the training is not finished.
 
-        If the config has ``TEST.AUG.ENABLED``, it is the value with test-time augmentation.
+        It is that of the averaged weights if the config has ``MEGDET.EMA_DECAY``, with test-time
+        augmentation if it has ``TEST.AUG.ENABLED``.
         """
-        iterations, values = self.evaluations(metric, self.cfg.TEST.AUG.ENABLED)
+        augmented = self.cfg.TEST.AUG.ENABLED
+        iterations, values = self.evaluations(metric, self.averages_weights, augmented)
         done = len(iterations) and iterations[-1] >= self._length
         return float(values[-1]) if done else None
 

@@ -276,6 +276,7 @@ LISTS = {
     "headline_switches": (10, 191_488, 1_496),
     "loader_backend": (2, 12_848, 1_606),
     "optimizers_grid": (20, 95_744, 374),
+    "study_challenge": (12, 96_096, 3_003),
 }
 
 

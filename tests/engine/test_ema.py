@@ -96,12 +96,15 @@ def test_a_roll_back_takes_the_average_back_too(coco, tmp_path):
 
 def test_the_average_is_evaluated_and_saved(coco, tmp_path):
     evaluated = (*SHORT, "DATASETS.TEST", ("mixed",), "SOLVER.CHECKPOINT_PERIOD", 100)
+    evaluated += ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (40, 48))
     rows = train(0, str(tmp_path), coco, (*evaluated, *EMA))["rows"]
-    assert {"bbox/AP", "bbox_EMA/AP"} <= rows[-1].keys()
+    names = ("bbox", "bbox_EMA", "bbox_TTA", "bbox_EMA_TTA")
+    assert {f"{name}/AP" for name in names} <= rows[-1].keys()
+    assert (tmp_path / "inference_EMA_TTA" / "coco_instances_results.json").is_file()
     cfg = config(tmp_path, coco, *evaluated, *EMA, "MODEL.WEIGHTS", f"{tmp_path}/model_final.pth")
     prepare_config(cfg, eval_only=True)
     results = evaluate(cfg)
-    for name in ("bbox", "bbox_EMA"):
+    for name in names:
         assert results[name]["AP"] == pytest.approx(rows[-1][f"{name}/AP"], nan_ok=True), name
     # Stock Detectron2 loads the averaged model alone.
     model = Trainer.build_model(cfg)

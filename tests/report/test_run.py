@@ -8,6 +8,7 @@ import pytest
 from detectron2.utils.events import EventStorage, JSONWriter
 
 from megdet_d2.cli import main
+from megdet_d2.config import load_config
 from megdet_d2.report import plots
 from megdet_d2.report.run import Run, labels, read_metrics
 from tests.helpers.runs import TRAIN_ROW, needs_demo_extra, write_run
@@ -158,3 +159,19 @@ def test_a_second_training_in_the_same_folder_replaces_the_first(tmp_path):
     # A resume goes on from a later iteration, and keeps what came before.
     metrics.write_text(early + first + "".join(train_rows[2:]))
     assert Run.read(folder).evaluations()[0].tolist() == [10, 50, 110]
+
+
+@pytest.mark.parametrize(
+    ("decay", "augmented", "expected"),
+    [(0.0, False, 1), (0.9, False, 2), (0.0, True, 3), (0.9, True, 4)],
+)
+def test_the_result_is_that_of_the_model_the_config_asks_for(tmp_path, decay, augmented, expected):
+    """With an average of the weights, the last weights are not the training's result."""
+    cfg = load_config()
+    cfg.SOLVER.MAX_ITER, cfg.MEGDET.POLICY = 5, ""
+    cfg.MEGDET.EMA_DECAY, cfg.TEST.AUG.ENABLED = decay, augmented
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    values = {"bbox/AP": 1.0, "bbox_EMA/AP": 2.0, "bbox_TTA/AP": 3.0, "bbox_EMA_TTA/AP": 4.0}
+    rows = [{"iteration": 4, "total_loss": 1.0}, {"iteration": 5, **values}]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Run.read(tmp_path).final() == expected
