@@ -26,12 +26,15 @@ END = "<!-- The tables end here. -->"
 
 Line = dict[str, str]
 PAIR = ("01_b8_bn8", "05_b128_bn8")
+# Table 3's hours for 11 epochs of COCO: 16 images on 8 GPUs, 256 on 128, BN size 16.
+PAPER_HOURS = (39.5, 4.1)
 # File -> heading, and the row with which each row is compared.
 STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "headline_runs.csv": (
         "Mini-batches at equal epochs",
         lambda row: PAIR[0] + ("_long" if row.endswith("_long") else ""),
     ),
+    "headline_full.csv": ("The pair with the paper's 5,070 iterations", lambda row: "b8"),
     "headline_iterations.csv": (
         "The same pair with fewer iterations",
         lambda row: row.replace("b128", "b8"),
@@ -154,7 +157,8 @@ def verdict(lines: list[Line]) -> str:
 def tables() -> str:
     """Returns the Markdown that stands between the markers."""
     lines = read(FILES / "headline_runs.csv")
-    parts = [verdict(lines), "![AP over epochs at both mini-batches](../assets/headline.png)"]
+    plot = "![AP over epochs and over hours at both mini-batches](../assets/headline.png)"
+    parts = [verdict(lines), plot]
     for name, (heading, baseline_of) in STUDIES.items():
         if (FILES / name).is_file():
             link = f"Every training is a line of [{name}](experiments/{name})."
@@ -175,26 +179,36 @@ def render(page: str) -> str:
 
 
 def draw(path: Path) -> Path:
-    """Draws AP over epochs: a thin line per seed, a thick one for the mean of each mini-batch."""
+    """Draws Figures 4 and 1, AP over epochs and over hours.
+
+    A thin line is a seed, a thick one the mean of a mini-batch. The hours are those of the paper's
+    clusters, in equal parts for each epoch: here is none.
+    """
     lines = read(FILES / "headline_runs.csv")
     curves, seeds = read_curves(lines), pair_seeds(lines)
-    figure = make_figure(6.4, 3.4)
-    axes = figure.subplots()
-    for colour, (row, batch) in enumerate(zip(PAIR, (8, 128), strict=True)):
+    figure = make_figure(9.6, 3.4)
+    over_epochs, over_hours = figure.subplots(1, 2, sharey=True)
+    for colour, (row, batch, hours) in enumerate(zip(PAIR, (8, 128), PAPER_HOURS, strict=True)):
         epochs = sorted(curves[row, seeds[0]], key=float)
-        x = [float(epoch) for epoch in epochs]
-        for seed in seeds:
-            y = [curves[row, seed][epoch] for epoch in epochs]
-            axes.plot(x, y, color=f"C{colour}", linewidth=0.7, alpha=0.5)
-        means = [statistics.fmean(curves[row, seed][epoch] for seed in seeds) for epoch in epochs]
+        aps = [[curves[row, seed][epoch] for epoch in epochs] for seed in seeds]
+        means = list(map(statistics.fmean, zip(*aps, strict=True)))
         label = f"mini-batch {batch}, the paper's {2 * batch}"
-        axes.plot(x, means, color=f"C{colour}", linewidth=2, marker=".", label=label)
+        for axes, scale in ((over_epochs, 1.0), (over_hours, hours / float(epochs[-1]))):
+            x = [scale * float(epoch) for epoch in epochs]
+            for y in aps:
+                axes.plot(x, y, color=f"C{colour}", linewidth=0.7, alpha=0.5)
+            axes.plot(x, means, color=f"C{colour}", linewidth=2, marker=".", label=label)
     for decay in (8, 10):
-        axes.axvline(decay, color="grey", linestyle="--", linewidth=0.8, alpha=0.6)
-    axes.set_xlabel("epoch; dashed: the learning rate is divided by 10")
-    axes.set_ylabel("box AP (%)")
-    axes.legend(frameon=False, loc="lower right")
-    tidy(axes)
+        over_epochs.axvline(decay, color="grey", linestyle="--", linewidth=0.8, alpha=0.6)
+    over_epochs.set_xlabel("epoch; dashed: the learning rate is divided by 10")
+    over_epochs.set_ylabel("box AP (%)")
+    over_epochs.legend(frameon=False, loc="lower right")
+    over_hours.set_xscale("log")
+    over_hours.set_xlabel("hours of the paper's 8 and 128 GPUs on COCO")
+    over_hours.set_xticks([0.5, 1, 2, 4, 10, 20, 40], ["0.5", "1", "2", "4", "10", "20", "40"])
+    over_hours.minorticks_off()
+    for axes in (over_epochs, over_hours):
+        tidy(axes)
     return save_figure(figure, path)
 
 

@@ -268,6 +268,7 @@ def test_the_study_detector_has_a_norm_after_every_convolution_of_backbone_and_f
 LISTS = {
     "headline_bccd": (2, 70_400, 8_800),
     "headline_bn_size": (12, 191_488, 5_984),
+    "headline_full": (2, 649_088, 81_136),
     "headline_grid": (8, 95_744, 11_968),
     "headline_iterations": (8, None, 23_936),
     "headline_no_bn": (12, 23_936, 2_992),
