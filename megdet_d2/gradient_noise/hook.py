@@ -40,9 +40,15 @@ class GradientNoise(HookBase):
         self._images = images_per_gpu
         self._period = period
         self._steps = 0
+        # |g_i - ḡ|² of this process and |ḡ|², (2,) float64 on the device, per bucket and step.
+        self._parts: list[Tensor] = []
+        self._compared: nn.Module | None = None
 
     def before_train(self) -> None:
-        """Registers the communication hook and moves this hook before the writers."""
+        """Registers the communication hook, once, and moves this hook before the writers.
+
+        A roll-back calls it again. What the failed update has left is forgotten.
+        """
         model = self.trainer.model
         if not isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError("GradientNoise compares processes: train with two or more")
@@ -51,10 +57,12 @@ class GradientNoise(HookBase):
         hooks = self.trainer._hooks
         hooks.remove(self)
         hooks.insert(0, self)
-        # |g_i - ḡ|² of this process and |ḡ|², (2,) float64 on the device, per bucket and step.
-        self._parts: list[Tensor] = []
-        # The list alone: DDP keeps it on the model, which has to stay fit for copies.
-        model.register_comm_hook(self._parts, _compare_with_mean)
+        self._parts.clear()
+        self._steps = 0
+        if model is not self._compared:
+            # The list alone: DDP keeps it on the model, which has to stay fit for copies.
+            model.register_comm_hook(self._parts, _compare_with_mean)
+            self._compared = model
 
     def after_step(self) -> None:
         """Counts the step; writes the scalars when they are due."""

@@ -166,8 +166,10 @@ def run_ddp(rank, iterations):
     batches = [images[i : i + 3] for i in range(0, len(images), 3)]
     gradients = [gradient(plain, batch, 3)["roi_heads.weight"] for batch in batches]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = SimpleTrainer(model, batches, optimizer)
+    before = [make_images(3, seed=10 + rank)] * 2
+    trainer = SimpleTrainer(model, before + batches, optimizer)
     trainer.register_hooks([GradientNoise(images_per_gpu=3, period=iterations)])
+    trainer.train(1, 3)  # updates that a roll-back takes back: it calls the hook again
     trainer.train(0, iterations)
     latest = {key: value for key, (value, _) in trainer.storage.latest().items()}
     return gradients, latest["gradient_noise/variance"], latest["gradient_noise/scale"]
