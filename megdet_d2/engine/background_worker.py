@@ -27,6 +27,8 @@ from .ema import build_average
 from .precision import set_float32_precision
 
 LOG = "log.txt"
+# Limits without a layer, over limits without any work: the computation of AP runs no layer.
+PATIENCE = 10
 _NICE = 5
 _STARTING = "MEGDET_D2_BACKGROUND"  # set in the process until it evaluates
 
@@ -43,13 +45,15 @@ class EvaluationProcess:
     Args:
         kind: the trainer's class, which the process imports.
         cfg: its config. The process prints to log.txt in its OUTPUT_DIR.
-        timeout: seconds without the forward of any module after which it has hung.
+        timeout: seconds without the forward of any module after which it has hung, unless it uses
+            a processor, as to compute AP; then ``PATIENCE`` times as many.
     """
 
     def __init__(self, kind: type[Builders], cfg: CfgNode, timeout: float):
         self._timeout = timeout
         context = multiprocessing.get_context("spawn")
-        self._alive_at = context.Value("d", time.time(), lock=False)
+        # When a layer ran last, and when the process used a processor last.
+        self._alive_at = context.Array("d", [time.time()] * 2, lock=False)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_work,
@@ -62,7 +66,7 @@ class EvaluationProcess:
 
     def send(self, path: str) -> None:
         """Lets the process evaluate a snapshot. One at a time."""
-        self._alive_at.value = time.time()
+        self._alive_at[:] = [time.time()] * 2
         with contextlib.suppress(OSError):  # it has ended, as ``receive`` will say
             self._connection.send(path)
 
@@ -73,9 +77,12 @@ class EvaluationProcess:
             WorkerError: the evaluation has failed or hung, or the process has ended.
         """
         if not self._connection.poll(wait):
-            silent = time.time() - self._alive_at.value
-            if silent > self._timeout:
-                raise WorkerError(f"no layer ran for {silent:.0f} s (MEGDET.TIMEOUT)")
+            layer, work = (time.time() - at for at in self._alive_at)
+            if min(layer, work) > self._timeout or layer > PATIENCE * self._timeout:
+                raise WorkerError(
+                    f"no layer ran for {layer:.0f} s, and no processor was used for {work:.0f} s "
+                    f"(MEGDET.TIMEOUT, or {PATIENCE} times that while a processor is used)"
+                )
             return None
         try:
             results, error = self._connection.recv()
@@ -165,6 +172,7 @@ def _work(
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends them to all processes
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_note_work, args=(alive_at,), daemon=True).start()
     os.nice(_NICE)
     torch.set_num_threads(cfg.TEST.BACKGROUND_THREADS)
     _print_to(os.path.join(cfg.OUTPUT_DIR, LOG))
@@ -186,7 +194,7 @@ def _work(
 
 def _prepare(kind: type[Builders], cfg: CfgNode, data_sets: dict[str, Any], alive_at: Any) -> Any:
     def live(*_: Any) -> None:
-        alive_at.value = time.time()
+        alive_at[0] = time.time()
 
     register_module_forward_hook(live)
     for name, (load, metadata) in data_sets.items():
@@ -210,6 +218,16 @@ def _evaluate(kind: type[Builders], cfg: CfgNode, model: Any, average: Any, path
         average.load_state_dict(file["ema"])
         results.update(kind.test_ema(cfg, average.model))
     return {name: float(value) for name, value in flatten_results_dict(results).items()}
+
+
+def _note_work(alive_at: Any) -> None:
+    """Notes when this process uses a processor, which it does in AP's computation too."""
+    used = time.process_time()
+    while True:
+        time.sleep(1)
+        if time.process_time() - used > 0.05:
+            alive_at[1] = time.time()
+        used = time.process_time()
 
 
 def _end_with_parent() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from detectron2.engine import hooks
 
 from megdet_d2 import Trainer, prepare_config
+from megdet_d2.engine.background_worker import EvaluationProcess, WorkerError
 from megdet_d2.engine.metrics import cut_metrics, has_results
 from megdet_d2.report.run import read_metrics
-from tests.helpers.background import KEYS, Diverging, Dying, Failing, Summing, run
+from tests.helpers.background import KEYS, Computing, Diverging, Dying, Failing, Summing, run
 from tests.helpers.paths import TINY, TRAIN_NET
 from tests.helpers.processes import all_gone, finish, session, start, wait_for
 from tests.helpers.training import config, copy_checkpoint, differing, digests, read_rows
@@ -107,6 +109,32 @@ def test_a_process_that_ends_is_named_at_the_end_of_the_training(coco, tmp_path)
         run(Dying, tmp_path, coco, "TEST.EVAL_PERIOD", 4)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     assert list(results(tmp_path)) == [6]
+
+
+@pytest.mark.slow
+def test_work_without_layers_is_no_hang_and_waiting_is_one(coco, tmp_path):
+    cfg = config(tmp_path, coco, *KEYS)
+    prepare_config(cfg)
+    model = Trainer.build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "snapshot.pth")
+    process = EvaluationProcess(Computing, cfg, timeout=120)
+    try:
+        process.send(str(tmp_path / "snapshot.pth"))
+        deadline = time.monotonic() + 110
+        while not Path(tmp_path, "computes").exists():  # it has started, which may take long
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process._timeout = 4
+        found = None
+        while found is None:
+            found = process.receive(wait=0.2)
+        assert found == {"times/AP": 1.0}
+        process.send(str(tmp_path / "snapshot.pth"))
+        with pytest.raises(WorkerError, match="no layer ran for 4 s, and no processor .*TIMEOUT"):
+            while process.receive(wait=0.2) is None:
+                pass
+    finally:
+        process.end()
 
 
 @pytest.mark.slow

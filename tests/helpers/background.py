@@ -78,6 +78,22 @@ class Waiting(Summing):
         time.sleep(3600)
 
 
+class Computing(Summing):
+    """Runs no layer for some seconds: first computes as AP does, the second time it waits."""
+
+    times = 0
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        cls.times += 1
+        Path(cfg.OUTPUT_DIR, "computes").touch()
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            if cls.times > 1:
+                time.sleep(1)
+        return {"times": {"AP": float(cls.times)}}
+
+
 class Diverging(Summing):
     """Has weights that are not finite, once, before its fifth update."""
 
