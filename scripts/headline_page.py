@@ -108,6 +108,23 @@ def curve_table(lines: list[Line]) -> str:
     return "\n".join(table)
 
 
+def loss_table(lines: list[Line]) -> str:
+    """Returns the training loss after some epochs, the mean over the seeds of headline_loss.csv."""
+    table = [
+        f"| mini-batch | seeds | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
+        "|---|---|" + "---|" * len(EPOCHS),
+    ]
+    for row, batch in zip(PAIR, ("8, the paper's 16", "128, the paper's 256"), strict=True):
+        own = [line for line in lines if line["row"] == row]
+        losses = [
+            [float(line["total_loss"]) for line in own if line["epoch"] == epoch]
+            for epoch in EPOCHS
+        ]
+        cells = [f"{statistics.fmean(values):.3f}" for values in losses]
+        table.append(f"| {batch} | {len(losses[0])} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
 def read_curves(lines: list[Line]) -> dict[tuple[str, str], dict[str, float]]:
     """Returns (row, seed) -> epoch -> AP."""
     return {
@@ -164,6 +181,9 @@ def tables() -> str:
             link = f"Every training is a line of [{name}](experiments/{name})."
             parts += [f"### {heading}", link, study_table(read(FILES / name), baseline_of)]
     parts += ["### Figure 4: AP after epochs", curve_table(lines)]
+    losses = "headline_loss.csv"
+    link = f"Means over an epoch and over the seeds in [{losses}](experiments/{losses})."
+    parts += ["### The training loss", link, loss_table(read(FILES / losses))]
     return "\n\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib
+import json
 import re
 import statistics
 
@@ -11,8 +12,9 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
-from scripts import config_page, headline_page
+from scripts import config_page, headline_loss, headline_page
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import write_run
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SECTIONS = "MODEL|MEGDET|SOLVER|TEST|INPUT|DATASETS|DATALOADER"
@@ -111,7 +113,7 @@ def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
     page = headline_page.PAGE.read_text()
     assert page == headline_page.render(page), "run  python scripts/headline_page.py"
     known = {path.name for path in headline_page.FILES.glob("headline_*.csv")}
-    assert known <= set(headline_page.STUDIES)
+    assert known <= {*headline_page.STUDIES, "headline_loss.csv"}
     with Image.open(headline_page.draw(tmp_path / "plot.png")) as drawn:
         with Image.open(headline_page.PLOT) as committed:
             assert drawn.size == committed.size
@@ -159,3 +161,15 @@ def test_readme_has_the_figures_of_the_committed_results(file, row):
     assert len(aps) == 3
     figure = f"{statistics.mean(aps):.1f} ± {statistics.stdev(aps):.1f}"
     assert figure in (ROOT / "README.md").read_text()
+
+
+def test_training_losses_are_means_over_epochs(tmp_path):
+    folder = write_run(tmp_path / headline_page.PAIR[0] / "seed3", batch_size=8)
+    write_run(tmp_path / headline_page.PAIR[1] / "seed3", batch_size=8)
+    (tmp_path / headline_page.PAIR[1] / "seed3/metrics.json").write_text("")  # not finished
+    rows = [{"iteration": i, **dict.fromkeys(headline_loss.LOSSES, i)} for i in range(110)]
+    rows.append({"iteration": 110, "bbox/AP": 30.0})
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = headline_loss.read_folder(tmp_path)
+    assert {key[:2] for key in found} == {(headline_page.PAIR[0], "3")} and len(found) == 11
+    assert found[headline_page.PAIR[0], "3", "11"] == ["104.5000"] * 5  # 100 to 109
