@@ -221,7 +221,7 @@ def _evaluate(kind: type[Builders], cfg: CfgNode, model: Any, average: Any, path
 
 
 def _note_work(alive_at: Any) -> None:
-    """Notes when this process uses a processor, which it does in AP's computation too."""
+    """Records when this process uses a processor, which it does in AP's computation too."""
     used = time.process_time()
     while True:
         time.sleep(1)

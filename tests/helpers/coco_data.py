@@ -1,6 +1,7 @@
 """Makes a small COCO data set that a test can spoil, and its config."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -77,3 +78,8 @@ def refusal(cfg, error=ValueError):
 def assert_says(message, *parts):
     for part in parts:
         assert part in message, f"{part!r} is not in {message!r}"
+
+
+def warnings_in(caplog):
+    """Returns the messages from WARNING on; an earlier test may have let others through."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
