@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from megdet_d2.ablation.equivalence import ALPHA, assess_equivalence, seeds_needed, wilson_interval
+from megdet_d2.ablation.equivalence import assess_equivalence, seeds_needed, wilson_interval
 from megdet_d2.ablation.results import MARGIN
 from megdet_d2.report.style import make_figure, save_figure, tidy
 
@@ -88,7 +88,7 @@ def study_table(lines: list[Line], baseline_of: Callable[[str], str]) -> str:
             f"{failed} ({100 * low:.0f} to {100 * high:.0f} %)", spread(aps),
             spread(gaps, "+") if gaps else "",
             f"{test.low:+.2f} to {test.high:+.2f}" if test else "",
-            ("yes" if test.p < ALPHA else "not shown") if test else "",
+            test.answer if test else "",
         ]  # fmt: skip
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
@@ -157,7 +157,7 @@ def verdict(lines: list[Line]) -> str:
     first = f"Mini-batch 128 against 8, the paper's 256 against 16: pairs trained {len(gaps)} of 5."
     if test is None:
         return first
-    answer = "equal" if test.equal else "not shown to be equal"
+    answers = {"yes": "equal within", "no": "a gap above", "not shown": "not shown equal within"}
     deviation = statistics.stdev(gaps)
     try:
         needed = f"{seeds_needed(deviation, MARGIN)} seeds"
@@ -165,7 +165,7 @@ def verdict(lines: list[Line]) -> str:
         needed = "more than 1,000 seeds"
     return (
         f"{first} The gap is {spread(gaps, '+')} AP, with an interval of 90 % from "
-        f"{test.low:+.2f} to {test.high:+.2f}: {answer} within {MARGIN:g} (p = {test.p:.2g}). At "
+        f"{test.low:+.2f} to {test.high:+.2f}: {answers[test.answer]} {MARGIN:g} AP. At "
         f"this deviation {needed} would show that mini-batches without any gap are equal, with a "
         "probability of 80 %."
     )

@@ -133,7 +133,10 @@ def test_the_headline_pairs_seeds_and_tests_equality():
     assert "| 4 | 1 (5 to 70 %) | 72.12 ± 1.01 | +0.12 ± 0.01 | +0.10 to +0.14 | yes |" in last
     assert "equal within 0.5" in headline_page.verdict(lines)
     lines[-2]["ap"] = "80"
-    assert "not shown to be equal" in headline_page.verdict(lines)
+    assert "not shown equal within 0.5" in headline_page.verdict(lines)
+    for number, worse in enumerate(lines[-4:-1]):
+        worse["ap"] = str(60 + int(worse["seed"]) + 0.01 * number)
+    assert "a gap above 0.5 AP" in headline_page.verdict(lines)
 
 
 def test_tests_that_a_page_names_are_there():

@@ -28,6 +28,7 @@ class Equivalence:
         low, high: the interval of level 1 - 2 ``ALPHA``, in AP. The rows are equal within the
             margin, at level ``ALPHA``, if it lies between -margin and +margin.
         p: the larger of the two one-sided p-values.
+        margin: in AP.
     """
 
     pairs: int
@@ -35,11 +36,19 @@ class Equivalence:
     low: float
     high: float
     p: float
+    margin: float
 
     @property
     def equal(self) -> bool:
         """Returns True if the differences reject a gap of the margin or more."""
         return self.p < ALPHA
+
+    @property
+    def answer(self) -> str:
+        """Returns "yes" if equal, "no" if all of the interval is beyond the margin, or neither."""
+        if self.equal:
+            return "yes"
+        return "no" if self.low > self.margin or self.high < -self.margin else "not shown"
 
 
 def assess_equivalence(differences: Sequence[float], margin: float) -> Equivalence | None:
@@ -63,11 +72,12 @@ def assess_equivalence(differences: Sequence[float], margin: float) -> Equivalen
     mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
     error = deviation / math.sqrt(n)
     if error == 0:
-        return Equivalence(n, mean, mean, mean, float(abs(mean) >= margin))
+        return Equivalence(n, mean, mean, mean, float(abs(mean) >= margin), margin)
     reach = stats.t.ppf(1 - ALPHA, n - 1) * error
     above_low = stats.t.sf((mean + margin) / error, n - 1)
     below_high = stats.t.cdf((mean - margin) / error, n - 1)
-    return Equivalence(n, mean, mean - reach, mean + reach, float(max(above_low, below_high)))
+    p = float(max(above_low, below_high))
+    return Equivalence(n, mean, mean - reach, mean + reach, p, margin)
 
 
 def seeds_needed(deviation: float, margin: float, power: float = 0.8, most: int = 1000) -> int:

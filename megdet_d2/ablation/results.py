@@ -18,7 +18,7 @@ from tabulate import tabulate
 from megdet_d2.report.run import Run
 from megdet_d2.report.style import make_figure, save_figure, tidy
 
-from .equivalence import ALPHA, assess_equivalence, wilson_interval
+from .equivalence import assess_equivalence, wilson_interval
 from .job import Job
 from .rows import Row
 
@@ -155,6 +155,7 @@ def summarize(
                 line["gain_low"] = test.low if test else None
                 line["gain_high"] = test.high if test else None
                 line["gain_p_equal"] = test.p if test else None
+                line["gain_equal"] = test.answer if test else None
         line |= {"paper_ap": row.paper_ap, "paper_hours": row.paper_hours}
         summary.append(line)
     return summary
@@ -263,10 +264,9 @@ def _cell(line: dict[str, Any], measure: str, digits: int, sign: str = "-") -> s
 
 def _equality(line: dict[str, Any]) -> str:
     """Returns the answer of the equivalence test with the interval of the gain."""
-    if line["gain_p_equal"] is None:
+    if line["gain_equal"] is None:
         return ""
-    verdict = "yes" if line["gain_p_equal"] < ALPHA else "not shown"
-    return f"{verdict} ({line['gain_low']:+.1f} to {line['gain_high']:+.1f})"
+    return f"{line['gain_equal']} ({line['gain_low']:+.1f} to {line['gain_high']:+.1f})"
 
 
 def _write_csv(path: Path, columns: list[str], lines: Iterable[dict[str, Any]]) -> None:

@@ -29,6 +29,21 @@ def test_a_gap_or_a_large_deviation_is_no_equality(differences):
     assert not assess_equivalence(differences, 0.5).equal
 
 
+@pytest.mark.parametrize(
+    ("differences", "answer"),
+    [
+        ([0.1, 0.0, 0.1], "yes"),
+        ([-0.7, -0.6, -0.6], "no"),
+        ([0.7, 0.6, 0.6], "no"),
+        ([0.5, 0.6, 0.7], "not shown"),
+        ([-1.0, 1.0, 0.0], "not shown"),
+    ],
+)
+def test_an_answer_is_no_only_where_the_whole_interval_is_beyond(differences, answer):
+    result = assess_equivalence(differences, 0.5)
+    assert result.answer == answer
+
+
 def test_interval_inside_the_margin_and_p_agree():
     rng = np.random.default_rng(0)
     for _ in range(200):
