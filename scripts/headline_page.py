@@ -1,6 +1,7 @@
 """Writes the tables and the plot of the headline study from its committed CSV files.
 
     python scripts/headline_page.py
+    python scripts/headline_page.py output/ablations/headline    # also reads training losses there
 
 ``megdet ablate --ledger`` writes the files, one line per training. The tables go between the
 markers of docs/results/experiments.md; the text around them is written by hand.
@@ -13,8 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from megdet_d2.ablation.equivalence import assess_equivalence, seeds_needed, wilson_interval
 from megdet_d2.ablation.results import MARGIN
+from megdet_d2.report.run import Run
 from megdet_d2.report.style import make_figure, save_figure, tidy
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +54,8 @@ STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "headline_bccd.csv": ("Photographs", lambda row: "b8"),
 }
 EPOCHS = ("1", "3", "6", "8", "9", "11")
+LOSSES = ("total_loss", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
+LOSS_FILE = FILES / "headline_loss.csv"
 
 
 def read(path: Path) -> list[Line]:
@@ -125,6 +131,48 @@ def loss_table(lines: list[Line]) -> str:
     return "\n".join(table)
 
 
+def mean_losses(run: Run, epoch: int) -> list[float]:
+    """Returns the means of the losses in metrics.json over an epoch, counted from 1."""
+    means = []
+    for name in LOSSES:
+        iterations, values = run.series(name)
+        at = run.epochs(iterations)
+        means.append(float(values[(at > epoch - 1) & (at <= epoch)].mean()))
+    return means
+
+
+def read_losses(folder: Path) -> dict[tuple[str, ...], list[str]]:
+    """Returns (row, seed, epoch) -> losses, of the finished trainings of the pair in a folder."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in PAIR:
+        for path in sorted(folder.glob(f"{row}/seed*")):
+            try:
+                run = Run.read(path)
+            except (FileNotFoundError, ValueError):  # it has hardly begun
+                continue
+            if run.final() is None:
+                continue
+            epochs = int(np.ceil(run.epochs(run.series("total_loss")[0])[-1]))
+            for epoch in range(1, epochs + 1):
+                key = row, path.name.removeprefix("seed"), str(epoch)
+                found[key] = [f"{loss:.4f}" for loss in mean_losses(run, epoch)]
+    return found
+
+
+def add_losses(folder: Path) -> None:
+    """Adds the training losses of a folder to headline_loss.csv, and keeps its other lines."""
+    lines = {}
+    if LOSS_FILE.is_file():
+        with open(LOSS_FILE, newline="") as file:
+            lines = {tuple(line[:3]): line[3:] for line in list(csv.reader(file))[1:]}
+    lines |= read_losses(folder)
+    ordered = sorted(lines.items(), key=lambda item: (*item[0][:2], int(item[0][2])))
+    with open(LOSS_FILE, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("row", "seed", "epoch", *LOSSES))
+        writer.writerows([*key, *losses] for key, losses in ordered)
+
+
 def read_curves(lines: list[Line]) -> dict[tuple[str, str], dict[str, float]]:
     """Returns (row, seed) -> epoch -> AP."""
     return {
@@ -181,9 +229,9 @@ def tables() -> str:
             link = f"Every training is a line of [{name}](experiments/{name})."
             parts += [f"### {heading}", link, study_table(read(FILES / name), baseline_of)]
     parts += ["### Figure 4: AP after epochs", curve_table(lines)]
-    losses = "headline_loss.csv"
-    link = f"Means over an epoch and over the seeds in [{losses}](experiments/{losses})."
-    parts += ["### The training loss", link, loss_table(read(FILES / losses))]
+    name = LOSS_FILE.name
+    link = f"Means over an epoch and over the seeds in [{name}](experiments/{name})."
+    parts += ["### The training loss", link, loss_table(read(LOSS_FILE))]
     return "\n\n".join(parts)
 
 
@@ -233,5 +281,7 @@ def draw(path: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        add_losses(Path(sys.argv[1]))
     PAGE.write_text(render(PAGE.read_text()))
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else PLOT)
+    draw(PLOT)

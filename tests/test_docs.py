@@ -12,7 +12,7 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
-from scripts import config_page, headline_loss, headline_page
+from scripts import config_page, headline_page
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import write_run
 
@@ -170,9 +170,9 @@ def test_training_losses_are_means_over_epochs(tmp_path):
     folder = write_run(tmp_path / headline_page.PAIR[0] / "seed3", batch_size=8)
     write_run(tmp_path / headline_page.PAIR[1] / "seed3", batch_size=8)
     (tmp_path / headline_page.PAIR[1] / "seed3/metrics.json").write_text("")  # not finished
-    rows = [{"iteration": i, **dict.fromkeys(headline_loss.LOSSES, i)} for i in range(110)]
+    rows = [{"iteration": i, **dict.fromkeys(headline_page.LOSSES, i)} for i in range(110)]
     rows.append({"iteration": 110, "bbox/AP": 30.0})
     (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = headline_loss.read_folder(tmp_path)
+    found = headline_page.read_losses(tmp_path)
     assert {key[:2] for key in found} == {(headline_page.PAIR[0], "3")} and len(found) == 11
     assert found[headline_page.PAIR[0], "3", "11"] == ["104.5000"] * 5  # 100 to 109
