@@ -1,5 +1,6 @@
 """Resolves ``MEGDET`` keys into ``SOLVER``, and builds the LR scheduler from them."""
 
+import math
 from typing import Any
 
 import torch
@@ -146,11 +147,18 @@ def _refuse_with_batch_warmup(cfg: CfgNode) -> None:
                 f"MEGDET.BATCH_WARMUP is {keys.BATCH_WARMUP}, which does not work with "
                 f"MEGDET.{key} {keys[key]!r}: {why}, or set MEGDET.BATCH_WARMUP ()"
             )
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in keys.BATCH_WARMUP):
+    if not all(map(_is_phase, keys.BATCH_WARMUP)):
         raise ValueError(
-            f"MEGDET.BATCH_WARMUP is {keys.BATCH_WARMUP}; give pairs (epoch, mini-batch), such as "
-            "((0, 64), (1, 128), (2, 256))"
+            f"MEGDET.BATCH_WARMUP is {keys.BATCH_WARMUP}; give pairs (epoch, mini-batch), with "
+            "whole mini-batches, such as ((0, 64), (1, 128), (2, 256))"
         )
+
+
+def _is_phase(pair: Any) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        return False
+    epoch, batch_size = pair
+    return type(epoch) in (int, float) and math.isfinite(epoch) and type(batch_size) is int
 
 
 def images_per_micro_batch(cfg: CfgNode, world_size: int) -> int:
