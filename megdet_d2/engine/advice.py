@@ -10,6 +10,9 @@ from megdet_d2.schedule.build import scheduled_images
 _FEW = 300  # iterations; a detector learns little in fewer, even from good weights
 _FACTOR = 2  # between the images of an epoch and those that there are
 
+SHORTEST_WARMUP, WARMUP_SHARE = 150, 0.1
+"""Iterations, or part of all iterations, that a warm-up to a raised learning rate should take."""
+
 
 def count_images(cfg: CfgNode, inspections: Sequence[Inspection]) -> int | None:
     """Returns the images of ``DATASETS.TRAIN`` as Detectron2 filters them; None if not known.
@@ -58,7 +61,17 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
             f"{images} to train on, so a mini-batch has some of them several times",
             f"set SOLVER.IMS_PER_BATCH to {num_images} or less",
         )
-    iterations = cfg.SOLVER.MAX_ITER
+    iterations, warmup = cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS
+    raised = keys.POLICY and cfg.SOLVER.BASE_LR > keys.REFERENCE_LR
+    if raised and warmup < min(SHORTEST_WARMUP, WARMUP_SHARE * iterations):
+        warn(
+            "short-warmup",
+            f"MEGDET.WARMUP_EPOCHS is {keys.WARMUP_EPOCHS:g}",
+            f"a warm-up of {warmup} iterations is short for the learning rate "
+            f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.BASE_LR / keys.REFERENCE_LR:.3g} times "
+            "REFERENCE_LR: training may recover late from it, without a loss that is infinite",
+            f"give {SHORTEST_WARMUP} iterations, or {WARMUP_SHARE:.0%} of {iterations}",
+        )
     if keys.POLICY and iterations < _FEW:
         epochs = keys.EPOCHS or scheduled_images(cfg) / (epoch or num_images or batch_size)
         warn(

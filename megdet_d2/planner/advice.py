@@ -1,10 +1,9 @@
 """Warns of settings that fit the machines, and train worse."""
 
+from megdet_d2.engine.advice import SHORTEST_WARMUP, WARMUP_SHARE
+
 from .question import Question
 from .search import SMALLEST_BN_SIZE, Setting
-
-SHORTEST_WARMUP, WARMUP_SHARE = 150, 0.1
-"""Iterations, or part of all iterations, that a warm-up to a scaled learning rate should take."""
 
 LARGE_SHARE = 0.2
 """Of the time, from which evaluations are worth a warning."""

@@ -73,3 +73,24 @@ def test_a_set_of_unknown_size_gets_no_hint_about_it(tmp_path):
     scale_config(cfg, num_images=8)
     assert count_images(cfg, inspect_datasets(cfg)) is None
     assert find_schedule_faults(cfg, None) == []
+
+
+@pytest.mark.parametrize(
+    ("factor", "warmup_epochs", "said"),
+    [(16, 1.0, True), (16, 2.0, False), (1, 1.0, False)],
+)
+def test_a_short_warmup_to_a_raised_learning_rate_is_named(
+    tmp_path, coco, factor, warmup_epochs, said, caplog
+):
+    """At 16 times the learning rate, 34 iterations of 374 left one training of two at 11 AP."""
+    keys = (
+        "MEGDET.POLICY", "normal", "MEGDET.EPOCHS", None, "MEGDET.DECAY_EPOCHS", (),
+        "MEGDET.DECAY_FACTORS", (), "MEGDET.EPOCH_IMAGES", 16 * 34, "SOLVER.IMS_PER_BATCH", 16,
+        "MEGDET.REFERENCE_BATCH_SIZE", 16 // factor, "MEGDET.WARMUP_EPOCHS", warmup_epochs,
+    )  # fmt: skip
+    cfg = config(tmp_path, coco, *keys)
+    prepare_config(cfg)
+    assert cfg.SOLVER.MAX_ITER == 374
+    assert ("a warm-up of 34 iterations is short" in caplog.text) == said
+    if said:
+        assert_says(caplog.text, f"{factor} times REFERENCE_LR", "150 iterations, or 10% of 374")
