@@ -119,6 +119,15 @@ def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
             assert drawn.size == committed.size
 
 
+def test_readme_has_the_gaps_of_the_headline():
+    readme = (ROOT / "README.md").read_text()
+    for name, *rows in headline_page.PAIRS[3:5]:  # 1,496 and 3,003 iterations
+        lines = headline_page.read(headline_page.FILES / name)
+        small, large = rows
+        gap = headline_page.spread(headline_page.paired_gaps(lines, large, small), "+")
+        assert gap in readme, gap
+
+
 def test_the_headline_pairs_seeds_and_tests_equality():
     def line(row, seed, ap):
         return {"row": row, "seed": str(seed), "ap": str(ap), "failed": str(int(ap == "")),
