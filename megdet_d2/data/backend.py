@@ -39,6 +39,8 @@ BACKENDS = ("pil", "torchvision")
 
 _JPEG = b"\xff\xd8\xff"  # how a JPEG file begins
 _ORIENTATION = 274  # the EXIF tag; 1 is upright
+# Augmentations that keep no reference to the image.
+_FORGETTING = (T.RandomCrop, T.RandomFlip, T.Resize, T.ResizeScale, T.ResizeShortestEdge)
 
 
 def find_backend_fault(backend: str) -> str:
@@ -93,7 +95,8 @@ class TorchvisionMapper:
     """Does what Detectron2's ``DatasetMapper`` does, with faster decoding and resizing.
 
     Boxes, masks, keypoints and random numbers are the same. A resized pixel differs from PIL's by
-    at most one grey level, and seldom.
+    at most one grey level, and seldom. The channels of a pixel stay together in memory, where
+    Detectron2 copies the image once more; its tensor (3, height, width) is not contiguous then.
 
     Args:
         stock: the mapper of Detectron2, or of a subclass that inherits ``__call__``. Its
@@ -104,6 +107,8 @@ class TorchvisionMapper:
         self.stock = stock
         inherited = type(stock)._transform_annotations is DatasetMapper._transform_annotations
         self._together = inherited and not stock.use_keypoint  # keypoints: one object after another
+        # Other augmentations may keep the image, so its memory is not used again.
+        self._forgets_images = all(type(aug) in _FORGETTING for aug in stock.augmentations.augs)
 
     def __call__(self, entry: dict) -> dict:
         """Returns the model's input for an entry of a data set."""
@@ -116,7 +121,8 @@ class TorchvisionMapper:
         augmented = FastAugInput(image, sem_seg=sem_seg)
         transforms = stock.augmentations(augmented)
         shape = augmented.image.shape[:2]
-        entry["image"] = _to_planes(augmented.image)
+        resized = augmented.resized if self._forgets_images else None
+        entry["image"] = _to_tensor(augmented.image, resized)
         if augmented.sem_seg is not None:
             entry["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
         if stock.proposal_topk is not None:
@@ -151,12 +157,15 @@ class FastAugInput(T.AugInput):
     image: np.ndarray
     boxes: np.ndarray | None
     sem_seg: np.ndarray | None
+    resized: np.ndarray | None = None
+    """The image that torch has resized last, which nothing else has had."""
 
     def transform(self, tfm: Transform) -> None:
         """Applies a transform to the image, the boxes and the labels of pixels, in place."""
         for part in tfm.transforms if type(tfm) is TransformList else [tfm]:
             resized = _resize(part, self.image) if type(part) is T.ResizeTransform else None
             self.image = part.apply_image(self.image) if resized is None else resized
+            self.resized = self.resized if resized is None else resized
         if self.boxes is not None:
             self.boxes = tfm.apply_box(self.boxes)
         if self.sem_seg is not None:
@@ -235,10 +244,19 @@ def _resize(resize: T.ResizeTransform, image: np.ndarray) -> np.ndarray | None:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _to_planes(image: np.ndarray) -> torch.Tensor:
-    """Returns an image as a contiguous tensor (channels, height, width)."""
+def _to_tensor(image: np.ndarray, resized: np.ndarray | None) -> torch.Tensor:
+    """Returns an image as a tensor (channels, height, width), without a copy where that is safe.
+
+    Args:
+        image: (height, width, channels).
+        resized: an array that nothing else refers to, which the image may be, or a view of it.
+    """
     mirrored = image.strides[1] < 0  # Detectron2's flip returns a view
     pixels = image[:, ::-1] if mirrored else image
+    if resized is not None and _is_same(pixels, resized):
+        if mirrored:
+            cv2.flip(resized, 1, resized)
+        return torch.from_numpy(resized).permute(2, 0, 1)
     if image.dtype != np.uint8 or image.shape[2] != 3 or not pixels.flags.c_contiguous:
         return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
     planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
@@ -246,6 +264,12 @@ def _to_planes(image: np.ndarray) -> torch.Tensor:
     for plane in planes if mirrored else ():
         cv2.flip(plane, 1, plane)  # in place: new memory costs more than the flip
     return torch.from_numpy(planes)
+
+
+def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns True if both arrays are the same values in memory, in the same order."""
+    first, second = a.__array_interface__, b.__array_interface__
+    return all(first[key] == second[key] for key in ("data", "shape", "strides", "typestr"))
 
 
 def _transform_together(

@@ -89,7 +89,9 @@ def assert_same(given, stock, ours, seed=0, most=1, share=0.02):
         before, default=repr
     )
     difference = (expected["image"].int() - got["image"].int()).abs()
-    assert got["image"].is_contiguous() and got["image"].dtype == expected["image"].dtype
+    image = got["image"]  # by planes as Detectron2's, or by pixels
+    assert image.is_contiguous() or image.permute(1, 2, 0).is_contiguous()
+    assert image.dtype == expected["image"].dtype and image.stride()[1] > 0
     assert difference.max() <= most and (difference > 0).float().mean() <= share
     assert expected.keys() == got.keys()
     if "instances" not in expected:
@@ -154,6 +156,38 @@ def test_augmentations_of_a_project_and_large_scale_jitter(photographs):
         stock = DatasetMapper(is_train=True, augmentations=augmentations, image_format="BGR")
         for seed in range(2):
             assert_same(entry(photographs[1]), stock, TorchvisionMapper(stock), seed)
+
+
+@pytest.mark.parametrize("flips", [
+    [T.RandomFlip(1.0)],
+    [T.RandomFlip(1.0), T.RandomFlip(1.0)],
+    [T.RandomFlip(1.0, horizontal=False, vertical=True)],
+    [T.RandomFlip(1.0), T.RandomFlip(1.0, horizontal=False, vertical=True)],
+    [T.RandomFlip(1.0), T.ResizeShortestEdge(200)],
+    [T.RandomCrop("relative", (0.5, 0.5)), T.RandomFlip(1.0)],
+])  # fmt: skip
+def test_views_of_the_resized_image(photographs, flips):
+    augmentations = [T.ResizeShortestEdge(300), *flips]
+    stock = DatasetMapper(is_train=True, augmentations=augmentations, image_format="BGR")
+    for seed in range(2):
+        assert_same(entry(photographs[1]), stock, TorchvisionMapper(stock), seed)
+
+
+class Keep(T.Augmentation):
+    """A project's augmentation: it keeps the image, as a mosaic of several does."""
+
+    def get_transform(self, image):
+        self.kept = image
+        return T.NoOpTransform()
+
+
+def test_an_image_that_an_augmentation_keeps_is_copied(photographs):
+    keep = Keep()
+    augmentations = [T.ResizeShortestEdge(300), keep, T.RandomFlip(1.0)]
+    stock = DatasetMapper(is_train=True, augmentations=augmentations, image_format="BGR")
+    image = TorchvisionMapper(stock)(entry(photographs[0]))["image"]
+    assert not np.shares_memory(image.numpy(), keep.kept)
+    assert np.array_equal(image.numpy(), keep.kept[:, ::-1].transpose(2, 0, 1))
 
 
 def test_semantic_labels_are_those_of_detectron2(photographs, tmp_path):
