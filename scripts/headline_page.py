@@ -96,17 +96,21 @@ def study_table(lines: list[Line], baseline_of: Callable[[str], str]) -> str:
         aps = [float(line["ap"]) for line in own if line["ap"]]
         baseline = baseline_of(row)
         gaps = paired_gaps(lines, row, baseline) if row != baseline else []
-        test = assess_equivalence(gaps, MARGIN)
         cells = [
             f"`{row}`", first["batch"], first["bn_size"], f"{float(first['lr']):g}",
             f"{int(first['iterations']):,}", str(len(own)),
             f"{failed} ({100 * low:.0f} to {100 * high:.0f} %)", spread(aps),
-            spread(gaps, "+") if gaps else "",
-            f"{test.low:+.2f} to {test.high:+.2f}" if test else "",
-            test.answer if test else "",
+            *gap_cells(gaps),
         ]  # fmt: skip
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
+
+
+def gap_cells(gaps: list[float]) -> list[str]:
+    """Returns the gap, its interval, and the answer of the test of equality, each "" without."""
+    test = assess_equivalence(gaps, MARGIN)
+    interval = f"{test.low:+.2f} to {test.high:+.2f}" if test else ""
+    return [spread(gaps, "+"), interval, test.answer if test else ""]
 
 
 def gap_table() -> str:
@@ -126,11 +130,9 @@ def gap_table() -> str:
             for row in (small, large)
         ]
         first = next(line for line in lines if line["row"] == large)
-        test = assess_equivalence(gaps, MARGIN)
         cells = [
             f"{int(first['iterations']):,}", f"{int(first['images']):,}", str(len(gaps)),
-            spread(aps[0]), spread(aps[1]), spread(gaps, "+"),
-            f"{test.low:+.2f} to {test.high:+.2f}" if test else "", test.answer if test else "",
+            spread(aps[0]), spread(aps[1]), *gap_cells(gaps),
         ]  # fmt: skip
         table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)

@@ -82,13 +82,16 @@ def run(args: argparse.Namespace) -> None:
         train_all(pending, program, on_cpu, args.jobs, tabulate)
     print(tabulate())
     print(f"\nTable, numbers and plot: {output}/results.md, .csv, .png, and runs.csv")
-    broken = [job for job in jobs if _result(job, ledger).status == "error"]
-    if broken and not args.collate:
+    if args.collate:
+        return
+    ended = [(job, _result(job, ledger)) for job in jobs]
+    broken = [(job, result) for job, result in ended if result.status == "error"]
+    if broken:
+        job, result = broken[0]
         raise SystemExit(
             f"{len(broken)} of {len(jobs)} trainings ended by an error and are not counted, first "
-            f"{broken[0].name}: {_result(broken[0], ledger).reason}\n"
-            f"Its output is in {broken[0].folder / CONSOLE}. Mend the cause and give the command "
-            "again: it goes on with them."
+            f"{job.name}: {result.reason}\nIts output is in {job.folder / CONSOLE}. Mend the cause "
+            "and give the command again: it goes on with them."
         )
 
 

@@ -164,8 +164,10 @@ class FastAugInput(T.AugInput):
         """Applies a transform to the image, the boxes and the labels of pixels, in place."""
         for part in tfm.transforms if type(tfm) is TransformList else [tfm]:
             resized = _resize(part, self.image) if type(part) is T.ResizeTransform else None
-            self.image = part.apply_image(self.image) if resized is None else resized
-            self.resized = self.resized if resized is None else resized
+            if resized is None:
+                self.image = part.apply_image(self.image)
+            else:
+                self.image = self.resized = resized
         if self.boxes is not None:
             self.boxes = tfm.apply_box(self.boxes)
         if self.sem_seg is not None:

@@ -32,6 +32,11 @@ def count_images(cfg: CfgNode, inspections: Sequence[Inspection]) -> int | None:
     return count
 
 
+def is_short_warmup(warmup: int, iterations: int) -> bool:
+    """Returns True if a warm-up to a raised learning rate takes too few of all iterations."""
+    return warmup < min(SHORTEST_WARMUP, WARMUP_SHARE * iterations)
+
+
 def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
     """Returns warnings about a resolved schedule that is short, or made for another data set.
 
@@ -63,7 +68,7 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
         )
     iterations, warmup = cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS
     raised = keys.POLICY and cfg.SOLVER.BASE_LR > keys.REFERENCE_LR
-    if raised and warmup < min(SHORTEST_WARMUP, WARMUP_SHARE * iterations):
+    if raised and is_short_warmup(warmup, iterations):
         warn(
             "short-warmup",
             f"MEGDET.WARMUP_EPOCHS is {keys.WARMUP_EPOCHS:g}",

@@ -49,9 +49,7 @@ def build_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
     """
-    fpn = build_resnet_fpn_backbone(cfg, input_shape)
-    _add_by_config(fpn.bottom_up, cfg)
-    return fpn
+    return _add_below(build_resnet_fpn_backbone(cfg, input_shape), cfg)
 
 
 @BACKBONE_REGISTRY.register()
@@ -61,9 +59,7 @@ def build_thin_se_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
     Raises:
         ValueError: the reduction is not valid, see ``add_squeeze_excitation``.
     """
-    fpn = build_thin_resnet_fpn_backbone(cfg, input_shape)
-    _add_by_config(fpn.bottom_up, cfg)
-    return fpn
+    return _add_below(build_thin_resnet_fpn_backbone(cfg, input_shape), cfg)
 
 
 def add_squeeze_excitation(resnet: ResNet, reduction: int = 16) -> ResNet:
@@ -99,6 +95,11 @@ def _gate(channels: int, reduction: int) -> SqueezeExcitation:
     nn.init.zeros_(gate.fc2.weight)
     nn.init.constant_(gate.fc2.bias, OPEN)
     return gate
+
+
+def _add_below(fpn: FPN, cfg: CfgNode) -> FPN:
+    _add_by_config(fpn.bottom_up, cfg)
+    return fpn
 
 
 def _add_by_config(resnet: ResNet, cfg: CfgNode) -> ResNet:

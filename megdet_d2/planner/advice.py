@@ -1,6 +1,6 @@
 """Warns of settings that fit the machines, and train worse."""
 
-from megdet_d2.engine.advice import SHORTEST_WARMUP, WARMUP_SHARE
+from megdet_d2.engine.advice import SHORTEST_WARMUP, WARMUP_SHARE, is_short_warmup
 
 from .question import Question
 from .search import SMALLEST_BN_SIZE, Setting
@@ -21,7 +21,7 @@ def find_warnings(question: Question, setting: Setting) -> list[str]:
         )
     share = resolved.warmup / resolved.iterations
     raised = resolved.batch > resolved.reference
-    if raised and resolved.warmup < SHORTEST_WARMUP and share < WARMUP_SHARE:
+    if raised and is_short_warmup(resolved.warmup, resolved.iterations):
         found.append(
             f"a warm-up of {resolved.warmup} iterations, {share:.0%}, is short for LR "
             f"{resolved.lr:g}: give {WARMUP_SHARE:.0%} or {SHORTEST_WARMUP} iterations, by "
