@@ -124,13 +124,13 @@ def test_work_without_layers_is_no_hang_and_waiting_is_one(coco, tmp_path):
         while not Path(tmp_path, "computes").exists():  # it has started, which may take long
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process._timeout = 4
+        process._timeout = 6
         found = None
         while found is None:
             found = process.receive(wait=0.2)
         assert found == {"times/AP": 1.0}
         process.send(str(tmp_path / "snapshot.pth"))
-        with pytest.raises(WorkerError, match="no layer ran for 4 s, and no processor .*TIMEOUT"):
+        with pytest.raises(WorkerError, match="no layer ran for .* s, and no processor .*TIMEOUT"):
             while process.receive(wait=0.2) is None:
                 pass
     finally:

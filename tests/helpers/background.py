@@ -87,7 +87,7 @@ class Computing(Summing):
     def test(cls, cfg, model, evaluators=None):
         cls.times += 1
         Path(cfg.OUTPUT_DIR, "computes").touch()
-        end = time.monotonic() + 8
+        end = time.monotonic() + 12
         while time.monotonic() < end:
             if cls.times > 1:
                 time.sleep(1)
