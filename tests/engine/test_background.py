@@ -117,10 +117,10 @@ def test_work_without_layers_is_no_hang_and_waiting_is_one(coco, tmp_path):
     prepare_config(cfg)
     model = Trainer.build_model(cfg)
     torch.save({"model": model.state_dict()}, tmp_path / "snapshot.pth")
-    process = EvaluationProcess(Computing, cfg, timeout=120)
+    process = EvaluationProcess(Computing, cfg, timeout=250)
     try:
         process.send(str(tmp_path / "snapshot.pth"))
-        deadline = time.monotonic() + 110
+        deadline = time.monotonic() + 240
         while not Path(tmp_path, "computes").exists():  # it has started, which may take long
             assert time.monotonic() < deadline
             time.sleep(0.1)
