@@ -232,21 +232,41 @@ def memory_instructions(compiled: Any) -> Counter:
 
 
 def loop(compiled: Any) -> tuple[int, list[str]]:
-    """Returns the length of the first loop that loads from memory, and its loads.
+    """Returns the instructions of a turn of the first loop that loads from memory, and its loads.
 
-    Without such a loop, of a kernel that has one tile, it returns the length of the whole.
+    What a branch inside the loop passes over is not counted: only the first turn runs it. Without
+    such a loop, of a kernel that has one tile, it returns the length of the whole.
     """
     code = [found for found in instructions(compiled) if found[1] != "NOP"]
     end = next((i for i, (_, name, _) in enumerate(code) if name.startswith("ATOM")), len(code))
     for i, (address, name, operands) in enumerate(code[:end]):
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if name == "BRA" and target and int(target[1], 16) < address:
-            body = [name for at, name, _ in code[:i] if at >= int(target[1], 16)]
-            loads = [name for name in body if name.startswith("LDG") and name != "LDGDEPBAR"]
+        start = _branch(name, operands)
+        if start is not None and start < address:
+            body = [found for found in code[: i + 1] if found[0] >= start]
+            loads = [name for _, name, _ in body if name.startswith("LDG") and name != "LDGDEPBAR"]
             if loads:
-                return len(body) + 1, loads
+                return _shortest(body), loads
     stop = next(i for i, (_, name, _) in enumerate(code) if name == "EXIT" and i > 20)
     return stop + 1, []
+
+
+def _branch(name: str, operands: str) -> int | None:
+    """Returns the address that an instruction jumps to; None if it is no branch."""
+    target = re.search(r"0x([0-9a-f]+)", operands)
+    return int(target[1], 16) if name == "BRA" and target else None
+
+
+def _shortest(body: list[tuple[int, str, str]]) -> int:
+    """Returns the number of instructions in a loop, without those that its branches pass over."""
+    count, passed = 0, 0
+    for address, name, operands in body:
+        if address < passed:
+            continue
+        count += 1
+        target = _branch(name, operands)
+        if target is not None and address < target <= body[-1][0]:
+            passed = target
+    return count
 
 
 def registers_and_spills(compiled: Any) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """A roofline of the four passes: models their time on a GPU from the compiled code, without a GPU.
 
     python benchmarks/roofline.py                               # prints a table
-    python benchmarks/roofline.py --output docs/results/roofline_2026-11-29.json
+    python benchmarks/roofline.py --output docs/results/roofline_2026-11-30.json
 
 It compiles the kernels for sm_90 as a layer would launch them, and reads registers, shared memory
 and instructions. The time of a kernel is the largest of three, for each wave of programs:
@@ -11,8 +11,8 @@ and instructions. The time of a kernel is the largest of three, for each wave of
   reduction has several tiles in flight where its loads are asynchronous, and all others have one.
 * issue: its instructions, at four per cycle and multiprocessor.
 
-Added to it are the start of a kernel, the merge of the splits in a reduction, and in the moments
-the tile of the pivot, for which the others wait.
+Added to it are the start of a kernel, the merge of the splits in a reduction, and in the moments of
+rows with odd starts the tile of the pivot, for which the others wait.
 "share" is the time of a copy of as many bytes over the time of the kernel. "of peak" is the time of
 these bytes without any start, which is what a benchmark compares with the copy of a huge tensor.
 The last column is the measured share, from docs/results/gpu_kernels_*.json, where there is one.
@@ -87,7 +87,7 @@ class Code:
     registers: int
     shared: int  # bytes
     threads: int
-    instructions: int  # of a thread, for a tile in the loop of a reduction, else for all
+    instructions: int  # of a thread, for a tile in the loop of a reduction, else for all; see loop
     asynchronous: bool  # the loop loads by cp.async
 
 
@@ -139,7 +139,7 @@ def model(name: str, size: int, tiling: Tiling, code: Code, gpu: GPU) -> dict[st
         time = START + whole * seconds(slots) + (seconds(rest) if rest else 0)
     else:  # a program that ends makes place for the next
         time = START + LOAD + (seconds(min(grid, slots)) - LOAD) * max(1.0, waves)
-    if name == "moments":
+    if name == "moments" and tiling.constants["LOAD"] != tiling.constants["VECTOR"]:
         time += LOAD  # the pivot, before the loop
     if name in REDUCTIONS:
         time += (3 if tiling.splits > 1 else 2) * CACHE  # ticket, values of the splits, result

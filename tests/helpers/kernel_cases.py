@@ -174,7 +174,16 @@ def check_moments_are_robust(device: str, innermost: bool) -> None:
             var, exact.var(1, correction=0), rtol=tolerance, atol=0, msg=lambda m, x=x: f"{x}: {m}"
         )
         assert ((mean - exact.mean(1)).abs() < 1e-7 * var.sqrt()).all()
-    mean, var = moments(torch.full_like(x, 12345.6789))
+    # The second image is whole. Of the first one little is valid, so that the first tiles of most
+    # splits have no values.
+    valid = torch.ones(len(x), 1, x.shape[2], dtype=torch.bool)
+    valid[0, :, 30:] = False
+    x = noise[..., : x.shape[2]].float() + 1e4
+    exact = torch.cat((x[0, :, :30], x[1]), 1).double()
+    x = _lay_out(x.masked_fill(~valid, 7), INNERMOST if innermost else OUTERMOST)
+    mean, var = moments(x.to(device), valid.to(device))
+    torch.testing.assert_close(var.cpu(), exact.var(1, correction=0), rtol=1e-5, atol=0)
+    mean, var = moments(torch.full_like(x, 12345.6789, device=device))
     assert float((mean - float(x.new_tensor(12345.6789))).abs().max()) < 1e-9
     assert float(var.abs().max()) < 1e-6
 

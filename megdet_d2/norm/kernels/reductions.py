@@ -29,40 +29,38 @@ def moments(
     partials (3, splits, C) has n, mean and Σ(x - mean)² of each split.
     """
     group, split = tl.program_id(0) % groups, tl.program_id(0) // groups
-    # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile. With
-    # n₁ values in it, (pivot - mean)² ≤ variance · n / n₁ for all data, so Σd² - (Σd)²/n keeps its
-    # digits. Where the mean is far from zero, x - pivot is exact.
+    # Sums of d = x - pivot and of d², where the pivot is the mean of the split's first tile with
+    # values. With n₁ of them, (pivot - mean)² ≤ variance · n / n₁ for all data, so Σd² - (Σd)²/n
+    # keeps its digits. Where the mean is far from zero, x - pivot is exact.
     channel, inside = channels_of(group, channels, vectors, LAYOUT, VECTOR, BLOCK_R, BLOCK_K)
-    offsets, loaded, mask, n = tile(
-        split, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K
-    )
-    values = tl.load(x + offsets, mask=loaded, other=0.0).to(ACC)
-    if valid is not None:
-        mask &= load_valid(
-            valid, split, group, offsets, mask, rows, channels, vectors,
-            LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K,
+    first = split
+    pivot = tl.zeros_like(channel).to(ACC)
+    n = tl.zeros_like(channel)
+    sums = tl.zeros([BLOCK_R, BLOCK_K], ACC)
+    squares = tl.zeros([BLOCK_R, BLOCK_K], ACC)
+    if LOAD != VECTOR:  # the loop has no registers left for it
+        values, mask, count = _tile_of_x(
+            x, valid, split, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K,
+            ACC,
         )  # fmt: skip
-        n = _sum(mask.to(tl.int32), LAYOUT)
-    pivot = _sum(tl.where(mask, values, 0.0), LAYOUT) / tl.maximum(n, 1)
-    if LOAD != VECTOR:
-        # The last tile of a row may have none of its values: then the pivot is one of them.
+        # The last tile of a row may have none of its values. Then the pivot is one of them.
         columns = vectors * VECTOR
         image = split // ((columns + LOAD - VECTOR + BLOCK_K - 1) // BLOCK_K)
         start = (image * channels + channel).to(tl.int64) * columns
-        pivot = tl.where(n > 0, pivot, tl.load(x + start, mask=inside, other=0.0).to(ACC))
-    sums = tl.where(mask, values - pivot, 0.0)
-    squares = sums * sums
-    for t in tl.range(split + splits, tiles, splits, num_stages=STAGES):
-        offsets, loaded, mask, count = tile(
-            t, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K
+        one = tl.load(x + start, mask=inside, other=0.0).to(ACC)
+        pivot = tl.where(count > 0, _mean(values, mask, count, LAYOUT), one)
+        sums = tl.where(mask, values - pivot, 0.0)
+        squares = sums * sums
+        n += count
+        first += splits
+    for t in tl.range(first, tiles, splits, num_stages=STAGES):
+        values, mask, count = _tile_of_x(
+            x, valid, t, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K, ACC
         )
-        values = tl.load(x + offsets, mask=loaded, other=0.0).to(ACC)
-        if valid is not None:
-            mask &= load_valid(
-                valid, t, group, offsets, mask, rows, channels, vectors,
-                LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K,
-            )  # fmt: skip
-            count = _sum(mask.to(tl.int32), LAYOUT)
+        if LOAD == VECTOR:  # here, so that the next tiles are on their way before it is computed
+            is_first = t == split if valid is None else tl.max(n) == 0
+            if is_first:
+                pivot = _mean(values, mask, count, LAYOUT)
         d = tl.where(mask, values - pivot, 0.0)
         sums += d
         squares += d * d
@@ -172,6 +170,32 @@ def gradient_sums(
         tl.store(totals + channels + channel, sum_products, mask=inside)
         if group == 0:
             store_stamp(message, end, stamp)
+
+
+@jit
+def _tile_of_x(
+    x, valid, t, group, rows, channels, vectors,
+    LAYOUT: tl.constexpr, VECTOR: tl.constexpr, LOAD: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Returns the values of tile t, the mask of those that count, and their number per channel."""
+    offsets, loaded, mask, count = tile(
+        t, group, rows, channels, vectors, LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K
+    )
+    values = tl.load(x + offsets, mask=loaded, other=0.0).to(ACC)
+    if valid is not None:
+        mask &= load_valid(
+            valid, t, group, offsets, mask, rows, channels, vectors,
+            LAYOUT, VECTOR, LOAD, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+        count = _sum(mask.to(tl.int32), LAYOUT)
+    return values, mask, count
+
+
+@jit
+def _mean(values, mask, count, LAYOUT: tl.constexpr):
+    """Returns the mean of each channel in a tile, or 0 where no value counts."""
+    return _sum(tl.where(mask, values, 0.0), LAYOUT) / tl.maximum(count, 1)
 
 
 @jit

@@ -175,11 +175,15 @@ def tile(
             count = tl.minimum(columns - first_column, BLOCK_K)
         else:
             # Moved back to a multiple of LOAD. A load has values of the rows before and after.
+            start = start.to(tl.uint64)
             shift = (start % LOAD).to(tl.int32)
             start = start // LOAD * LOAD
             end = shift + columns
-            mask = inside & (column >= shift) & (column < end)
-            loaded = inside & (column // LOAD < (end + LOAD - 1) // LOAD)
+            # One comparison for each value: below the shift an unsigned difference is too large.
+            length = tl.where(inside, columns, 0).to(tl.uint32)
+            mask = (column - shift).to(tl.uint32) < length
+            units = tl.where(inside, end + LOAD - 1, 0).to(tl.uint32) // LOAD
+            loaded = column.to(tl.uint32) // LOAD < units
             count = tl.minimum(end, first_column + BLOCK_K) - tl.maximum(shift, first_column)
             count = tl.maximum(count, 0)
     else:
