@@ -243,6 +243,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.INPUT.BACKEND = "pil"
     # Number of micro-batches that each worker of a loader keeps ready, 1 or more. 2 is torch's.
     cfg.DATALOADER.PREFETCH_FACTOR = 2
+    # Megabytes of mapped training images that each process of the loader keeps in memory; 0 keeps
+    # none. No augmentation may be random then: one INPUT.MIN_SIZE_TRAIN, INPUT.RANDOM_FLIP "none".
+    cfg.DATALOADER.CACHE_MB = 0
 
     # --- Evaluation. See docs/performance.md ------------------------------------------------------
     # Library that computes COCO's AP: "pycocotools" as Detectron2, or "hotcoco", which gives the

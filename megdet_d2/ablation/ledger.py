@@ -20,6 +20,7 @@ from .rows import Row, differences, plain
 
 # Keys that do not change the result, or are different for each job.
 LEFT_OUT = (
+    "DATALOADER.CACHE_MB",
     "DATALOADER.NUM_WORKERS",
     "MEGDET.ABLATION.",
     "MEGDET.ACCUMULATION_STEPS",

@@ -27,6 +27,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .backend import apply_backend, pins_memory
+from .cache import Cache, find_cache_fault
 from .classes import num_classes
 from .coco import forget_parsed, refuse_unreadable
 from .mapping import BadImageError, CheckedMapper, Mapper
@@ -144,13 +145,22 @@ class SeededDataset(Dataset):
     ``skip_bad``, another image is also drawn after a ``BadImageError``. That image has the reasons
     under the key "skipped", which the training process counts.
 
+    Args:
+        dataset: has a length.
+        mapper: takes an entry of the data set.
+        skip_bad: draws another image in place of one that raises ``BadImageError``.
+        cache: keeps mapped images, so the mapper may not be random; None keeps none.
+
     Raises:
         BadImageError: without ``skip_bad``; it names the image and the fix.
         RuntimeError: 100 images in a row were refused.
     """
 
-    def __init__(self, dataset: Dataset, mapper: Mapper, skip_bad: bool = False):
+    def __init__(
+        self, dataset: Dataset, mapper: Mapper, skip_bad: bool = False, cache: Cache | None = None
+    ):
         self._dataset: Any = dataset  # a Dataset with a length
+        self._cache = cache
         self._mapper = PicklableWrapper(mapper)  # so that a lambda reaches the workers too
         self._skip_bad = skip_bad
 
@@ -158,6 +168,9 @@ class SeededDataset(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, sample: Sample) -> dict:
+        kept = None if self._cache is None else self._cache.get(sample.index)
+        if kept is not None:
+            return kept
         with seeded(sample.seed):
             index, skipped = sample.index, []
             for _ in range(100):
@@ -172,6 +185,8 @@ class SeededDataset(Dataset):
                     skipped.append(str(error))
                     data = None
                 if data is not None:
+                    if self._cache is not None and index == sample.index:  # not another image
+                        self._cache.keep(index, data)
                     return data | {"skipped": skipped} if skipped else data
                 index = random.randrange(len(self._dataset))
         last = f"the last: {skipped[-1]}" if skipped else "by returning None"
@@ -188,6 +203,7 @@ def build_stream_loader(
     aspect_ratio_grouping: bool,
     num_workers: int,
     skip_bad: bool = False,
+    cache: Cache | None = None,
     timeout: float = 0,
     **options: Any,
 ) -> DataLoader:
@@ -197,7 +213,7 @@ def build_stream_loader(
         seed: seed of the stream; equal in all processes.
         dataset, ...: see Detectron2's ``build_detection_train_loader``; ``total_batch_size`` counts
             the images of a micro-batch over all processes.
-        skip_bad: see ``SeededDataset``.
+        skip_bad, cache: see ``SeededDataset``.
         timeout: seconds to wait for a worker; 0 for no limit.
         options: other arguments of torch's ``DataLoader``.
     """
@@ -214,7 +230,7 @@ def build_stream_loader(
     if isinstance(dataset, list):
         dataset = DatasetFromList(dataset, copy=False)
     return d2_build.build_detection_train_loader(
-        SeededDataset(dataset, mapper, skip_bad),
+        SeededDataset(dataset, mapper, skip_bad, cache),
         mapper=None,
         sampler=StreamSampler(sampler, images_per_gpu, seed, len(dataset), buckets),
         total_batch_size=total_batch_size,
@@ -239,10 +255,16 @@ def build_train_loader(
         images_per_gpu: images of a micro-batch, and so of each list that the loader yields.
         mapper: takes an entry of the data set and returns a model's input. The default is
             Detectron2's ``DatasetMapper``.
+
+    Raises:
+        ValueError: ``DATALOADER.CACHE_MB`` cannot keep what the mapper returns.
     """
     chosen = d2_build._train_loader_from_config(cfg, mapper=mapper)
     forget_parsed()
     refuse_unreadable(cfg.DATASETS.TRAIN, chosen["mapper"])
+    megabytes = cfg.DATALOADER.CACHE_MB
+    if fault := find_cache_fault(megabytes, chosen["mapper"], chosen["dataset"]):
+        raise ValueError(fault)
     mapper = apply_backend(chosen["mapper"], cfg.INPUT.BACKEND)
     chosen["mapper"] = CheckedMapper(mapper, num_classes(cfg))
     chosen["total_batch_size"] = images_per_gpu * comm.get_world_size()
@@ -253,6 +275,7 @@ def build_train_loader(
     return build_stream_loader(
         seed,
         skip_bad=cfg.MEGDET.SKIP_BAD_IMAGES,
+        cache=Cache(megabytes) if megabytes else None,
         timeout=cfg.MEGDET.TIMEOUT,
         pin_memory=pins_memory(cfg),
         prefetch_factor=cfg.DATALOADER.PREFETCH_FACTOR if chosen["num_workers"] else None,
