@@ -275,7 +275,6 @@ LISTS = {
     "headline_range": (6, 47_872, 374),
     "headline_rules": (8, 191_488, 1_496),
     "headline_switches": (10, 191_488, 1_496),
-    "headline_tuned": (2, 384_384, 48_048),
     "loader_backend": (2, 12_848, 1_606),
     "optimizers_grid": (20, 95_744, 374),
     "study_challenge": (12, 96_096, 3_003),
