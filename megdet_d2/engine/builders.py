@@ -29,7 +29,7 @@ from .check_evaluation import CLASS_FAULTS, inspect_evaluation
 from .compiled import prepare_model
 from .ema import SUFFIX
 from .evaluation import build_evaluator, build_test_loader
-from .overrides import overrides
+from .overrides import check_tta_method, overrides
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,10 @@ class Builders(DefaultTrainer):
         A subclass with its own ``build_evaluator`` or ``test`` is not checked.
 
         Raises:
-            FileNotFoundError, ValueError: an evaluation of DATASETS.TEST would fail.
+            FileNotFoundError, ValueError: an evaluation of DATASETS.TEST would fail, or
+                ``test_with_tta`` takes no suffix where the average needs one.
         """
+        check_tta_method(cfg, cls)
         if overrides(cls, Builders, "build_evaluator", "test"):
             return
         findings = inspect_evaluation(cfg)

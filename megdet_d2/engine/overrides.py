@@ -22,6 +22,24 @@ def overrides(kind: type[DefaultTrainer], base: type[DefaultTrainer], *methods: 
     )
 
 
+def check_tta_method(cfg: CfgNode, kind: Any) -> None:
+    """Checks that ``test_with_tta`` of a trainer's class can name the results of the average.
+
+    Raises:
+        ValueError: it takes no suffix, and ``MEGDET.EMA_DECAY`` needs one.
+    """
+    if not (cfg.TEST.AUG.ENABLED and cfg.MEGDET.EMA_DECAY):
+        return
+    try:
+        inspect.signature(kind.test_with_tta).bind(cfg, None, "")
+    except TypeError:
+        raise ValueError(
+            f"MEGDET.EMA_DECAY and TEST.AUG.ENABLED are set, but {kind.__name__}.test_with_tta "
+            "takes no suffix for the average; define it as test_with_tta"
+            '(cls, cfg, model, suffix=""), or set one of the two keys off'
+        ) from None
+
+
 def check_base_lr(cfg: CfgNode, optimizer: torch.optim.Optimizer, owner: str) -> None:
     """Checks that an optimizer uses the learning rate of ``MEGDET.POLICY``, if one is set.
 

@@ -112,3 +112,18 @@ def test_the_average_is_evaluated_and_saved(coco, tmp_path):
     saved = torch.load(tmp_path / "model_final.pth")["ema"]["model"]
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in saved.items())
+
+
+class WithoutSuffix(Trainer):
+    """Evaluates with augmentation as a project does that knows no average."""
+
+    @classmethod
+    def test_with_tta(cls, cfg, model):
+        return {}
+
+
+def test_an_average_needs_a_suffix_for_augmentation(tmp_path, coco):
+    said = r"WithoutSuffix.test_with_tta takes no suffix.*\(cls, cfg, model, suffix=\"\"\)"
+    keys = (*SHORT, *EMA, "TEST.AUG.ENABLED", True)
+    with pytest.raises(ValueError, match=said):
+        train(0, str(tmp_path), coco, keys, kind=WithoutSuffix)
