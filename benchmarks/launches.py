@@ -160,7 +160,7 @@ def on_fake_gpu(record: Record, triton: bool) -> Iterator[None]:
         patch(layer_module, "statistics", functional.implementations["statistics"])
         for module in (collective, layer_module):
             patch(module, "find_group", lambda *args: group)
-        patch(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+        patch(launch, "on_device_of", lambda x: contextlib.nullcontext())
         patch(torch.cuda, "current_stream", lambda *args: stream)
         patch(torch.cuda, "is_current_stream_capturing", lambda: False)
         for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single"):

@@ -53,8 +53,9 @@ def tiling_of(x: Tensor, reduces: bool, *others: Tensor | None) -> Tiling:
     """
     # Two tensors of float32 would need more than the 128 registers of four programs. Their single
     # values are 4 bytes, which asynchronous copies can load.
-    aligned = reduces and x.itemsize <= (2 if others else 4)
-    aligned = aligned and all(_is_aligned(tensor) for tensor in (x, *others))
+    aligned = reduces and x.itemsize <= (2 if others else 4) and _is_aligned(x)
+    for other in others:
+        aligned = aligned and _is_aligned(other)
     return _tiling(x.shape, x.stride(), x.dtype, reduces, aligned, PROGRAMS)
 
 
