@@ -78,7 +78,7 @@ def find_cache_fault(megabytes: int, mapper: Mapper, dataset: Any) -> str:
         fix = _fix(augmentation)
         if fix is not None:
             name = type(augmentation).__name__
-            return f"{said}, but {name} is random, so no image is the same twice{fix}{off}"
+            return f"{said}, but {name} may be random; set {fix}DATALOADER.CACHE_MB 0"
     return ""
 
 
@@ -87,10 +87,10 @@ def _fix(augmentation: Any) -> str | None:
     if isinstance(augmentation, (T.Transform, T.Resize)):
         return None
     if isinstance(augmentation, T.RandomFlip):
-        return None if augmentation.prob in (0, 1) else '; set INPUT.RANDOM_FLIP "none"'
+        return None if augmentation.prob in (0, 1) else 'INPUT.RANDOM_FLIP "none", or '
     if isinstance(augmentation, T.ResizeShortestEdge):
         one = len(set(augmentation.short_edge_length)) == 1
-        return None if one else "; give one size in INPUT.MIN_SIZE_TRAIN"
+        return None if one else "one size in INPUT.MIN_SIZE_TRAIN, or "
     return ""
 
 
