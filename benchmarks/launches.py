@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -146,7 +145,6 @@ def on_fake_gpu(record: Record, triton: bool) -> Iterator[None]:
     def collective_call(name: str) -> Any:
         return lambda *args, **kwargs: record.collectives.append(name)
 
-    stream = SimpleNamespace(cuda_stream=0)
     group = Group()
     with contextlib.ExitStack() as stack:
         patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
@@ -161,7 +159,7 @@ def on_fake_gpu(record: Record, triton: bool) -> Iterator[None]:
         for module in (collective, layer_module):
             patch(module, "find_group", lambda *args: group)
         patch(launch, "on_device_of", lambda x: contextlib.nullcontext())
-        patch(torch.cuda, "current_stream", lambda *args: stream)
+        patch(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
         patch(torch.cuda, "is_current_stream_capturing", lambda: False)
         for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single"):
             if hasattr(dist, name):  # the last in torch 2.15, in place of the one before

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .collective import find_group, prepare
-from .functional import ALGORITHMS, Normalization, dense, statistics
+from .functional import ALGORITHMS, Normalization, dense, is_transformed, statistics
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
 
@@ -202,7 +202,8 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             return self._evaluate(x, residual, relu)
         if self.eps < 0:
             raise ValueError(f"CGBN layer {self.name}: eps is {self.eps}; give it above 0")
-        running_mean, running_var = self.running_mean, self.running_var
+        kept = self._buffers  # an attribute of nn.Module takes the host a microsecond to find
+        running_mean, running_var = kept["running_mean"], kept["running_var"]
         if (running_mean is None) != (running_var is None):
             raise ValueError(
                 f"CGBN layer {self.name}: one of running_mean and running_var is None; set both or "
@@ -218,15 +219,13 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         # As in torch's batch norm, the flag also works on a layer in use.
         buffers: Any = (None, None, None, None)
         if self.track_running_stats:
-            counts = self.num_batches_tracked, self.num_batches_skipped
+            counts = kept["num_batches_tracked"], kept["num_batches_skipped"]
             buffers = running_mean, running_var, *counts
         x = dense(x)
         weight, bias = self.weight, self.bias
         stats, count = statistics(
-            x.detach(), None if weight is None else weight.detach(),
-            None if bias is None else bias.detach(), valid, *buffers, momentum, self.eps, group,
-            self.algorithm, self.name,
-        )  # fmt: skip
+            x, weight, bias, valid, *buffers, momentum, self.eps, group, self.algorithm, self.name
+        )
         if self.eps == 0 and not x.is_cuda and bool(stats[1].isinf().any()):
             raise ValueError(
                 f"CGBN layer {self.name}: eps is 0, and all values of a channel are equal, which "
@@ -331,11 +330,7 @@ def _needs_torch_operators() -> bool:
     """Returns True in code that knows torch's operators only, and not those of this package."""
     if torch.compiler.is_compiling():
         return _is_exporting() and torch.onnx.is_in_onnx_export()
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_transformed()
 
 
 def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:

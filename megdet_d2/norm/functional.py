@@ -25,6 +25,7 @@ float32 for any other. The sums are sent as float64.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +95,17 @@ def _operator(mutates: tuple[str, ...] = ()):
 
         @functools.wraps(function)
         def call(*args):
-            return operator(*args) if watched(args[0]) else function(*args)
+            if watched(args[0]):  # autograd does not look into an operator
+                return operator(*map(_without_gradient, args))
+            return function(*args)
 
         return call
 
     return define
+
+
+def _without_gradient(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def watched(x: Tensor) -> bool:
@@ -109,12 +116,22 @@ def watched(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+        or _is_profiled()
+        or is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Returns True where ``torch.jit.trace``, ``torch.func`` or forward-mode gradients look on."""
+    return _is_traced() or _has_transforms() or torch.autograd.forward_ad._current_level >= 0
+
+
+# Looked up once, for the host's time.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch._C._autograd._profiler_enabled
+_is_traced = torch._C._is_tracing
+_has_transforms = torch._C._are_functorch_transforms_active
 
 
 # --- forward -------------------------------------------------------------------------------------
@@ -175,6 +192,34 @@ def statistics(
         return _statistics_by_kernels(
             x, weight, bias, valid, buffers, momentum, eps, group, two_pass, layer
         )
+    with torch.no_grad():
+        return _statistics_by_aten(
+            x, weight, bias, valid, buffers, momentum, eps, group, algorithm, layer
+        )
+
+
+@torch.library.register_fake("megdet_d2::statistics")
+def _(
+    x, weight, bias, valid, running_mean, running_var, tracked, skipped, momentum, eps, group,
+    algorithm, layer,
+):  # fmt: skip
+    stats = x.new_empty(4, x.shape[1], dtype=aten.statistics_dtype(x))
+    return stats, x.new_empty(1, dtype=torch.float64)
+
+
+def _statistics_by_aten(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    eps: float,
+    group: str,
+    algorithm: str,
+    layer: str,
+) -> tuple[Tensor, Tensor]:
+    """Returns what ``statistics`` does, by ATen's primitives."""
     if not group and valid is None and x.dtype != torch.float64 and aten.has_few_values(x):
         return _statistics_of_few(x, weight, bias, buffers, momentum, eps)
     sums, squares, n = _local_sums(x, valid)
@@ -203,15 +248,6 @@ def statistics(
     shift = torch.zeros_like(invstd) if bias is None else bias
     stats = torch.cat([t.to(dtype) for t in (mean, invstd, scale, shift)])
     return stats.view(4, -1), count
-
-
-@torch.library.register_fake("megdet_d2::statistics")
-def _(
-    x, weight, bias, valid, running_mean, running_var, tracked, skipped, momentum, eps, group,
-    algorithm, layer,
-):  # fmt: skip
-    stats = x.new_empty(4, x.shape[1], dtype=aten.statistics_dtype(x))
-    return stats, x.new_empty(1, dtype=torch.float64)
 
 
 def _statistics_of_few(

@@ -28,6 +28,7 @@ SELF = SelfGroup()
 BNGroup: TypeAlias = "dist.ProcessGroup | DeviceMesh | SelfGroup | None"
 
 _cache: dict[tuple[dist.ProcessGroup | None, int], BNGroup] = {}
+_world_names: dict[dist.ProcessGroup | None, str] = {}
 
 
 def ranks_per_group(bn_size: int, images_per_gpu: int, ranks: int) -> int:
@@ -85,6 +86,9 @@ def world_group_name() -> str:
     Raises:
         OutOfStepError: the group is not there yet, and other processes do not create it in time.
     """
+    world = dist.group.WORLD
+    if world in _world_names:  # in each forward of a layer
+        return _world_names[world]
     try:
         group = consecutive_group(dist.get_world_size())
     except RuntimeError as error:
@@ -94,6 +98,7 @@ def world_group_name() -> str:
             f"layers in the same order. The backend reports: {error}"
         ) from error
     assert isinstance(group, dist.ProcessGroup)  # of one process, layers do not ask
+    _world_names[world] = group.group_name
     return group.group_name
 
 

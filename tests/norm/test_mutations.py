@@ -113,8 +113,8 @@ BACKWARD = call_of("all_reduce", having="backward")
 UNBIASED = operation(ast.Mult, "var")
 MUTANTS = {
     "none": None,
-    "ranks weighted equally": Mutant("statistics", FORWARD, divide_by_count),
-    "statistics of this process alone": Mutant("statistics", FORWARD, without_reduction),
+    "ranks weighted equally": Mutant("_statistics_by_aten", FORWARD, divide_by_count),
+    "statistics of this process alone": Mutant("_statistics_by_aten", FORWARD, without_reduction),
     "biased running variance": Mutant("move_running_statistics", UNBIASED, lambda node: node.left),
     "running statistics updated twice": Mutant(
         "move_running_statistics",
@@ -131,7 +131,7 @@ MUTANTS = {
     "x̂ left out of dx": Mutant(
         "input_gradient", call_of("aten.input_gradient"), drop_last_argument
     ),
-    "the world instead of the group": Mutant("statistics", FORWARD, reduce_over_world),
+    "the world instead of the group": Mutant("_statistics_by_aten", FORWARD, reduce_over_world),
 }
 
 

@@ -240,12 +240,13 @@ def _tickets(x: Tensor, groups: int) -> Tensor:
     The last program sets its counter to 0 again. The kernels of a stream run one after another. So
     the counters of a stream serve all its kernels, without a launch that clears them.
     """
-    if not x.is_cuda:  # Triton's interpreter
-        return x.new_zeros(groups, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph may run beside other work of the stream that has recorded it.
-        return x.new_zeros(groups, dtype=torch.int32)
-    key = x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+    device, stream = x.get_device(), 0
+    if x.is_cuda:  # and not Triton's interpreter
+        if torch.cuda.is_current_stream_capturing():
+            # A graph may run beside other work of the stream that has recorded it.
+            return x.new_zeros(groups, dtype=torch.int32)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # as Triton's launcher asks for it
+    key = device, stream
     if key not in _counters or len(_counters[key]) < groups:
         _counters[key] = x.new_zeros(max(CHANNELS, groups), dtype=torch.int32)
     return _counters[key]
