@@ -92,7 +92,7 @@ def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
         raise RendezvousError(
             f"--dist-url {url}: machine 0 did not answer at {parts.netloc} within {timeout:g} s "
             "(MEGDET.TIMEOUT). Start the command on it too, with --machine-rank 0, give every "
-            "machine its address, and let the port through"
+            "machine its address and its own --machine-rank, and let the port through"
         ) from None
 
 

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def meeting(*machines, timeout=20):
-    """``meet`` of several machines at once; what each raises, or None."""
+def meeting(*machines, timeout=20, last=None):
+    """``meet`` of several machines at once; what each raises, or None.
+
+    The machine ``last`` comes after one of the others has raised an error.
+    """
     url = f"tcp://127.0.0.1:{free_port()}"
     results = [None] * len(machines)
 
@@ -40,6 +44,11 @@ def meeting(*machines, timeout=20):
     threads = [threading.Thread(target=come, args=pair) for pair in enumerate(machines)]
     for thread in threads:
         thread.start()
+    if last is not None:
+        while not any(results):
+            assert any(thread.is_alive() for thread in threads)
+            time.sleep(0.05)
+        rendezvous(url, *last, timeout)
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
@@ -86,7 +95,9 @@ def test_machines_that_count_differently():
 
 
 def test_a_machine_rank_given_twice():
-    errors = [str(error) for error in meeting((0, 2, 8), (1, 2, 8), (1, 2, 8)) if error]
+    # Without the last machine the others wait. Else they might have met before the second 1 comes.
+    results = meeting((0, 3, 8), (1, 3, 8), (1, 3, 8), last=(2, 3, 8), timeout=60)
+    errors = [str(error) for error in results if error]
     assert len(errors) == 1 and "--machine-rank 1 is given to two machines" in errors[0]
 
 
