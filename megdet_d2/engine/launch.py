@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from megdet_d2._moved import renamed
+from megdet_d2.norm.groups import remove_groups
 
 from .rendezvous import rendezvous
 from .signals import REQUEUE, end_with_training, forwarded_signals
@@ -211,7 +212,20 @@ def _join(main: Callable, args: argparse.Namespace, timeout: float) -> Any:
         result = main(args)
     # Not after an error, where it would wait for processes that do something else.
     dist.destroy_process_group()
+    remove_all_groups()
     return result
+
+
+def remove_all_groups() -> None:
+    """Removes the groups that this package and Detectron2 keep, after ``destroy_process_group``.
+
+    Else their threads run until Python ends. One that then frees a tensor would abort the process,
+    whose work is done.
+    """
+    remove_groups()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm.create_local_process_group.cache_clear()
+    comm._get_global_gloo_group.cache_clear()
 
 
 def name_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:

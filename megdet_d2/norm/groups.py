@@ -102,6 +102,12 @@ def world_group_name() -> str:
     return group.group_name
 
 
+def remove_groups() -> None:
+    """Removes the groups that this module keeps, after ``destroy_process_group``."""
+    _cache.clear()
+    _world_names.clear()
+
+
 def _world_timeout() -> timedelta | None:
     # torch gives new groups the default limit, and not that of init_process_group.
     world = dist.group.WORLD

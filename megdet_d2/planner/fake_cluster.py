@@ -11,6 +11,8 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megdet_d2.engine.launch import remove_all_groups
+
 
 @contextlib.contextmanager
 def fake_rank(rank: int, machines: int, gpus: int) -> Iterator[None]:
@@ -30,16 +32,10 @@ def fake_rank(rank: int, machines: int, gpus: int) -> Iterator[None]:
         )
     world = machines * gpus
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    _forget_groups()
+    remove_all_groups()
     try:
         comm.create_local_process_group(gpus)
         yield
     finally:
         dist.destroy_process_group()
-        _forget_groups()
-
-
-def _forget_groups() -> None:
-    comm._LOCAL_PROCESS_GROUP = None
-    comm.create_local_process_group.cache_clear()
-    comm._get_global_gloo_group.cache_clear()
+        remove_all_groups()
