@@ -27,6 +27,35 @@ def has_few_values(x: Tensor) -> bool:
     return 0 < values <= most and not x.is_cuda
 
 
+def is_exact_in_torch(x: Tensor, weight: Tensor | None) -> bool:
+    """Returns True if torch's own batch norm of x is as exact as the passes here, and faster.
+
+    That is a small CPU tensor of float32 values whose channels ATen adds up by whole vectors.
+    """
+    return (
+        x.dtype == torch.float32
+        and (weight is None or weight.dtype == torch.float32)
+        and _is_summed_by_channel(x)
+        and has_few_values(x)
+        and _sums_up_well(x)
+    )
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns torch's batch norm of x, for which ``is_exact_in_torch``.
+
+    Returns:
+        The output; the mean and 1 / √(σ² + ε) of each channel, (C,); the mean and the unbiased
+        variance, (2, C).
+    """
+    # At a momentum of 1 the statistics of x take the place of the running ones.
+    new = x.new_zeros(2, x.shape[1])
+    y, mean, invstd = torch.native_batch_norm(x, weight, bias, new[0], new[1], True, 1.0, eps)
+    return y, mean, invstd, new
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the mean and the biased variance of each channel, (C,), by sums in float64.
 

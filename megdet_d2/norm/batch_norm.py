@@ -10,7 +10,15 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .collective import find_group, prepare
-from .functional import ALGORITHMS, Normalization, dense, is_transformed, statistics
+from .functional import (
+    ALGORITHMS,
+    Normalization,
+    by_torch,
+    dense,
+    is_transformed,
+    runs_by_torch,
+    statistics,
+)
 from .groups import SELF, BNGroup, SelfGroup, world_group_name
 from .padding import ValidRegion
 
@@ -221,8 +229,11 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
         if self.track_running_stats:
             counts = kept["num_batches_tracked"], kept["num_batches_skipped"]
             buffers = running_mean, running_var, *counts
-        x = dense(x)
         weight, bias = self.weight, self.bias
+        if runs_by_torch(x, weight, valid, self.eps, group):
+            y = by_torch(x, weight, bias, buffers, momentum, self.eps)
+            return _activate(y, residual, relu)
+        x = dense(x)
         stats, count = statistics(
             x, weight, bias, valid, *buffers, momentum, self.eps, group, self.algorithm, self.name
         )

@@ -261,13 +261,49 @@ def _statistics_of_few(
     """Returns what ``statistics`` does in one process on a CPU, in few operations."""
     n = x.numel() // x.shape[1]
     refuse_one_value(n)
-    mean, var = aten.moments(x)
-    move_running_statistics(*buffers, momentum, mean, var, n)
     dtype = aten.statistics_dtype(x)
-    mean, invstd = mean.to(dtype), var.to(dtype).add_(eps).rsqrt_()
+    if aten.is_exact_in_torch(x, weight):  # by the same operation as ``by_torch``, bit by bit
+        _, mean, invstd, new = aten.batch_norm(x, weight, None, eps)
+    else:
+        mean, var = aten.moments(x)
+        new = unbiased(mean, var, n)
+        mean, invstd = mean.to(dtype), var.to(dtype).add_(eps).rsqrt_()
+    move_running_statistics(*buffers, momentum, new, n)
     scale = invstd if weight is None else (weight * invstd).to(dtype)
     shift = torch.zeros_like(invstd) if bias is None else bias.to(dtype)
     return torch.stack((mean, invstd, scale, shift)), x.new_full((1,), n, dtype=torch.float64)
+
+
+def runs_by_torch(
+    x: Tensor, weight: Tensor | None, valid: Tensor | None, eps: float, group: str
+) -> bool:
+    """Returns True where ``by_torch`` is the fastest way through a layer, and exact."""
+    # Not in traced code, which would be compiled again for sizes on the other side of a limit.
+    here = not (group or use_triton(x) or torch.compiler.is_compiling())
+    return (
+        here and valid is None and eps > 0 and aten.is_exact_in_torch(x, weight) and not watched(x)
+    )
+
+
+def by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Returns the output of a layer in training by torch's batch norm, with torch's gradient.
+
+    Statistics, output and gradients equal those of ``statistics`` and ``Normalization`` bit by bit,
+    and the running statistics are updated as there. The arguments are those of ``statistics``.
+    """
+    n = x.numel() // x.shape[1]
+    refuse_one_value(n)
+    y, _, _, new = aten.batch_norm(x, weight, bias, eps)
+    with torch.no_grad():
+        move_running_statistics(*buffers, momentum, new, n)
+    return y
 
 
 def _statistics_by_kernels(
@@ -520,7 +556,8 @@ def _update_on_host(running_mean, running_var, tracked, skipped, momentum, mean,
     """Moves the running statistics towards those of B, as described in ``statistics``."""
     n = count.item()
     refuse_one_value(n)
-    move_running_statistics(running_mean, running_var, tracked, skipped, momentum, mean, var, n)
+    new = unbiased(mean, var, n)
+    move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n)
 
 
 def refuse_one_value(n: float) -> None:
@@ -532,30 +569,30 @@ def refuse_one_value(n: float) -> None:
         )
 
 
-def move_running_statistics(running_mean, running_var, tracked, skipped, momentum, mean, var, n):
-    """Moves the running statistics towards mean and biased variance (C,) of n values.
+def unbiased(mean: Tensor, var: Tensor, n: float) -> Tensor:
+    """Returns the mean and the unbiased variance, (2, C), of n values with this biased variance."""
+    return torch.stack((mean, var * (n / max(n - 1, 1))))
+
+
+def move_running_statistics(running_mean, running_var, tracked, skipped, momentum, new, n):
+    """Moves the running statistics towards those of n values, ``new`` as ``unbiased`` returns it.
 
     The buffers and momentum are those of ``statistics``.
     """
     if running_mean is None and tracked is None:
         return
     # In the buffers' dtype: a variance may overflow in a module of half precision.
-    dtype = torch.float32 if running_mean is None else running_mean.dtype
-    mean, var = mean.to(dtype), (var * (n / max(n - 1, 1))).to(dtype)
-    if n > 1 and _is_finite(var) and _is_finite(mean):
+    new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
+    if n > 1 and torch.linalg.vector_norm(new, torch.inf).item() < torch.inf:
         factor = 0.0 if momentum is None else momentum
         if tracked is not None:
             tracked += 1
             factor = 1 / tracked.item() if momentum is None else momentum
         if running_mean is not None:
-            running_mean.lerp_(mean, factor)
-            running_var.lerp_(var, factor)
+            running_mean.lerp_(new[0], factor)
+            running_var.lerp_(new[1], factor)
     elif n > 0 and skipped is not None:
         skipped += 1
-
-
-def _is_finite(vector: Tensor) -> bool:
-    return torch.linalg.vector_norm(vector, torch.inf).item() < torch.inf
 
 
 def _update_on_device(running_mean, running_var, tracked, skipped, momentum, mean, var, count):

@@ -115,7 +115,7 @@ MUTANTS = {
     "none": None,
     "ranks weighted equally": Mutant("_statistics_by_aten", FORWARD, divide_by_count),
     "statistics of this process alone": Mutant("_statistics_by_aten", FORWARD, without_reduction),
-    "biased running variance": Mutant("move_running_statistics", UNBIASED, lambda node: node.left),
+    "biased running variance": Mutant("unbiased", UNBIASED, lambda node: node.left),
     "running statistics updated twice": Mutant(
         "move_running_statistics",
         statement_of(call_of("running_var.lerp_")),
