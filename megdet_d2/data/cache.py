@@ -65,8 +65,6 @@ def find_cache_fault(megabytes: int, mapper: Mapper, dataset: Any) -> str:
     if megabytes == 0:
         return ""
     said = f"DATALOADER.CACHE_MB is {megabytes}"
-    if megabytes < 0:
-        return f"{said}; give 0 for no cache, or megabytes for each process of the loader"
     off = "; set DATALOADER.CACHE_MB 0"
     if isinstance(dataset, IterableDataset):
         return f"{said}, but the data set is an IterableDataset, whose images have no index{off}"

@@ -117,6 +117,11 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
         raise ValueError(
             f"DATALOADER.PREFETCH_FACTOR is {cfg.DATALOADER.PREFETCH_FACTOR}; give 1 or more"
         )
+    if cfg.DATALOADER.CACHE_MB < 0:
+        raise ValueError(
+            f"DATALOADER.CACHE_MB is {cfg.DATALOADER.CACHE_MB}; give 0 for no cache, or megabytes "
+            "for each process of the loader"
+        )
     check_tta(cfg)
     if not eval_only:
         refuse_solver_overrides(cfg)

@@ -27,13 +27,15 @@ def has_few_values(x: Tensor) -> bool:
     return 0 < values <= most and not x.is_cuda
 
 
-def is_exact_in_torch(x: Tensor, weight: Tensor | None) -> bool:
+def is_exact_in_torch(x: Tensor, weight: Tensor | None, eps: float) -> bool:
     """Returns True if torch's own batch norm of x is as exact as the passes here, and faster.
 
-    That is a small CPU tensor of float32 values whose channels ATen adds up by whole vectors.
+    That is a small CPU tensor of float32 values whose channels ATen adds up by whole vectors. With
+    ε = 0 ATen's 1 / √(σ² + ε) of a constant channel is 0, and hides that it is infinite.
     """
     return (
-        x.dtype == torch.float32
+        eps > 0
+        and x.dtype == torch.float32
         and (weight is None or weight.dtype == torch.float32)
         and _is_summed_by_channel(x)
         and has_few_values(x)

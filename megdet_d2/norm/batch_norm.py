@@ -230,7 +230,7 @@ class CrossGPUBatchNorm(nn.BatchNorm2d):
             counts = kept["num_batches_tracked"], kept["num_batches_skipped"]
             buffers = running_mean, running_var, *counts
         weight, bias = self.weight, self.bias
-        if runs_by_torch(x, weight, valid, self.eps, group):
+        if not group and runs_by_torch(x, weight, valid, self.eps):
             y = by_torch(x, weight, bias, buffers, momentum, self.eps)
             return _activate(y, residual, relu)
         x = dense(x)

@@ -262,7 +262,7 @@ def _statistics_of_few(
     n = x.numel() // x.shape[1]
     refuse_one_value(n)
     dtype = aten.statistics_dtype(x)
-    if aten.is_exact_in_torch(x, weight):  # by the same operation as ``by_torch``, bit by bit
+    if aten.is_exact_in_torch(x, weight, eps):  # by the same operation as ``by_torch``, bit by bit
         _, mean, invstd, new = aten.batch_norm(x, weight, None, eps)
     else:
         mean, var = aten.moments(x)
@@ -274,14 +274,14 @@ def _statistics_of_few(
     return torch.stack((mean, invstd, scale, shift)), x.new_full((1,), n, dtype=torch.float64)
 
 
-def runs_by_torch(
-    x: Tensor, weight: Tensor | None, valid: Tensor | None, eps: float, group: str
-) -> bool:
-    """Returns True where ``by_torch`` is the fastest way through a layer, and exact."""
-    # Not in traced code, which would be compiled again for sizes on the other side of a limit.
-    here = not (group or use_triton(x) or torch.compiler.is_compiling())
+def runs_by_torch(x: Tensor, weight: Tensor | None, valid: Tensor | None, eps: float) -> bool:
+    """Returns True where ``by_torch`` is the fastest way through a layer without a group."""
     return (
-        here and valid is None and eps > 0 and aten.is_exact_in_torch(x, weight) and not watched(x)
+        # Not in traced code, which would be compiled again for sizes on the other side of a limit.
+        not (use_triton(x) or torch.compiler.is_compiling())
+        and valid is None
+        and aten.is_exact_in_torch(x, weight, eps)
+        and not watched(x)
     )
 
 

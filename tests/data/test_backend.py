@@ -282,6 +282,7 @@ def test_a_method_of_a_subclass_is_called(photographs):
 @pytest.mark.parametrize("key, value, said", [
     ("INPUT.BACKEND", "opencv", "INPUT.BACKEND is 'opencv'; use one of pil, torchvision"),
     ("DATALOADER.PREFETCH_FACTOR", 0, "DATALOADER.PREFETCH_FACTOR is 0; give 1 or more"),
+    ("DATALOADER.CACHE_MB", -1, "DATALOADER.CACHE_MB is -1; give 0 for no cache, or megabytes"),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused(tmp_path, key, value, said):
     cfg = get_cfg()

@@ -90,7 +90,6 @@ def test_an_image_in_place_of_another_is_not_kept():
         (FIXED[2:4], "ResizeShortestEdge may be random; set one size in INPUT.MIN_SIZE_TRAIN, or"),
         ((), "RandomCrop may be random; set DATALOADER.CACHE_MB 0"),
         (FIXED[:4], 'RandomFlip may be random; set INPUT.RANDOM_FLIP "none", or DATALOADER'),
-        ((*FIXED, "DATALOADER.CACHE_MB", -1), "give 0 for no cache"),
     ],
 )
 def test_random_augmentations_are_refused(coco, tmp_path, keys, said):

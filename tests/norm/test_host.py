@@ -112,7 +112,7 @@ def test_a_small_layer_is_torchs_batch_norm_bit_by_bit(monkeypatch, shape, scale
     ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
 )
 def test_torchs_batch_norm_is_not_taken_where_it_is_less_exact(x):
-    assert not functional.runs_by_torch(x, None, None, 1e-5, "")
+    assert not functional.runs_by_torch(x, None, None, 1e-5)
 
 
 def test_a_change_of_the_statistics_is_seen_by_autograd():
