@@ -1,3 +1,4 @@
+import logging
 import os
 
 # One thread, as in the processes that tests start: numbers are compared to the last bit, and
@@ -18,6 +19,15 @@ from tests.helpers.gloo_pool import GlooPool
 def seeded():
     """Seeds torch, so that no test depends on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Takes back what ``default_setup`` has done to the loggers, here and in shared fixtures."""
+    loggers = [logging.getLogger(name) for name in ("fvcore", "detectron2", "megdet_d2")]
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
+        logger.propagate, logger.handlers = True, []
 
 
 def _pool(world_size: int, ranks_per_machine: int | None = None):

@@ -1,7 +1,6 @@
 """Tests train_net.py as a user runs it, and what it leaves in OUTPUT_DIR."""
 
 import json
-import logging
 import math
 import os
 import re
@@ -159,18 +158,7 @@ def test_eval_only_gives_the_same_ap_on_one_process(trained, tmp_path):
     assert training.read_detections(tmp_path) == training.read_detections(trained)
 
 
-@pytest.fixture
-def loggers():
-    """As they were, once ``default_setup`` has been called in this process."""
-    before = [logging.getLogger(name) for name in ("fvcore", "detectron2", "megdet_d2")]
-    before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in before]
-    yield
-    for logger, level, propagate, handlers in before:
-        logger.setLevel(level)
-        logger.propagate, logger.handlers = propagate, handlers
-
-
-def test_eval_only_resumes_and_leaves_the_trainings_config(trained, tmp_path, loggers):
+def test_eval_only_resumes_and_leaves_the_trainings_config(trained, tmp_path):
     for name in ("model_final.pth", "last_checkpoint", "config.yaml"):
         shutil.copy(trained / name, tmp_path)
     config = str(tmp_path / "config.yaml")
