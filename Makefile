@@ -54,8 +54,11 @@ test-slow: setup
 	$(PY) -m pytest -m slow
 
 # The oldest torch whose Triton the kernels support, in .nox/; some slow tests use it where it is.
+OLDER := .nox/tests-torch-2-11
 older: setup
+	@rm -f $(OLDER)/.ready
 	$(PY) -m nox -s "tests(torch-2.11)" --install-only
+	@touch $(OLDER)/.ready
 
 # All versions of noxfile.py whose Python is here.
 matrix: setup

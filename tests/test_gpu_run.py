@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 # Made by `make older`: Python 3.12, torch 2.11 and Triton 3.6, as GPU machines have them.
-OLDER = ROOT / ".nox" / "tests-torch-2-11" / "bin" / "python"
+OLDER = ROOT / ".nox" / "tests-torch-2-11"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ def test_a_part_ends_at_its_limit_with_its_processes(gpu, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_dry_run_passes(tmp_path):
-    python = str(OLDER) if OLDER.exists() else sys.executable
+    older = (OLDER / ".ready").exists()
+    python = str(OLDER / "bin" / "python") if older else sys.executable
     command = [python, str(SCRIPT), "--dry-run", "--output", str(tmp_path), "--date", "today"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -113,3 +114,5 @@ def test_a_dry_run_passes(tmp_path):
     assert outcomes.count("passed") > 60 and "failed" not in outcomes
     assert all(part["ended"] == "passed" for part in results["run"]["parts"].values())
     assert all(results[name]["rows"] for name in names if name != "run")
+    versions = results["run"]["machine"]["versions"]
+    assert versions["torch"].startswith("2.11.") or not older
