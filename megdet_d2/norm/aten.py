@@ -54,7 +54,8 @@ def batch_norm(
     """
     # At a momentum of 1 the statistics of x take the place of the running ones.
     new = x.new_zeros(2, x.shape[1])
-    y, mean, invstd = torch.native_batch_norm(x, weight, bias, new[0], new[1], True, 1.0, eps)
+    means, variances = new.unbind()
+    y, mean, invstd = torch.native_batch_norm(x, weight, bias, means, variances, True, 1.0, eps)
     return y, mean, invstd, new
 
 

@@ -301,8 +301,7 @@ def by_torch(
     n = x.numel() // x.shape[1]
     refuse_one_value(n)
     y, _, _, new = aten.batch_norm(x, weight, bias, eps)
-    with torch.no_grad():
-        move_running_statistics(*buffers, momentum, new, n)
+    move_running_statistics(*buffers, momentum, new, n)
     return y
 
 
@@ -582,15 +581,17 @@ def move_running_statistics(running_mean, running_var, tracked, skipped, momentu
     if running_mean is None and tracked is None:
         return
     # In the buffers' dtype: a variance may overflow in a module of half precision.
-    new = new.to(torch.float32 if running_mean is None else running_mean.dtype)
+    dtype = torch.float32 if running_mean is None else running_mean.dtype
+    new = new if new.dtype == dtype else new.to(dtype)
     if n > 1 and torch.linalg.vector_norm(new, torch.inf).item() < torch.inf:
         factor = 0.0 if momentum is None else momentum
         if tracked is not None:
             tracked += 1
             factor = 1 / tracked.item() if momentum is None else momentum
         if running_mean is not None:
-            running_mean.lerp_(new[0], factor)
-            running_var.lerp_(new[1], factor)
+            mean, var = new.unbind()
+            running_mean.lerp_(mean, factor)
+            running_var.lerp_(var, factor)
     elif n > 0 and skipped is not None:
         skipped += 1
 
