@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,14 +30,39 @@ BEGIN = "<!-- The tables below are written by scripts/headline_page.py. -->"
 END = "<!-- The tables end here. -->"
 
 Line = dict[str, str]
-PAIR = ("01_b8_bn8", "05_b128_bn8")
+
+
+class Pair(NamedTuple):
+    """A file, and its rows of both mini-batches at equal images."""
+
+    file: str
+    small: str
+    large: str
+
+    def read(self) -> list[Line]:
+        """Returns the lines of the file, none where it is missing."""
+        return read(FILES / self.file) if (FILES / self.file).is_file() else []
+
+
+# With 3,003 updates of 128, and with the paper's 5,070. Figures 4 and 1 show the second one.
+SHORTER = Pair("headline_runs.csv", "01_b8_bn8", "05_b128_bn8")
+HEADLINE = Pair("headline_full.csv", "b8", "b128")
+PAIRS = [
+    Pair("headline_iterations.csv", "b8_sixteenth", "b128_sixteenth"),
+    Pair("headline_iterations.csv", "b8_eighth", "b128_eighth"),
+    Pair("headline_iterations.csv", "b8_quarter", "b128_quarter"),
+    Pair("headline_iterations.csv", "b8_half", "b128_half"),
+    SHORTER,
+    HEADLINE,
+]
+NAMES = ("8, the paper's 16", "128, the paper's 256")
 # Table 3's hours for 11 epochs of COCO: 16 images on 8 GPUs, 256 on 128, BN size 16.
 PAPER_HOURS = (39.5, 4.1)
 # File -> heading, and the row with which each row is compared.
 STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "headline_runs.csv": (
         "Mini-batches at equal epochs",
-        lambda row: PAIR[0] + ("_long" if row.endswith("_long") else ""),
+        lambda row: SHORTER.small + ("_long" if row.endswith("_long") else ""),
     ),
     "headline_full.csv": ("The pair with the paper's 5,070 iterations", lambda row: "b8"),
     "headline_iterations.csv": (
@@ -53,15 +79,6 @@ STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
     "headline_rules.csv": ("Scaling rules, warm-ups, algorithms", lambda row: "linear"),
     "headline_bccd.csv": ("Photographs", lambda row: "b8"),
 }
-# Files with a pair of both mini-batches, at equal images.
-PAIRS = [
-    ("headline_iterations.csv", "b8_sixteenth", "b128_sixteenth"),
-    ("headline_iterations.csv", "b8_eighth", "b128_eighth"),
-    ("headline_iterations.csv", "b8_quarter", "b128_quarter"),
-    ("headline_iterations.csv", "b8_half", "b128_half"),
-    ("headline_runs.csv", *PAIR),
-    ("headline_full.csv", "b8", "b128"),
-]
 EPOCHS = ("1", "3", "6", "8", "9", "11")
 LOSSES = ("total_loss", "loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
 LOSS_FILE = FILES / "headline_loss.csv"
@@ -120,16 +137,16 @@ def gap_table() -> str:
         f"| equal within {MARGIN:g} |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, small, large in PAIRS:
-        lines = read(FILES / name) if (FILES / name).is_file() else []
-        gaps = paired_gaps(lines, large, small)
+    for pair in PAIRS:
+        lines = pair.read()
+        gaps = paired_gaps(lines, pair.large, pair.small)
         if not gaps:
             continue
         aps = [
             [float(line["ap"]) for line in lines if line["row"] == row and line["ap"]]
-            for row in (small, large)
+            for row in (pair.small, pair.large)
         ]
-        first = next(line for line in lines if line["row"] == large)
+        first = next(line for line in lines if line["row"] == pair.large)
         cells = [
             f"{int(first['iterations']):,}", f"{int(first['images']):,}", str(len(gaps)),
             spread(aps[0]), spread(aps[1]), *gap_cells(gaps),
@@ -138,15 +155,16 @@ def gap_table() -> str:
     return "\n".join(table)
 
 
-def curve_table(lines: list[Line]) -> str:
+def curve_table(pair: Pair) -> str:
     """Returns Figure 4 as Markdown: AP after some epochs for each seed of both ends."""
+    lines = pair.read()
     curves = read_curves(lines)
     table = [
         f"| seed | mini-batch | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
         "|---|---|" + "---|" * len(EPOCHS),
     ]
-    for seed in pair_seeds(lines):
-        for row, batch in zip(PAIR, ("8, the paper's 16", "128, the paper's 256"), strict=True):
+    for seed in pair_seeds(lines, pair):
+        for row, batch in zip((pair.small, pair.large), NAMES, strict=True):
             cells = [f"{curves[row, seed][epoch]:.1f}" for epoch in EPOCHS]
             table.append(f"| {seed} | {batch} | {' | '.join(cells)} |")
     return "\n".join(table)
@@ -155,17 +173,22 @@ def curve_table(lines: list[Line]) -> str:
 def loss_table(lines: list[Line]) -> str:
     """Returns the training loss after some epochs, the mean over the seeds of headline_loss.csv."""
     table = [
-        f"| mini-batch | seeds | {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
-        "|---|---|" + "---|" * len(EPOCHS),
+        "| updates of 128 | mini-batch | seeds "
+        f"| {' | '.join(f'epoch {epoch}' for epoch in EPOCHS)} |",
+        "|---|---|---|" + "---|" * len(EPOCHS),
     ]
-    for row, batch in zip(PAIR, ("8, the paper's 16", "128, the paper's 256"), strict=True):
-        own = [line for line in lines if line["row"] == row]
-        losses = [
-            [float(line["total_loss"]) for line in own if line["epoch"] == epoch]
-            for epoch in EPOCHS
-        ]
-        cells = [f"{statistics.fmean(values):.3f}" for values in losses]
-        table.append(f"| {batch} | {len(losses[0])} | {' | '.join(cells)} |")
+    for pair in (SHORTER, HEADLINE):
+        for row, batch in zip((pair.small, pair.large), NAMES, strict=True):
+            own = [line for line in lines if line["row"] == row]
+            if not own:
+                continue
+            losses = [
+                [float(line["total_loss"]) for line in own if line["epoch"] == epoch]
+                for epoch in EPOCHS
+            ]
+            cells = [f"{statistics.fmean(values):.3f}" for values in losses]
+            cells = [f"{updates(pair.read(), pair):,}", batch, str(len(losses[0])), *cells]
+            table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
 
@@ -180,9 +203,9 @@ def mean_losses(run: Run, epoch: int) -> list[float]:
 
 
 def read_losses(folder: Path) -> dict[tuple[str, ...], list[str]]:
-    """Returns (row, seed, epoch) -> losses, of the finished trainings of the pair in a folder."""
+    """Returns (row, seed, epoch) -> losses, of the finished trainings of a pair in a folder."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for row in PAIR:
+    for row in (*SHORTER[1:], *HEADLINE[1:]):
         for path in sorted(folder.glob(f"{row}/seed*")):
             try:
                 run = Run.read(path)
@@ -222,10 +245,15 @@ def read_curves(lines: list[Line]) -> dict[tuple[str, str], dict[str, float]]:
     }
 
 
-def pair_seeds(lines: list[Line]) -> list[str]:
-    """Returns the seeds for which both ends of the headline are trained."""
-    small, large = ({x["seed"] for x in lines if x["row"] == row and x["ap"]} for row in PAIR)
+def pair_seeds(lines: list[Line], pair: Pair) -> list[str]:
+    """Returns the seeds for which both ends of a pair are trained."""
+    small, large = ({x["seed"] for x in lines if x["row"] == row and x["ap"]} for row in pair[1:])
     return sorted(small & large, key=int)
+
+
+def updates(lines: list[Line], pair: Pair) -> int:
+    """Returns the updates that the large mini-batch makes."""
+    return next(int(line["iterations"]) for line in lines if line["row"] == pair.large)
 
 
 def spread(values: list[float], sign: str = "-") -> str:
@@ -236,11 +264,11 @@ def spread(values: list[float], sign: str = "-") -> str:
     return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def verdict(lines: list[Line]) -> str:
-    """Returns the headline's result in one sentence per fact."""
-    gaps = paired_gaps(lines, PAIR[1], PAIR[0])
+def verdict(lines: list[Line], pair: Pair) -> str:
+    """Returns a pair's result as an item of a list, in one sentence per fact."""
+    gaps = paired_gaps(lines, pair.large, pair.small)
     test = assess_equivalence(gaps, MARGIN)
-    first = f"Mini-batch 128 against 8, the paper's 256 against 16: pairs trained {len(gaps)} of 5."
+    first = f"* **{updates(lines, pair):,} updates of 128**, pairs trained {len(gaps)} of 5."
     if test is None:
         return first
     answers = {"yes": "equal within", "no": "a gap above", "not shown": "not shown equal within"}
@@ -259,14 +287,21 @@ def verdict(lines: list[Line]) -> str:
 
 def tables() -> str:
     """Returns the Markdown that stands between the markers."""
-    lines = read(FILES / "headline_runs.csv")
-    plot = "![AP over epochs and over hours at both mini-batches](../assets/headline.png)"
-    parts = [verdict(lines), plot, "### The gap against the number of updates", gap_table()]
+    results = "\n".join(verdict(pair.read(), pair) for pair in (HEADLINE, SHORTER))
+    parts = [
+        "Mini-batch 128 against 8, the paper's 256 against 16, at equal epochs:",
+        results,
+        "![AP over epochs and over hours at both mini-batches](../assets/headline.png)",
+        "### The gap against the number of updates",
+        gap_table(),
+    ]
     for name, (heading, baseline_of) in STUDIES.items():
         if (FILES / name).is_file():
             link = f"Every training is a line of [{name}](experiments/{name})."
             parts += [f"### {heading}", link, study_table(read(FILES / name), baseline_of)]
-    parts += ["### Figure 4: AP after epochs", curve_table(lines)]
+    for pair in (HEADLINE, SHORTER):
+        heading = f"### Figure 4: AP after epochs, {updates(pair.read(), pair):,} updates of 128"
+        parts += [heading, curve_table(pair)]
     name = LOSS_FILE.name
     link = f"Means over an epoch and over the seeds in [{name}](experiments/{name})."
     parts += ["### The training loss", link, loss_table(read(LOSS_FILE))]
@@ -290,11 +325,11 @@ def draw(path: Path) -> Path:
     A thin line is a seed, a thick one the mean of a mini-batch. The hours are those of the paper's
     clusters, in equal parts for each epoch: here is none.
     """
-    lines = read(FILES / "headline_runs.csv")
-    curves, seeds = read_curves(lines), pair_seeds(lines)
+    pair, lines = HEADLINE, HEADLINE.read()
+    curves, seeds = read_curves(lines), pair_seeds(lines, pair)
     figure = make_figure(9.6, 3.4)
     over_epochs, over_hours = figure.subplots(1, 2, sharey=True)
-    for colour, (row, batch, hours) in enumerate(zip(PAIR, (8, 128), PAPER_HOURS, strict=True)):
+    for colour, (row, batch, hours) in enumerate(zip(pair[1:], (8, 128), PAPER_HOURS, strict=True)):
         epochs = sorted(curves[row, seeds[0]], key=float)
         aps = [[curves[row, seed][epoch] for epoch in epochs] for seed in seeds]
         means = list(map(statistics.fmean, zip(*aps, strict=True)))

@@ -121,9 +121,9 @@ def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
 
 def test_readme_has_the_gaps_of_the_headline():
     readme = (ROOT / "README.md").read_text()
-    for name, small, large in headline_page.PAIRS[3:]:  # 1,496, 3,003 and 5,071 iterations
-        lines = headline_page.read(headline_page.FILES / name)
-        gap = headline_page.spread(headline_page.paired_gaps(lines, large, small), "+")
+    for pair in headline_page.PAIRS[3:]:  # 1,496, 3,003 and 5,071 iterations
+        gaps = headline_page.paired_gaps(pair.read(), pair.large, pair.small)
+        gap = headline_page.spread(gaps, "+")
         assert gap in readme, gap
 
 
@@ -132,19 +132,21 @@ def test_the_headline_pairs_seeds_and_tests_equality():
         return {"row": row, "seed": str(seed), "ap": str(ap), "failed": str(int(ap == "")),
                 "batch": "8", "bn_size": "8", "lr": "0.02", "iterations": "3003"}  # fmt: skip
 
-    pair = headline_page.PAIR
-    lines = [line(pair[0], s, 70 + s) for s in (1, 2, 3, 4)]
-    lines += [line(pair[1], s, 70.1 + s + 0.01 * s) for s in (3, 1, 2)] + [line(pair[1], 5, "")]
-    assert headline_page.paired_gaps(lines, pair[1], pair[0]) == pytest.approx([0.11, 0.12, 0.13])
-    assert headline_page.pair_seeds(lines) == ["1", "2", "3"]
-    last = headline_page.study_table(lines, lambda row: pair[0]).splitlines()[-1]
+    pair = headline_page.SHORTER
+    lines = [line(pair.small, s, 70 + s) for s in (1, 2, 3, 4)]
+    lines += [line(pair.large, s, 70.1 + s + 0.01 * s) for s in (3, 1, 2)]
+    lines += [line(pair.large, 5, "")]
+    gaps = headline_page.paired_gaps(lines, pair.large, pair.small)
+    assert gaps == pytest.approx([0.11, 0.12, 0.13])
+    assert headline_page.pair_seeds(lines, pair) == ["1", "2", "3"]
+    last = headline_page.study_table(lines, lambda row: pair.small).splitlines()[-1]
     assert "| 4 | 1 (5 to 70 %) | 72.12 ± 1.01 | +0.12 ± 0.01 | +0.10 to +0.14 | yes |" in last
-    assert "equal within 0.5" in headline_page.verdict(lines)
+    assert "equal within 0.5" in headline_page.verdict(lines, pair)
     lines[-2]["ap"] = "80"
-    assert "not shown equal within 0.5" in headline_page.verdict(lines)
+    assert "not shown equal within 0.5" in headline_page.verdict(lines, pair)
     for number, worse in enumerate(lines[-4:-1]):
         worse["ap"] = str(60 + int(worse["seed"]) + 0.01 * number)
-    assert "a gap above 0.5 AP" in headline_page.verdict(lines)
+    assert "a gap above 0.5 AP" in headline_page.verdict(lines, pair)
 
 
 def test_tests_that_a_page_names_are_there():
@@ -175,12 +177,12 @@ def test_readme_has_the_figures_of_the_committed_results(file, row):
 
 
 def test_training_losses_are_means_over_epochs(tmp_path):
-    folder = write_run(tmp_path / headline_page.PAIR[0] / "seed3", batch_size=8)
-    write_run(tmp_path / headline_page.PAIR[1] / "seed3", batch_size=8)
-    (tmp_path / headline_page.PAIR[1] / "seed3/metrics.json").write_text("")  # not finished
+    folder = write_run(tmp_path / headline_page.SHORTER.small / "seed3", batch_size=8)
+    write_run(tmp_path / headline_page.SHORTER.large / "seed3", batch_size=8)
+    (tmp_path / headline_page.SHORTER.large / "seed3/metrics.json").write_text("")  # not finished
     rows = [{"iteration": i, **dict.fromkeys(headline_page.LOSSES, i)} for i in range(110)]
     rows.append({"iteration": 110, "bbox/AP": 30.0})
     (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = headline_page.read_losses(tmp_path)
-    assert {key[:2] for key in found} == {(headline_page.PAIR[0], "3")} and len(found) == 11
-    assert found[headline_page.PAIR[0], "3", "11"] == ["104.5000"] * 5  # 100 to 109
+    assert {key[:2] for key in found} == {(headline_page.SHORTER.small, "3")} and len(found) == 11
+    assert found[headline_page.SHORTER.small, "3", "11"] == ["104.5000"] * 5  # 100 to 109
