@@ -1,6 +1,7 @@
 """Tests a training whose mini-batch grows: updates, counters, and resumes bit by bit."""
 
 import json
+import logging
 
 import pytest
 
@@ -107,6 +108,7 @@ def test_a_run_may_leave_or_begin_the_warm_up(
     output = str(tmp_path / "second")
     training.copy_checkpoint(tmp_path / "first", output, name)
     caplog.clear()
+    caplog.set_level(logging.INFO, "megdet_d2")
     second = training.train(0, output, coco, after, resume=True)
     assert second["start"] == start and second["images_seen"] == 32
     assert second["images"] == first["images"][images // 2 :]
