@@ -152,10 +152,13 @@ def gradients(
     Args:
         needed: which of the three.
     """
-    dy = like_layout(dy, x)
     backward = torch.ops.aten.native_batch_norm_backward
     if _needs_no_conversion(x, weight):
+        # Where torch's own batch norm may run instead, dy stays as autograd gives it to that.
+        if not (has_few_values(x) and _is_summed_by_channel(x)):
+            dy = like_layout(dy, x)
         return backward(dy, x, weight, None, None, mean, invstd, True, 0.0, needed)
+    dy = like_layout(dy, x)
     wide = (None if t is None else t.double() for t in (dy, x, weight))
     results = backward(*wide, None, None, mean.double(), invstd.double(), True, 0.0, needed)
     dx, dweight, dbias = (None if t is None else t.to(x.dtype) for t in results)

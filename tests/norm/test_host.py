@@ -75,7 +75,13 @@ def run_small(shape, scale, offset, momentum, relu, affine):
         residual = torch.randn(shape).requires_grad_() if relu else None
         y = layer(x, residual, relu)
         inputs = [x, *layer.parameters(), *([residual] if relu else [])]
-        results += [y.detach(), *torch.autograd.grad(y, inputs, torch.randn(shape))]
+        results.append(y.detach())
+        # As a convolution in another layout, a mean, and a sum give it.
+        dys = [torch.randn(shape), torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])]
+        dys += [torch.randn(*shape[:2], *[1] * (len(shape) - 2)).expand(shape)]
+        dys += [torch.ones(()).expand(shape)]
+        for dy in dys:
+            results += torch.autograd.grad(y, inputs, dy, retain_graph=True)
     return results + [buffer.clone() for buffer in layer.buffers()]
 
 
