@@ -57,7 +57,7 @@ def test_an_unregistered_name_is_refused_with_those_there_are(train):
     cfg = coco_config([train.write()])
     cfg.DATASETS.TRAIN = ("my_trian",)
     assert_says(
-        refusal(cfg), "DATASETS.TRAIN has 'my_trian'", "not registered", "'my_train'", "Correct"
+        refusal(cfg), "DATASETS.TRAIN has 'my_trian'", "not registered", "['my_train']", "Correct"
     )
     cfg = coco_config([train])
     cfg.DATASETS.TEST = ("other",)
