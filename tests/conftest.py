@@ -12,6 +12,7 @@ if "MEGDET_TEST_GPU" not in os.environ:
 import pytest
 import torch
 
+from megdet_d2.engine.rendezvous import reserved_port
 from tests.helpers.gloo_pool import GlooPool
 
 
@@ -28,6 +29,13 @@ def loggers():
     for logger in loggers:
         logger.setLevel(logging.NOTSET)
         logger.propagate, logger.handlers = True, []
+
+
+@pytest.fixture
+def port():
+    """A free port, for processes that are told of it."""
+    with reserved_port() as port:
+        yield port
 
 
 def _pool(world_size: int, ranks_per_machine: int | None = None):

@@ -26,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from megdet_d2._moved import renamed
 from megdet_d2.norm.groups import remove_groups
 
-from .rendezvous import rendezvous
+from .rendezvous import rendezvous, reserved_port
 from .signals import REQUEUE, end_with_training, forwarded_signals
 
 logger = logging.getLogger(__name__)
@@ -75,17 +75,16 @@ def launch(
         num_gpus_per_machine=args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
         args=(args,),
         timeout=timedelta(seconds=timeout),
     )
     if args.num_gpus * args.num_machines <= 1:  # 0 is one process without a GPU
         with leaving_within(timeout):
-            return start(main)  # in this process
+            return start(main, dist_url=args.dist_url)  # in this process
     rendezvous(args.dist_url, args.machine_rank, args.num_machines, args.num_gpus, timeout)
-    with forwarded_signals() as received:
+    with _address(args) as url, forwarded_signals() as received:
         try:
-            return start(functools.partial(_run, main, os.getpid(), timeout))
+            return start(functools.partial(_run, main, os.getpid(), timeout), dist_url=url)
         except (ProcessExitedException, ProcessRaisedException) as error:
             if getattr(error, "exit_code", None) == REQUEUE:
                 sys.exit(REQUEUE)
@@ -99,6 +98,16 @@ def launch(
                     "out, and the other processes with it; continue with --resume"
                 )
             raise
+
+
+@contextlib.contextmanager
+def _address(args: argparse.Namespace) -> Iterator[str]:
+    """Yields ``--dist-url``, "auto" on one machine as an address whose port is kept free."""
+    if args.dist_url == "auto" and args.num_machines == 1:
+        with reserved_port() as port:
+            yield f"tcp://127.0.0.1:{port}"
+    else:
+        yield args.dist_url
 
 
 def may_restart() -> bool:

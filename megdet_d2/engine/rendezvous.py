@@ -1,6 +1,9 @@
 """A meeting of the launchers of all machines, before any of them starts a process."""
 
+import contextlib
 import json
+import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from urllib.parse import urlparse
 
@@ -11,6 +14,20 @@ from megdet_d2._moved import renamed
 
 class RendezvousError(RuntimeError):
     """An error of the meeting: a machine did not come, or its flags do not fit the others'."""
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yields a free port of this machine, which only a process that is told of it can use.
+
+    A port that is looked up and let go may be another program's by the time that rank 0 listens on
+    it, seconds later. Here a socket stays bound to it and never listens. So the system gives the
+    port to nobody, while torch's store can listen on it: both sockets have ``SO_REUSEADDR``.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 def rendezvous(

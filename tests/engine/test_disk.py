@@ -2,7 +2,6 @@
 
 import errno
 import os
-import socket
 
 import pytest
 
@@ -66,10 +65,9 @@ def test_a_disk_that_is_full_in_an_evaluation(coco, tmp_path):
         evaluate(cfg)
 
 
-def test_weights_without_a_network(coco, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/R-50.pkl?matching_heuristics=True"
-    cfg = config(tmp_path, coco, "MODEL.WEIGHTS", address)  # the server is closed
+def test_weights_without_a_network(coco, tmp_path, port):
+    address = f"http://127.0.0.1:{port}/R-50.pkl?matching_heuristics=True"  # nobody listens
+    cfg = config(tmp_path, coco, "MODEL.WEIGHTS", address)
     prepare_config(cfg)
     trainer = Trainer(cfg)
     for load in (lambda: trainer.resume_or_load(False), lambda: evaluate(cfg)):

@@ -1,7 +1,6 @@
 """Processes of one start find each other, whatever an earlier one has left in the store."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -64,10 +63,8 @@ if __name__ == "__main__":
 """
 
 
-def test_machines_that_have_counted_different_restarts_meet(tmp_path):
+def test_machines_that_have_counted_different_restarts_meet(tmp_path, port):
     """As torchrun's agents do when a process of one machine has died."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     (tmp_path / "script.py").write_text(SCRIPT)
     processes = []
     for rank in range(2):

@@ -1,5 +1,6 @@
 """Machines that do not meet, do not fit together, or run different things."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
-from megdet_d2.engine.rendezvous import RendezvousError, rendezvous
+from megdet_d2.engine.rendezvous import RendezvousError, rendezvous, reserved_port
 from megdet_d2.engine.same_config import check_same_config
 from tests.helpers.paths import ROOT, TINY, TRAIN_NET
 from tests.helpers.processes import all_gone, finish, start
@@ -21,43 +23,40 @@ from tests.helpers.training import config
 LAUNCH = ROOT / "docs" / "launch"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def meeting(*machines, timeout=20, last=None):
     """``meet`` of several machines at once; what each raises, or None.
 
     The machine ``last`` comes after one of the others has raised an error.
     """
-    url = f"tcp://127.0.0.1:{free_port()}"
     results = [None] * len(machines)
 
-    def come(i, machine):
+    def come(i, url, machine):
         try:
             rendezvous(url, *machine, timeout)
         except Exception as error:
             results[i] = error.with_traceback(None)  # which holds the store, and so the port
 
-    threads = [threading.Thread(target=come, args=pair) for pair in enumerate(machines)]
-    for thread in threads:
-        thread.start()
-    if last is not None:
-        while not any(results):
-            assert any(thread.is_alive() for thread in threads)
-            time.sleep(0.05)
-        rendezvous(url, *last, timeout)
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    with reserved_port() as port:
+        url = f"tcp://127.0.0.1:{port}"
+        threads = [
+            threading.Thread(target=come, args=(i, url, machine))
+            for i, machine in enumerate(machines)
+        ]
+        for thread in threads:
+            thread.start()
+        if last is not None:
+            while not any(results):
+                assert any(thread.is_alive() for thread in threads)
+                time.sleep(0.05)
+            rendezvous(url, *last, timeout)
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
     return results
 
 
-def test_machines_that_fit_meet_and_leave_the_port_free():
+def test_machines_that_fit_meet_and_leave_the_port_free(port):
     assert meeting((0, 3, 8), (1, 3, 8), (2, 3, 8)) == [None] * 3
-    port = free_port()
     for _ in range(2):
         rendezvous(f"tcp://127.0.0.1:{port}", 0, 1, 4, 5)
 
@@ -71,8 +70,20 @@ def test_a_port_in_use():
             rendezvous(f"tcp://127.0.0.1:{port}", 0, 1, 2, 5)
 
 
-def test_machine_0_is_not_there():
-    url = f"tcp://127.0.0.1:{free_port()}"
+def test_a_reserved_port_is_for_those_who_are_told():
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(reserved_port()) for _ in range(50)]
+        assert len(set(ports)) == 50
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", ports[0]))
+        store = TCPStore("127.0.0.1", ports[0], is_master=True, wait_for_workers=False)
+        with pytest.raises(RuntimeError, match="in use"):
+            TCPStore("127.0.0.1", ports[0], is_master=True, wait_for_workers=False)
+        del store
+
+
+def test_machine_0_is_not_there(port):
+    url = f"tcp://127.0.0.1:{port}"
     with pytest.raises(RendezvousError, match="machine 0 did not answer at .* within 2 s"):
         rendezvous(url, 1, 2, 8, 2)
 
@@ -143,14 +154,13 @@ def machine(rank, port, output, coco, *overrides, script=TRAIN_NET, **env):
 
 
 @pytest.mark.slow
-def test_two_machines_of_different_config_and_code(coco, tmp_path):
+def test_two_machines_of_different_config_and_code(coco, tmp_path, port):
     """Two launchers over loopback; the second has another learning rate, and an edited package."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "megdet_d2", copy / "megdet_d2")
     shutil.copy(TRAIN_NET, copy)
     with open(copy / "megdet_d2" / "norm" / "functional.py", "a") as file:
         file.write("# edited\n")
-    port = free_port()
     first = machine(0, port, tmp_path / "out", coco)
     second = machine(
         1, port, tmp_path / "out", coco, "MEGDET.REFERENCE_LR", 0.04,
@@ -165,9 +175,8 @@ def test_two_machines_of_different_config_and_code(coco, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_torchrun_keep_groups_on_a_machine(coco, tmp_path):
+def test_two_nodes_of_torchrun_keep_groups_on_a_machine(coco, tmp_path, port):
     """Two agents over loopback, two processes each: four in all, and statistics over two."""
-    port = free_port()
     nodes = [
         start(
             "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2,
@@ -187,8 +196,7 @@ def test_two_nodes_of_torchrun_keep_groups_on_a_machine(coco, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_nodes_of_different_sizes(coco, tmp_path):
-    port = free_port()
+def test_torchrun_nodes_of_different_sizes(coco, tmp_path, port):
     nodes = [
         start(
             "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", count,

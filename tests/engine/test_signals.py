@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -156,10 +155,8 @@ def test_torchrun_recovers_from_a_killed_rank(coco, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchruns_of_two_machines_recover_from_a_killed_rank(coco, undisturbed, tmp_path):
+def test_torchruns_of_two_machines_recover_from_a_killed_rank(coco, undisturbed, tmp_path, port):
     """One agent counts a restart. The other's process only waits, and that agent counts none."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     launcher = (
         "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
         "2", "--rdzv-backend", "c10d", "--rdzv-id", "two", "--rdzv-endpoint", f"127.0.0.1:{port}",

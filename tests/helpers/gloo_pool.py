@@ -7,9 +7,10 @@ then replaced, because its processes may be out of step.
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
+
+from megdet_d2.engine.rendezvous import reserved_port
 
 THREADS = "1"
 START_TIMEOUT = 200  # seconds
@@ -51,23 +52,21 @@ class GlooPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["megdet_d2", "pytest"])
         os.environ["OMP_NUM_THREADS"] = THREADS  # before the server starts: its forks inherit it
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, self.world_size, self._ranks_per_machine, port, theirs),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
-        for _, pipe in self._workers:  # imports take long and do not count as a task's time
-            if not pipe.poll(START_TIMEOUT) or pipe.recv() != "ready":
-                self.close()
-                raise RankError(f"a process of the pool was not ready within {START_TIMEOUT} s")
+        with reserved_port() as port:
+            for rank in range(self.world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve,
+                    args=(rank, self.world_size, self._ranks_per_machine, port, theirs),
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+            for _, pipe in self._workers:  # imports take long and do not count as a task's time
+                if not pipe.poll(START_TIMEOUT) or pipe.recv() != "ready":
+                    self.close()
+                    raise RankError(f"a process of the pool was not ready within {START_TIMEOUT} s")
 
     def close(self) -> None:
         for process, pipe in self._workers:

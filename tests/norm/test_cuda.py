@@ -6,7 +6,6 @@ mistakes in them show before a GPU is at hand.
 
 import copy
 import os
-import socket
 
 import pytest
 import torch
@@ -452,11 +451,9 @@ def test_a_layer_on_another_device_than_the_current():
 
 
 @gpu_only
-def test_nccl_sends_the_message():
+def test_nccl_sends_the_message(port):
     """Sends the float64 message through NCCL, in a group of one."""
-    dist.init_process_group(
-        "nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
-    )
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
         parts = torch.rand(9, device="cuda", dtype=torch.float64).split([8, 1])
         group = dist.new_group().group_name
@@ -606,12 +603,6 @@ def test_compiles_into_one_graph(relu):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def one_of_two(rank, port, images):
     """Compares this rank's part of a batch with batch norm of the whole batch in float64."""
     torch.cuda.set_device(rank)
@@ -646,5 +637,5 @@ def one_of_two(rank, port, images):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two processes of NCCL take two GPUs")
 @pytest.mark.parametrize("images", [(3, 2), (5, 0)])
-def test_two_gpus_normalise_as_one(images):
-    mp.spawn(one_of_two, args=(free_port(), images), nprocs=2)
+def test_two_gpus_normalise_as_one(images, port):
+    mp.spawn(one_of_two, args=(port, images), nprocs=2)
