@@ -60,8 +60,8 @@ def test_an_unregistered_name_is_refused_with_those_there_are(train):
         refusal(cfg), "DATASETS.TRAIN has 'my_trian'", "not registered", "['my_train']", "Correct"
     )
     cfg = coco_config([train])
-    cfg.DATASETS.TEST = ("other",)
-    assert_says(refusal(cfg), "DATASETS.TEST has 'other'", "add a triple: [[")
+    cfg.DATASETS.TEST = ("my_vla",)
+    assert_says(refusal(cfg), "DATASETS.TEST has 'my_vla'", "add a triple: [[")
 
 
 @pytest.mark.parametrize(
