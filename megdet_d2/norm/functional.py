@@ -45,6 +45,9 @@ from .double_backward import differentiable_gradients
 
 ALGORITHMS = ("one_reduce", "two_pass")
 
+# A layer's running_mean, running_var, num_batches_tracked and num_batches_skipped.
+Buffers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 def use_triton(x: Tensor) -> bool:
     """Returns True where Triton's kernels run the passes over x, False where ATen's primitives do.
@@ -212,7 +215,7 @@ def _statistics_by_aten(
     weight: Tensor | None,
     bias: Tensor | None,
     valid: Tensor | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    buffers: Buffers,
     momentum: float | None,
     eps: float,
     group: str,
@@ -254,7 +257,7 @@ def _statistics_of_few(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    buffers: Buffers,
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -289,7 +292,7 @@ def by_torch(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    buffers: Buffers,
     momentum: float | None,
     eps: float,
 ) -> Tensor:
@@ -310,7 +313,7 @@ def _statistics_by_kernels(
     weight: Tensor | None,
     bias: Tensor | None,
     valid: Tensor | None,
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    buffers: Buffers,
     momentum: float | None,
     eps: float,
     group: str,
