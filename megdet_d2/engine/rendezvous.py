@@ -18,11 +18,11 @@ class RendezvousError(RuntimeError):
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yields a free port of this machine, which only a process that is told of it can use.
+    """Yields a free port of this machine, which the system gives to no other program.
 
     A port that is looked up and let go may be another program's by the time that rank 0 listens on
-    it, seconds later. Here a socket stays bound to it and never listens. So the system gives the
-    port to nobody, while torch's store can listen on it: both sockets have ``SO_REUSEADDR``.
+    it, seconds later. Here a socket stays bound to the port and never listens. torch's store can
+    still listen on it, since both sockets have ``SO_REUSEADDR``.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
