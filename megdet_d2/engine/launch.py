@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,14 @@ def launch(
 
 @contextlib.contextmanager
 def _address(args: argparse.Namespace) -> Iterator[str]:
-    """Yields ``--dist-url``, "auto" on one machine as an address whose port is kept free."""
+    """Yields ``--dist-url``, "auto" on one machine as an address, and keeps its port for rank 0."""
+    url = urlparse(args.dist_url)
     if args.dist_url == "auto" and args.num_machines == 1:
         with reserved_port() as port:
             yield f"tcp://127.0.0.1:{port}"
+    elif url.scheme == "tcp" and args.machine_rank == 0:
+        with reserved_port(url.port):
+            yield args.dist_url
     else:
         yield args.dist_url
 

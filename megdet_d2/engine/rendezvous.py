@@ -17,16 +17,22 @@ class RendezvousError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reserved_port() -> Iterator[int]:
-    """Yields a free port of this machine, which the system gives to no other program.
+def reserved_port(port: int = 0) -> Iterator[int]:
+    """Yields a port of this machine, which the system gives to no other program.
 
     A port that is looked up and let go may be another program's by the time that rank 0 listens on
     it, seconds later. Here a socket stays bound to the port and never listens. torch's store can
     still listen on it, since both sockets have ``SO_REUSEADDR``.
+
+    Args:
+        port: the port; 0 for any that is free.
+
+    Raises:
+        OSError: the port is in use.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
+        holder.bind(("", port))
         yield holder.getsockname()[1]
 
 

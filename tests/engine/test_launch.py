@@ -1,6 +1,8 @@
 """Processes of one start find each other, whatever an earlier one has left in the store."""
 
+import argparse
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from detectron2.engine import default_argument_parser
 
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.launch import launch, name_start
+from megdet_d2.engine.rendezvous import reserved_port
 from megdet_d2.norm import collective
 from tests.helpers import training
 
@@ -83,6 +86,29 @@ def test_machines_that_have_counted_different_restarts_meet(tmp_path, port):
     for process in processes:
         out, _ = process.communicate(timeout=150)
         assert process.returncode == 0 and "together ['0', '1']\n[] left" in out, out
+
+
+@pytest.mark.parametrize("given", ["auto", "tcp://127.0.0.1:{}"])
+def test_the_port_is_kept_while_the_processes_start(monkeypatch, given):
+    """Until rank 0 listens on it, seconds later."""
+    with reserved_port() as free:
+        pass
+    seen = []
+
+    def start_processes(main, dist_url, **_):
+        port = int(dist_url.rpartition(":")[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        seen.append(port)
+
+    module = sys.modules["megdet_d2.engine.launch"]  # whose name in the package is the function
+    monkeypatch.setattr(module, "d2_launch", start_processes)
+    args = argparse.Namespace(
+        num_gpus=2, num_machines=1, machine_rank=0, dist_url=given.format(free)
+    )
+    launch(None, args)
+    assert len(seen) == 1 and (given == "auto" or seen == [free])
 
 
 WITHOUT_A_GPU = """
