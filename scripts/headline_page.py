@@ -46,6 +46,7 @@ class Pair(NamedTuple):
 
 # With 3,003 updates of 128, and with the paper's 5,070. Figures 4 and 1 show the second one.
 SHORTER = Pair("headline_runs.csv", "01_b8_bn8", "05_b128_bn8")
+BETWEEN = [SHORTER._replace(large="04_b64_bn8"), SHORTER._replace(large="03_b32_bn8")]
 HEADLINE = Pair("headline_full.csv", "b8", "b128")
 PAIRS = [
     Pair("headline_iterations.csv", "b8_sixteenth", "b128_sixteenth"),
@@ -268,7 +269,9 @@ def verdict(lines: list[Line], pair: Pair) -> str:
     """Returns a pair's result as an item of a list, in one sentence per fact."""
     gaps = paired_gaps(lines, pair.large, pair.small)
     test = assess_equivalence(gaps, MARGIN)
-    first = f"* **{updates(lines, pair):,} updates of 128**, pairs trained {len(gaps)} of 5."
+    line = next(line for line in lines if line["row"] == pair.large)
+    size = f"{line['batch']} images, {int(line['iterations']):,} updates"
+    first = f"* **{size}**: pairs trained {len(gaps)} of 5."
     if test is None:
         return first
     answers = {"yes": "equal within", "no": "a gap above", "not shown": "not shown equal within"}
@@ -287,9 +290,10 @@ def verdict(lines: list[Line], pair: Pair) -> str:
 
 def tables() -> str:
     """Returns the Markdown that stands between the markers."""
-    results = "\n".join(verdict(pair.read(), pair) for pair in (HEADLINE, SHORTER))
+    results = "\n".join(verdict(pair.read(), pair) for pair in (HEADLINE, SHORTER, *BETWEEN))
     parts = [
-        "Mini-batch 128 against 8, the paper's 256 against 16, at equal epochs:",
+        "Mini-batches of 128, 64 and 32 against 8, the paper's 256, 128 and 64 against 16, at "
+        "equal epochs:",
         results,
         "![AP over epochs and over hours at both mini-batches](../assets/headline.png)",
         "### The gap against the number of updates",
