@@ -6,6 +6,7 @@ with a line is not repeated; the table takes its result from the line.
 
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -31,6 +32,8 @@ LEFT_OUT = (
     "SOLVER.CHECKPOINT_PERIOD",
     "VERSION",
 )
+# The folders of absolute paths. A reason keeps the files' names, since the CSV file may be shared.
+_FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/,;:'\"]+/)+")
 _RESULT = [field.name for field in fields(Result) if field.name not in ("row", "seed")]
 COLUMNS = (
     "row", "seed", "norm", "batch", "bn_size", "policy", "images", "iterations", "lr", "failed",
@@ -120,6 +123,7 @@ class Ledger:
             "failed": int(result.status == "failed"),
             "ap_by_epoch": _curve(job.folder),
             "config": config_digest(row),
+            "reason": _FOLDERS.sub("", result.reason),
         }
         self._lines[key] = {name: "" if line[name] is None else str(line[name]) for name in COLUMNS}
         self._write()

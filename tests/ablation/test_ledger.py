@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
 from megdet_d2.ablation.job import make_jobs
 from megdet_d2.ablation.ledger import COLUMNS, Ledger, config_digest
+from megdet_d2.ablation.results import Result
 from megdet_d2.ablation.rows import read_rows
 from megdet_d2.cli import main
 from tests.helpers.paths import ROOT, TINY
@@ -113,14 +114,21 @@ def test_another_file_is_refused(tmp_path):
 
 def test_a_failure_is_replaced_by_a_training_that_is_done(source, tmp_path):
     job = make_jobs(read_rows(source), [1], tmp_path / "out")[0]
-    from megdet_d2.ablation.results import Result
-
     ledger = Ledger(tmp_path / "ledger.csv")
     ledger.add(job, Result(job.row.name, 1, "failed", "diverged"))
     ledger.add(job, Result(job.row.name, 1, "unfinished"))
     assert Ledger(ledger.path).find(job).reason == "diverged"
     ledger.add(job, Result(job.row.name, 1, "done", ap=40.0))
     assert Ledger(ledger.path).find(job).ap == 40.0
+
+
+def test_a_reason_has_no_folders_of_this_machine(source, tmp_path):
+    job = make_jobs(read_rows(source)[:1], [1], tmp_path / "out")[0]
+    reason = "DivergenceError: loss 1.5/x; images: /home/me/data/1.png, /data/2.png. Lower x/y"
+    ledger = Ledger(tmp_path / "ledger.csv")
+    ledger.add(job, Result("small", 1, "failed", reason))
+    written = "DivergenceError: loss 1.5/x; images: 1.png, 2.png. Lower x/y"
+    assert Ledger(ledger.path).find(job).reason == written
 
 
 def test_a_digest_is_of_what_changes_the_result(source):
