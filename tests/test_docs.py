@@ -12,6 +12,7 @@ from detectron2.config import get_cfg
 from PIL import Image
 
 from megdet_d2 import add_megdet_config
+from megdet_d2.ablation.ledger import without_folders
 from scripts import config_page, headline_page
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import write_run
@@ -117,6 +118,12 @@ def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
     with Image.open(headline_page.draw(tmp_path / "plot.png")) as drawn:
         with Image.open(headline_page.PLOT) as committed:
             assert drawn.size == committed.size
+
+
+@pytest.mark.parametrize("path", sorted(headline_page.FILES.glob("*.csv")), ids=lambda p: p.stem)
+def test_results_have_no_folders_of_a_machine(path):
+    text = path.read_text()
+    assert without_folders(text) == text
 
 
 def test_readme_has_the_gaps_of_the_headline():

@@ -32,13 +32,17 @@ LEFT_OUT = (
     "SOLVER.CHECKPOINT_PERIOD",
     "VERSION",
 )
-# The folders of absolute paths. A reason keeps the files' names, since the CSV file may be shared.
 _FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/,;:'\"]+/)+")
 _RESULT = [field.name for field in fields(Result) if field.name not in ("row", "seed")]
 COLUMNS = (
     "row", "seed", "norm", "batch", "bn_size", "policy", "images", "iterations", "lr", "failed",
     *_RESULT, "ap_by_epoch", "config",
 )  # fmt: skip
+
+
+def without_folders(text: str) -> str:
+    """Returns a text whose absolute paths are names of files, for CSV files that are shared."""
+    return _FOLDERS.sub("", text)
 
 
 def config_digest(row: Row) -> str:
@@ -123,7 +127,7 @@ class Ledger:
             "failed": int(result.status == "failed"),
             "ap_by_epoch": _curve(job.folder),
             "config": config_digest(row),
-            "reason": _FOLDERS.sub("", result.reason),
+            "reason": without_folders(result.reason),
         }
         self._lines[key] = {name: "" if line[name] is None else str(line[name]) for name in COLUMNS}
         self._write()
