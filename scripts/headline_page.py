@@ -147,7 +147,7 @@ def gap_table() -> str:
             [float(line["ap"]) for line in lines if line["row"] == row and line["ap"]]
             for row in (pair.small, pair.large)
         ]
-        first = next(line for line in lines if line["row"] == pair.large)
+        first = first_large(lines, pair)
         cells = [
             f"{int(first['iterations']):,}", f"{int(first['images']):,}", str(len(gaps)),
             spread(aps[0]), spread(aps[1]), *gap_cells(gaps),
@@ -252,9 +252,14 @@ def pair_seeds(lines: list[Line], pair: Pair) -> list[str]:
     return sorted(small & large, key=int)
 
 
+def first_large(lines: list[Line], pair: Pair) -> Line:
+    """Returns the first training of the large mini-batch."""
+    return next(line for line in lines if line["row"] == pair.large)
+
+
 def updates(lines: list[Line], pair: Pair) -> int:
     """Returns the updates that the large mini-batch makes."""
-    return next(int(line["iterations"]) for line in lines if line["row"] == pair.large)
+    return int(first_large(lines, pair)["iterations"])
 
 
 def spread(values: list[float], sign: str = "-") -> str:
@@ -269,8 +274,7 @@ def verdict(lines: list[Line], pair: Pair) -> str:
     """Returns a pair's result as an item of a list, in one sentence per fact."""
     gaps = paired_gaps(lines, pair.large, pair.small)
     test = assess_equivalence(gaps, MARGIN)
-    line = next(line for line in lines if line["row"] == pair.large)
-    size = f"{line['batch']} images, {int(line['iterations']):,} updates"
+    size = f"{first_large(lines, pair)['batch']} images, {updates(lines, pair):,} updates"
     first = f"* **{size}**: pairs trained {len(gaps)} of 5."
     if test is None:
         return first

@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_in_an_evaluation(coco, tmp_path):
 
 
 def test_weights_without_a_network(coco, tmp_path, port):
-    address = f"http://127.0.0.1:{port}/R-50.pkl?matching_heuristics=True"  # nobody listens
+    address = f"http://127.0.0.1:{port}/R-50.pkl?matching_heuristics=True"  # no server
     cfg = config(tmp_path, coco, "MODEL.WEIGHTS", address)
     prepare_config(cfg)
     trainer = Trainer(cfg)
