@@ -20,7 +20,6 @@ from megdet_d2.modeling.tta import check_tta
 from megdet_d2.norm.configure import group_ranks
 from megdet_d2.norm.functional import ALGORITHMS
 from megdet_d2.norm.registry import uses_cgbn
-from megdet_d2.optim.halves import check_halves
 from megdet_d2.schedule.build import (
     images_per_micro_batch,
     refuse_solver_overrides,
@@ -34,6 +33,7 @@ from .coco_api import find_coco_api_fault
 from .disk import check_output_dir
 from .early_log import kept_log
 from .launch import limit_waiting
+from .modulation import check_modulation
 from .rollback import ON_DIVERGENCE
 from .same_config import check_same_config
 from .switches import check_switches
@@ -77,7 +77,7 @@ def _prepare(cfg: CfgNode, eval_only: bool) -> str:
     check_best(cfg)
     schedule = scale_config(cfg)
     if cfg.MEGDET.OPTIMIZER == "agvm" and not cfg.MEGDET.AUTO_MICRO_BATCH:
-        check_halves(cfg.MEGDET.ACCUMULATION_STEPS)
+        check_modulation(cfg)
     raise_findings(find_schedule_faults(cfg, count_images(cfg, found)))
     if uses_cgbn(cfg):
         world_size = comm.get_world_size()

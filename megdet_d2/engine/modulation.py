@@ -1,5 +1,6 @@
 """Measures the variances of AGVM in the updates of a training."""
 
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import NoReturn
@@ -12,8 +13,11 @@ from torch import Tensor, optim
 
 from megdet_d2.optim.agvm import AGVM, relative_variances
 from megdet_d2.optim.halves import Halves, check_halves
+from megdet_d2.schedule.build import phases_from_config
 
 from .progress import TrainingProgress
+
+logger = logging.getLogger(__name__)
 
 
 class Modulation:
@@ -98,10 +102,30 @@ class Modulation:
         )
 
 
+def check_modulation(cfg: CfgNode) -> None:
+    """Checks that all updates which are measured have two halves.
+
+    Args:
+        cfg: a resolved config with ``MEGDET.OPTIMIZER`` "agvm".
+
+    Raises:
+        ValueError: there is one process, and updates of one micro-batch.
+    """
+    first = _first_measurement(cfg)
+    # The mini-batch never shrinks, so no later update has fewer micro-batches.
+    batch_size = phases_from_config(cfg).batch_size(first)
+    check_halves(
+        cfg.MEGDET.ACCUMULATION_STEPS * batch_size // cfg.SOLVER.IMS_PER_BATCH,
+        f"in iteration {first} of MEGDET.BATCH_WARMUP" if cfg.MEGDET.BATCH_WARMUP else "",
+    )
+
+
 def build_modulation(
     cfg: CfgNode, optimizer: optim.Optimizer, progress: TrainingProgress, owner: str
 ) -> Modulation | None:
     """Returns the measurements of ``MEGDET.AGVM``; None for another optimizer.
+
+    The log says how many there will be. It warns if there will be none.
 
     Args:
         cfg: a resolved config.
@@ -110,10 +134,34 @@ def build_modulation(
         owner: the name of the trainer's class, for messages.
 
     Raises:
-        ValueError: there is one process with one micro-batch.
+        ValueError: see ``check_modulation``.
     """
     if not isinstance(optimizer, AGVM):
         return None
-    check_halves(cfg.MEGDET.ACCUMULATION_STEPS)
+    check_modulation(cfg)
     keys = cfg.MEGDET.AGVM
+    _describe(cfg)
     return Modulation(optimizer, progress, keys.INTERVAL, keys.AFTER_WARMUP, owner)
+
+
+def _first_measurement(cfg: CfgNode) -> int:
+    return cfg.SOLVER.WARMUP_ITERS + cfg.MEGDET.AGVM.AFTER_WARMUP
+
+
+def _describe(cfg: CfgNode) -> None:
+    keys, first, end = cfg.MEGDET.AGVM, _first_measurement(cfg), cfg.SOLVER.MAX_ITER
+    if first >= end:
+        logger.warning(
+            f"MEGDET.OPTIMIZER is 'agvm', but MEGDET.AGVM.AFTER_WARMUP {keys.AFTER_WARMUP} after a "
+            f"warm-up of {cfg.SOLVER.WARMUP_ITERS} updates is no less than the {end} of the "
+            "training, so no gradient variance is measured, and this is a training with SGD; set "
+            f"MEGDET.AGVM.AFTER_WARMUP below {max(end - cfg.SOLVER.WARMUP_ITERS, 0)}"
+        )
+        return
+    count = -(-(end - first) // keys.INTERVAL)
+    moved = 1 - keys.SMOOTHING**count
+    logger.info(
+        f"AGVM measures {count} times from iteration {first} on: at the end its factors have gone "
+        f"{moved:.0%} of the way from 1 (MEGDET.AGVM.INTERVAL {keys.INTERVAL}, SMOOTHING "
+        f"{keys.SMOOTHING:g})"
+    )

@@ -99,7 +99,7 @@ def find_micro_batch(cfg: CfgNode, images_per_forward: int | None) -> int:
     That is the BN size of a config with CGBN, or IMS_PER_BATCH / ACCUMULATION_STEPS.
 
     Raises:
-        ValueError: it does not divide the mini-batch.
+        ValueError: it does not divide the mini-batch, or leaves AGVM no two halves of it.
     """
     bn_size, batch_size = cfg.MODEL.CGBN.BN_SIZE, cfg.SOLVER.IMS_PER_BATCH
     default = batch_size // max(1, cfg.MEGDET.ACCUMULATION_STEPS)
@@ -110,6 +110,12 @@ def find_micro_batch(cfg: CfgNode, images_per_forward: int | None) -> int:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {batch_size}, which forward passes of {micro_batch} images "
             "cannot make up; give --images-per-forward a divisor of it"
+        )
+    if cfg.MEGDET.OPTIMIZER == "agvm" and micro_batch == batch_size:
+        raise ValueError(
+            f"MEGDET.OPTIMIZER is 'agvm', which compares two halves of a mini-batch, and a branch "
+            f"has its {batch_size} images in one forward pass; give --images-per-forward a smaller "
+            "divisor of it"
         )
     return micro_batch
 
@@ -180,6 +186,8 @@ def make_constant(cfg: CfgNode, micro_batch: int) -> None:
     solver.LR_SCHEDULER_NAME, solver.STEPS, solver.WARMUP_ITERS = "WarmupMultiStepLR", (), 0
     solver.RESCALE_INTERVAL, solver.REFERENCE_WORLD_SIZE = False, 0
     keys.AUTO_MICRO_BATCH, keys.AUTO_SUBLINEAR, keys.MEMORY_LIMIT_MB = False, False, 0
+    if keys.OPTIMIZER == "agvm":
+        keys.AGVM.AFTER_WARMUP = 0  # there is no warm-up: the factors come from the checkpoint
     keys.EMA_DECAY, keys.BEST_METRIC, keys.TRACKERS = 0.0, "", ()
     cfg.TEST.EVAL_PERIOD, cfg.TEST.BACKGROUND, cfg.TEST.AUG.ENABLED = 0, False, False
     cfg.TEST.PRECISE_BN.ENABLED = False

@@ -35,7 +35,10 @@ class Measured:
 
 
 def write_results(measured: Sequence[Measured], tolerance: float, output: Path) -> None:
-    """Writes branches.csv, one row per branch, and branches.json, one entry per checkpoint."""
+    """Writes branches.csv, one row per branch, and branches.json, one entry per checkpoint.
+
+    The table, which is made to be shared, has the names of checkpoints; json has their paths.
+    """
     with open(output / "branches.csv", "w", newline="") as file:
         names = [field.name for field in fields(Branch) if field.name != "losses"]
         writer = csv.writer(file)
@@ -43,7 +46,7 @@ def write_results(measured: Sequence[Measured], tolerance: float, output: Path) 
         for m in measured:
             for branch in m.branches:
                 values = [getattr(branch, name) for name in names]
-                writer.writerow((m.start.path, m.start.images_seen, *values, branch.loss))
+                writer.writerow((m.start.path.name, m.start.images_seen, *values, branch.loss))
     entries = []
     for m in measured:
         critical = {

@@ -77,12 +77,17 @@ class Halves:
             yield torch.zeros_like(parameter) if gradient is None else gradient
 
 
-def describe_missing_halves() -> str:
-    """Returns the error of an update that has one part."""
+def describe_missing_halves(where: str = "") -> str:
+    """Returns the error of an update that has one part.
+
+    Args:
+        where: the updates, if they are not all: "in iteration 20 of MEGDET.BATCH_WARMUP".
+    """
+    steps = f"one micro-batch {where}" if where else "MEGDET.ACCUMULATION_STEPS 1"
+    more = "more MEGDET.ACCUMULATION_STEPS" if where else "MEGDET.ACCUMULATION_STEPS 2 or more"
     return (
         "MEGDET.OPTIMIZER is 'agvm', which compares the gradients of two halves of a mini-batch, "
-        "but one process with MEGDET.ACCUMULATION_STEPS 1 computes only one; use two or more "
-        "processes, or MEGDET.ACCUMULATION_STEPS 2 or more"
+        f"but one process with {steps} computes only one; use two or more processes, or {more}"
     )
 
 
@@ -94,17 +99,18 @@ def keeps_first_half(cfg: CfgNode, world_size: int) -> bool:
     return cfg.MEGDET.OPTIMIZER == "agvm" and world_size == 1
 
 
-def check_halves(steps: int) -> None:
+def check_halves(steps: int, where: str = "") -> None:
     """Checks that the mini-batch of the running processes has two halves.
 
     The authors' code needs two processes too. Half of a micro-batch in an additional backward would
     double the time, and change the statistics of batch norms.
 
     Args:
-        steps: MEGDET.ACCUMULATION_STEPS.
+        steps: micro-batches of an update.
+        where: see ``describe_missing_halves``.
 
     Raises:
         ValueError: there is one process with one micro-batch.
     """
     if comm.get_world_size() == 1 and steps < 2:
-        raise ValueError(describe_missing_halves())
+        raise ValueError(describe_missing_halves(where))

@@ -247,6 +247,7 @@ def test_the_command_measures_and_does_not_repeat(run, tmp_path, monkeypatch, ca
     with open(tmp_path / "branches.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and {row["batch_size"] for row in rows} == {"4", "8"}
+    assert {row["checkpoint"] for row in rows} == {"model_0000000.pth"}
     (first,) = json.loads((tmp_path / "branches.json").read_text())
     assert first["images_seen"] == BATCH and first["critical_batch"].keys() == {"linear", "sqrt"}
     ratios = {b["rule"]: b["lr"] / first["lr"] for b in first["branches"]}
@@ -260,6 +261,24 @@ def test_the_command_measures_and_does_not_repeat(run, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == out
     with pytest.raises(SystemExit, match=r"another setting: images was 16 and is 32; give another"):
         main(line(run, tmp_path, "--images", "32"))
+
+
+def test_branches_of_agvm_go_on_from_its_factors_and_measure(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    coco = training.write_images(images, images=16, shape=(32, 48))
+    keys = ("MEGDET.OPTIMIZER", "agvm", "MEGDET.AGVM.INTERVAL", 1, "MEGDET.AGVM.SMOOTHING", 0.5)
+    output = tmp_path / "trained"
+    training.train(0, output, coco, (*overrides(), *keys, "MEGDET.AGVM.AFTER_WARMUP", 0))
+    loaded = torch.load(output / "model_0000000.pth", weights_only=True)["trainer"]["_trainer"]
+    before = {g["module"]: g["lr_factor"] for g in loaded["optimizer"]["param_groups"]}
+    argv = [*line((coco, output), tmp_path / "out", "--rules", "linear"), *map(str, keys)]
+    main(argv)
+    for name in ("k1_seed1", "k2_linear_seed1"):
+        rows = (tmp_path / f"out/branches/model_0000000/{name}/metrics.json").read_text()
+        assert json.loads(rows.splitlines()[-1])["agvm/fpn"] not in (1.0, before["fpn"])
+    with pytest.raises(SystemExit, match="has its 4 images in one forward pass; give --images-per"):
+        main([*argv[:2], "--images-per-forward", "4", *argv[2:]])
 
 
 def test_a_diverged_branch_is_a_result(run, tmp_path):

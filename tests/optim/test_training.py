@@ -172,3 +172,42 @@ def test_updates_that_agvm_cannot_measure_are_refused(coco, tmp_path, kind, who)
 def test_one_micro_batch_is_refused_before_the_training(coco, tmp_path):
     with pytest.raises(ValueError, match="one process with MEGDET.ACCUMULATION_STEPS 1"):
         train(0, str(tmp_path), coco, (*SHORT, *AGVM))
+
+
+# Four updates of one micro-batch, two of two, two of four.
+GROWING = (
+    *SHORT, *AGVM, "SOLVER.IMS_PER_BATCH", 8, "MEGDET.ACCUMULATION_STEPS", 4,
+    "MEGDET.EPOCH_IMAGES", 8, "MEGDET.BATCH_WARMUP", ((0, 2), (1, 4), (2, 8)),
+    "MEGDET.EPOCHS", 4.0, "MEGDET.WARMUP_EPOCHS", 0.0, "MEGDET.AGVM.INTERVAL", 1,
+    "MEGDET.AGVM.AFTER_WARMUP", 4, "SOLVER.CHECKPOINT_PERIOD", 1,
+)  # fmt: skip
+
+
+def test_agvm_measures_while_the_mini_batch_grows(coco, tmp_path, caplog):
+    with caplog.at_level("INFO", "megdet_d2"):
+        whole = train(0, str(tmp_path / "whole"), coco, GROWING)
+    # 4 measurements with α = 0.5
+    assert "AGVM measures 4 times from iteration 4 on: at the end its factors have gone 94% of" in (
+        caplog.text
+    )
+    factors = {group["module"]: float(group["lr_factor"]) for group in whole["groups"]}
+    assert factors["backbone"] == 1.0 and factors["fpn"] != 1.0
+    copy_checkpoint(str(tmp_path / "whole"), str(tmp_path / "resumed"), "model_0000004.pth")
+    check_resume([whole], [train(0, str(tmp_path / "resumed"), coco, GROWING, True)], 5)
+
+
+def test_a_phase_of_one_micro_batch_is_refused_if_it_is_measured(coco, tmp_path):
+    words = "one process with one micro-batch in iteration 3 of MEGDET.BATCH_WARMUP computes only"
+    with pytest.raises(ValueError, match=words):
+        train(0, str(tmp_path), coco, (*GROWING, "MEGDET.AGVM.AFTER_WARMUP", 3))
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_agvm_without_a_measurement_is_said(coco, tmp_path, caplog):
+    keys = (*FIVE, *OPTIMIZERS["agvm"], "MEGDET.AGVM.AFTER_WARMUP")
+    train(0, str(tmp_path / "none"), coco, (*keys, 5))
+    assert "so no gradient variance is measured, and this is a training with SGD" in caplog.text
+    assert "set MEGDET.AGVM.AFTER_WARMUP below 5" in caplog.text
+    caplog.clear()
+    train(0, str(tmp_path / "one"), coco, (*keys, 4))
+    assert "is measured" not in caplog.text
