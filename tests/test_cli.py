@@ -1,7 +1,9 @@
 """The megdet command: help without torch, without a warning, and the words that it takes."""
 
+import argparse
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -62,6 +64,23 @@ def test_the_command_runs_as_a_module(module):
 def test_every_commands_help_begins_with_a_sentence():
     for name, module in megdet_cli.COMMANDS.items():
         assert module.__doc__.partition("\n")[0].endswith("."), name
+
+
+def test_the_defaults_in_help_are_those_of_the_flags():
+    checked = 0
+    for name, module in megdet_cli.COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        later = {**getattr(module, "BRANCH", {}), **getattr(module, "SIMULATED", {})}
+        for action in parser._actions:
+            said = re.search(r"\(default ([\d.,e]+)(?= s\)|[):,])", action.help or "")
+            default = later.get(action.dest, action.default)
+            if not said or default is None:  # None: it depends on other flags
+                continue
+            checked += 1
+            values = default if isinstance(default, list) else [default]
+            assert [float(n) for n in said[1].split(",")] == values, (name, action.dest)
+    assert checked >= 25
 
 
 def test_the_fusions_are_those_of_the_package():
