@@ -28,11 +28,14 @@ def reserved_port(port: int = 0) -> Iterator[int]:
         port: the port; 0 for any that is free.
 
     Raises:
-        OSError: the port is in use.
+        RendezvousError: the port is in use.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", port))
+        try:
+            holder.bind(("", port))
+        except OSError as error:
+            raise RendezvousError(f"--dist-url: {_describe_taken(port, error)}") from None
         yield holder.getsockname()[1]
 
 
@@ -108,9 +111,7 @@ def _connect(url: str, leads: bool, timeout: float) -> TCPStore:
     except RuntimeError as error:
         if leads:
             raise RendezvousError(
-                f"--dist-url {url}: cannot listen on port {parts.port} ({_first_line(error)}). "
-                "Perhaps another training runs here: choose another port, or, with one machine, "
-                "--dist-url auto"
+                f"--dist-url {url}: {_describe_taken(parts.port, error)}"
             ) from None
         raise RendezvousError(
             f"--dist-url {url}: machine 0 did not answer at {parts.netloc} within {timeout:g} s "
@@ -144,6 +145,13 @@ def _wait(store: TCPStore, keys: list[str], timeout: float) -> bool:
     except RuntimeError:  # too late, or the other end has closed
         return False
     return True
+
+
+def _describe_taken(port: int, error: Exception) -> str:
+    return (
+        f"cannot listen on port {port} ({_first_line(error)}). Perhaps another training runs here: "
+        "choose another port, or, with one machine, --dist-url auto"
+    )
 
 
 def _first_line(error: Exception) -> str:

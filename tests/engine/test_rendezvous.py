@@ -68,6 +68,9 @@ def test_a_port_in_use():
         port = other.getsockname()[1]
         with pytest.raises(RendezvousError, match=f"cannot listen on port {port}.*--dist-url auto"):
             rendezvous(f"tcp://127.0.0.1:{port}", 0, 1, 2, 5)
+        with pytest.raises(RendezvousError, match=f"cannot listen on port {port}.*--dist-url auto"):
+            with reserved_port(port):
+                pass
 
 
 def test_a_reserved_port_is_for_those_who_are_told():
