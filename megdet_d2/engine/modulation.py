@@ -15,7 +15,7 @@ from megdet_d2.optim.agvm import AGVM, relative_variances
 from megdet_d2.optim.halves import Halves, check_halves
 from megdet_d2.schedule.build import phases_from_config
 
-from .progress import TrainingProgress
+from .progress import Layout, TrainingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def check_modulation(cfg: CfgNode) -> None:
     # The mini-batch never shrinks, so no later update has fewer micro-batches.
     batch_size = phases_from_config(cfg).batch_size(first)
     check_halves(
-        cfg.MEGDET.ACCUMULATION_STEPS * batch_size // cfg.SOLVER.IMS_PER_BATCH,
+        Layout.from_config(cfg).at(batch_size).accumulation_steps,
         f"in iteration {first} of MEGDET.BATCH_WARMUP" if cfg.MEGDET.BATCH_WARMUP else "",
     )
 
@@ -151,11 +151,12 @@ def _first_measurement(cfg: CfgNode) -> int:
 def _describe(cfg: CfgNode) -> None:
     keys, first, end = cfg.MEGDET.AGVM, _first_measurement(cfg), cfg.SOLVER.MAX_ITER
     if first >= end:
+        room = end - cfg.SOLVER.WARMUP_ITERS
+        fix = f"set MEGDET.AGVM.AFTER_WARMUP below {room}" if room > 0 else "shorten the warm-up"
         logger.warning(
             f"MEGDET.OPTIMIZER is 'agvm', but MEGDET.AGVM.AFTER_WARMUP {keys.AFTER_WARMUP} after a "
             f"warm-up of {cfg.SOLVER.WARMUP_ITERS} updates is no less than the {end} of the "
-            "training, so no gradient variance is measured, and this is a training with SGD; set "
-            f"MEGDET.AGVM.AFTER_WARMUP below {max(end - cfg.SOLVER.WARMUP_ITERS, 0)}"
+            f"training, so no gradient variance is measured, and this is a training with SGD; {fix}"
         )
         return
     count = -(-(end - first) // keys.INTERVAL)

@@ -113,7 +113,7 @@ def find_micro_batch(cfg: CfgNode, images_per_forward: int | None) -> int:
         )
     if cfg.MEGDET.OPTIMIZER == "agvm" and micro_batch == batch_size:
         raise ValueError(
-            f"MEGDET.OPTIMIZER is 'agvm', which compares two halves of a mini-batch, and a branch "
+            "MEGDET.OPTIMIZER is 'agvm', which compares two halves of a mini-batch, and a branch "
             f"has its {batch_size} images in one forward pass; give --images-per-forward a smaller "
             "divisor of it"
         )
@@ -186,7 +186,7 @@ def make_constant(cfg: CfgNode, micro_batch: int) -> None:
     solver.LR_SCHEDULER_NAME, solver.STEPS, solver.WARMUP_ITERS = "WarmupMultiStepLR", (), 0
     solver.RESCALE_INTERVAL, solver.REFERENCE_WORLD_SIZE = False, 0
     keys.AUTO_MICRO_BATCH, keys.AUTO_SUBLINEAR, keys.MEMORY_LIMIT_MB = False, False, 0
-    if keys.OPTIMIZER == "agvm":
+    if keys.OPTIMIZER == "agvm":  # others keep their digest, and so branches that have ended
         keys.AGVM.AFTER_WARMUP = 0  # there is no warm-up: the factors come from the checkpoint
     keys.EMA_DECAY, keys.BEST_METRIC, keys.TRACKERS = 0.0, "", ()
     cfg.TEST.EVAL_PERIOD, cfg.TEST.BACKGROUND, cfg.TEST.AUG.ENABLED = 0, False, False

@@ -211,3 +211,8 @@ def test_agvm_without_a_measurement_is_said(coco, tmp_path, caplog):
     caplog.clear()
     train(0, str(tmp_path / "one"), coco, (*keys, 4))
     assert "is measured" not in caplog.text
+    caplog.clear()
+    # Policies refuse such a warm-up.
+    stock = ("MEGDET.POLICY", "", "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 2)
+    train(0, str(tmp_path / "warm"), coco, (*keys, 0, *stock, "SOLVER.STEPS", ()))
+    assert "this is a training with SGD; shorten the warm-up" in caplog.text
