@@ -13,7 +13,7 @@ from PIL import Image
 
 from megdet_d2 import add_megdet_config
 from megdet_d2.ablation.ledger import without_folders
-from scripts import config_page, headline_page
+from scripts import config_page, study_pages
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import write_run
 
@@ -109,18 +109,37 @@ def test_readme_fits_its_limit_and_its_pictures_are_small():
         assert picture.stat().st_size < 150_000
 
 
-def test_the_headline_tables_are_written_from_the_committed_files(tmp_path):
+@pytest.mark.parametrize("path", study_pages.PAGES, ids=lambda path: path.stem)
+def test_the_tables_of_studies_are_written_from_the_committed_files(path):
+    assert path.read_text() == study_pages.render(path), "run  python scripts/study_pages.py"
+
+
+def test_the_headline_plot_and_tables_have_all_of_its_files(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
-    page = headline_page.PAGE.read_text()
-    assert page == headline_page.render(page), "run  python scripts/headline_page.py"
-    known = {path.name for path in headline_page.FILES.glob("headline_*.csv")}
-    assert known <= {*headline_page.STUDIES, "headline_loss.csv"}
-    with Image.open(headline_page.draw(tmp_path / "plot.png")) as drawn:
-        with Image.open(headline_page.PLOT) as committed:
+    known = {path.name for path in study_pages.FILES.glob("headline_*.csv")}
+    assert known <= {*study_pages.STUDIES, "headline_loss.csv"}
+    with Image.open(study_pages.draw(tmp_path / "plot.png")) as drawn:
+        with Image.open(study_pages.PLOT) as committed:
             assert drawn.size == committed.size
 
 
-@pytest.mark.parametrize("path", sorted(headline_page.FILES.glob("*.csv")), ids=lambda p: p.stem)
+def test_rates_of_optimizers_have_ap_and_failures():
+    def line(row, ap):
+        return {"row": row, "seed": "101", "ap": ap, "failed": str(int(ap == ""))}
+
+    lines = [line("sgd_lr_0.32", "61"), line("sgd_lr_0.16", "60"), line("sgd_lr_0.32", "")]
+    table = study_pages.rate_table([*lines, line("muon_lr_0.001", "55.5")]).splitlines()
+    assert table[2] == "| sgd | 0.16: 60.00 | 0.32: 61.00, 1 of 2 failed |"
+    assert table[3] == "| muon | 0.001: 55.50 |"
+
+
+def test_every_list_of_rows_is_described():
+    page = (ROOT / "docs/experiments.md").read_text()
+    for path in (ROOT / "configs/ablations").glob("*_*.yaml"):
+        assert f"`{path.name}`" in page, path.name
+
+
+@pytest.mark.parametrize("path", sorted(study_pages.FILES.glob("*.csv")), ids=lambda p: p.stem)
 def test_results_have_no_folders_of_a_machine(path):
     text = path.read_text()
     assert without_folders(text) == text
@@ -129,9 +148,9 @@ def test_results_have_no_folders_of_a_machine(path):
 def test_readme_has_the_gaps_of_the_headline():
     readme = (ROOT / "README.md").read_text()
     # 1,496, 3,003 and 5,071 iterations of 128, and the mini-batches between.
-    for pair in (*headline_page.PAIRS[3:], *headline_page.BETWEEN):
-        gaps = headline_page.paired_gaps(pair.read(), pair.large, pair.small)
-        gap = headline_page.spread(gaps, "+")
+    for pair in (*study_pages.PAIRS[3:], *study_pages.BETWEEN):
+        gaps = study_pages.paired_gaps(pair.read(), pair.large, pair.small)
+        gap = study_pages.spread(gaps, "+")
         assert gap in readme, gap
 
 
@@ -140,21 +159,21 @@ def test_the_headline_pairs_seeds_and_tests_equality():
         return {"row": row, "seed": str(seed), "ap": str(ap), "failed": str(int(ap == "")),
                 "batch": "8", "bn_size": "8", "lr": "0.02", "iterations": "3003"}  # fmt: skip
 
-    pair = headline_page.SHORTER
+    pair = study_pages.SHORTER
     lines = [line(pair.small, s, 70 + s) for s in (1, 2, 3, 4)]
     lines += [line(pair.large, s, 70.1 + s + 0.01 * s) for s in (3, 1, 2)]
     lines += [line(pair.large, 5, "")]
-    gaps = headline_page.paired_gaps(lines, pair.large, pair.small)
+    gaps = study_pages.paired_gaps(lines, pair.large, pair.small)
     assert gaps == pytest.approx([0.11, 0.12, 0.13])
-    assert headline_page.pair_seeds(lines, pair) == ["1", "2", "3"]
-    last = headline_page.study_table(lines, lambda row: pair.small).splitlines()[-1]
+    assert study_pages.pair_seeds(lines, pair) == ["1", "2", "3"]
+    last = study_pages.study_table(lines, lambda row: pair.small).splitlines()[-1]
     assert "| 4 | 1 (5 to 70 %) | 72.12 ± 1.01 | +0.12 ± 0.01 | +0.10 to +0.14 | yes |" in last
-    assert "equal within 0.5" in headline_page.verdict(lines, pair)
+    assert "equal within 0.5" in study_pages.verdict(lines, pair)
     lines[-2]["ap"] = "80"
-    assert "not shown equal within 0.5" in headline_page.verdict(lines, pair)
+    assert "not shown equal within 0.5" in study_pages.verdict(lines, pair)
     for number, worse in enumerate(lines[-4:-1]):
         worse["ap"] = str(60 + int(worse["seed"]) + 0.01 * number)
-    assert "a gap above 0.5 AP" in headline_page.verdict(lines, pair)
+    assert "a gap above 0.5 AP" in study_pages.verdict(lines, pair)
 
 
 def test_tests_that_a_page_names_are_there():
@@ -185,12 +204,12 @@ def test_readme_has_the_figures_of_the_committed_results(file, row):
 
 
 def test_training_losses_are_means_over_epochs(tmp_path):
-    folder = write_run(tmp_path / headline_page.SHORTER.small / "seed3", batch_size=8)
-    write_run(tmp_path / headline_page.SHORTER.large / "seed3", batch_size=8)
-    (tmp_path / headline_page.SHORTER.large / "seed3/metrics.json").write_text("")  # not finished
-    rows = [{"iteration": i, **dict.fromkeys(headline_page.LOSSES, i)} for i in range(110)]
+    folder = write_run(tmp_path / study_pages.SHORTER.small / "seed3", batch_size=8)
+    write_run(tmp_path / study_pages.SHORTER.large / "seed3", batch_size=8)
+    (tmp_path / study_pages.SHORTER.large / "seed3/metrics.json").write_text("")  # not finished
+    rows = [{"iteration": i, **dict.fromkeys(study_pages.LOSSES, i)} for i in range(110)]
     rows.append({"iteration": 110, "bbox/AP": 30.0})
     (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = headline_page.read_losses(tmp_path)
-    assert {key[:2] for key in found} == {(headline_page.SHORTER.small, "3")} and len(found) == 11
-    assert found[headline_page.SHORTER.small, "3", "11"] == ["104.5000"] * 5  # 100 to 109
+    found = study_pages.read_losses(tmp_path)
+    assert {key[:2] for key in found} == {(study_pages.SHORTER.small, "3")} and len(found) == 11
+    assert found[study_pages.SHORTER.small, "3", "11"] == ["104.5000"] * 5  # 100 to 109

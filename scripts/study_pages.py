@@ -1,10 +1,10 @@
-"""Writes the tables and the plot of the headline study from its committed CSV files.
+"""Writes the tables and the plot of the studies from their committed CSV files.
 
-    python scripts/headline_page.py
-    python scripts/headline_page.py output/ablations/headline    # also reads training losses there
+    python scripts/study_pages.py
+    python scripts/study_pages.py output/ablations/headline    # also reads training losses there
 
 ``megdet ablate --ledger`` writes the files, one line per training. The tables go between the
-markers of docs/results/experiments.md; the text around them is written by hand.
+markers of the pages in ``PAGES``; the text around them is written by hand.
 """
 
 import csv
@@ -24,10 +24,11 @@ from megdet_d2.report.style import make_figure, save_figure, tidy
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "docs" / "results" / "experiments"
-PAGE = ROOT / "docs" / "results" / "experiments.md"
+PAGE = ROOT / "docs" / "results" / "experiments.md"  # the headline's
 PLOT = ROOT / "docs" / "assets" / "headline.png"
-BEGIN = "<!-- The tables below are written by scripts/headline_page.py. -->"
+BEGIN = "<!-- The tables below are written by scripts/study_pages.py. -->"
 END = "<!-- The tables end here. -->"
+NOT_RUN = "**Not run.**"
 
 Line = dict[str, str]
 
@@ -292,8 +293,8 @@ def verdict(lines: list[Line], pair: Pair) -> str:
     )
 
 
-def tables() -> str:
-    """Returns the Markdown that stands between the markers."""
+def headline_tables() -> str:
+    """Returns what docs/results/experiments.md has: the headline and its other questions."""
     results = "\n".join(verdict(pair.read(), pair) for pair in (HEADLINE, SHORTER, *BETWEEN))
     parts = [
         "Mini-batches of 128, 64, 32 and 16 against 8, the paper's 256, 128, 64 and 32 against 16, "
@@ -316,15 +317,65 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def render(page: str) -> str:
-    """Returns ``page`` with the tables between its markers.
+def rate_table(lines: list[Line]) -> str:
+    """Returns a line per optimizer, AP at each learning rate, from rows like sgd_lr_0.16."""
+    found: dict[str, dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        optimizer, _, rate = line["row"].partition("_lr_")
+        found[optimizer][float(rate)].append(line)
+    columns = max(map(len, found.values()))
+    table = [
+        f"| `MEGDET.OPTIMIZER` |{' learning rate: AP |' * columns}",
+        "|---|" + "---|" * columns,
+    ]
+    for optimizer, rates in found.items():
+        cells = [f"{rate:g}: {outcome(own)}" for rate, own in sorted(rates.items())]
+        table.append(f"| {' | '.join([optimizer, *cells])} |")
+    return "\n".join(table)
+
+
+def outcome(lines: list[Line]) -> str:
+    """Returns AP of the trainings of a row, and how many failed."""
+    failed = sum(int(line["failed"]) for line in lines)
+    aps = spread([float(line["ap"]) for line in lines if line["ap"]])
+    failures = f"{failed} of {len(lines)} failed" if failed else ""
+    return ", ".join(part for part in (aps, failures) if part)
+
+
+def optimizer_tables() -> str:
+    """Returns what docs/large_batch.md has: the grid of learning rates."""
+    path = FILES / "optimizers_grid.csv"
+    if not path.is_file():
+        return NOT_RUN
+    link = f"Every training is a line of [{path.name}](results/experiments/{path.name})."
+    return f"{link}\n\n{rate_table(read(path))}"
+
+
+def challenge_table() -> str:
+    """Returns what docs/challenge.md has: each technique against none, seed by seed."""
+    path = FILES / "study_challenge.csv"
+    if not path.is_file():
+        return NOT_RUN
+    link = f"Every training is a line of [{path.name}](results/experiments/{path.name})."
+    return f"{link}\n\n{study_table(read(path), lambda row: 'plain')}"
+
+
+PAGES = {
+    PAGE: headline_tables,
+    ROOT / "docs" / "large_batch.md": optimizer_tables,
+    ROOT / "docs" / "challenge.md": challenge_table,
+}
+
+
+def render(path: Path) -> str:
+    """Returns the text of a page of ``PAGES`` with its tables between its markers.
 
     Raises:
         ValueError: the page does not have each marker once.
     """
-    before, rest = page.split(BEGIN)
+    before, rest = path.read_text().split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{PAGES[path]()}\n\n{END}{after}"
 
 
 def draw(path: Path) -> Path:
@@ -364,5 +415,6 @@ def draw(path: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         add_losses(Path(sys.argv[1]))
-    PAGE.write_text(render(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(render(page))
     draw(PLOT)
