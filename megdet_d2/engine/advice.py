@@ -1,4 +1,4 @@
-"""Advice on a schedule that does not fit the number of training images."""
+"""Advice on a schedule that does not fit the training images, or itself."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from megdet_d2.data import Finding, Inspection
 from megdet_d2.schedule.build import scheduled_images
 
 _FEW = 300  # iterations; a detector learns little in fewer, even from good weights
+_WITH_GAMMA = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # Detectron2's schedulers
 _FACTOR = 2  # between the images of an epoch and those that there are
 
 SHORTEST_WARMUP, WARMUP_SHARE = 150, 0.1
@@ -38,7 +39,10 @@ def is_short_warmup(warmup: int, iterations: int) -> bool:
 
 
 def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
-    """Returns warnings about a resolved schedule that is short, or made for another data set.
+    """Returns warnings about a resolved schedule.
+
+    It may be short, or made for another data set. Keys of a ``MEGDET.POLICY`` that contradict one
+    another are errors before; those of Detectron2's own schedule are warnings here.
 
     Args:
         cfg: a config that ``scale_config`` has resolved.
@@ -67,6 +71,24 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
             f"set SOLVER.IMS_PER_BATCH to {num_images} or less",
         )
     iterations, warmup = cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS
+    if not keys.POLICY and warmup >= iterations:
+        warn(
+            "endless-warmup",
+            f"SOLVER.WARMUP_ITERS is {warmup}",
+            f"training ends after {iterations} iterations, before the learning rate has reached "
+            f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g}",
+            f"set SOLVER.WARMUP_ITERS below {iterations}, such as {iterations // 10}",
+        )
+    steps = [step for step in cfg.SOLVER.STEPS if step < iterations]
+    decays = cfg.SOLVER.LR_SCHEDULER_NAME in _WITH_GAMMA and steps
+    if not keys.POLICY and decays and cfg.SOLVER.GAMMA > 1:
+        warn(
+            "growing-rate",
+            f"SOLVER.GAMMA is {cfg.SOLVER.GAMMA:g}",
+            f"it multiplies the learning rate at the iterations {steps} of SOLVER.STEPS, and so "
+            "raises it",
+            f"set SOLVER.GAMMA {1 / cfg.SOLVER.GAMMA:.3g} to divide it",
+        )
     raised = keys.POLICY and cfg.SOLVER.BASE_LR > keys.REFERENCE_LR
     if raised and is_short_warmup(warmup, iterations):
         warn(

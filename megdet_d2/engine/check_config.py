@@ -125,6 +125,7 @@ def check_keys(cfg: CfgNode, eval_only: bool = False) -> None:
     check_tta(cfg)
     if not eval_only:
         refuse_solver_overrides(cfg)
+        _check_checkpoint_period(cfg)
 
 
 def _register_datasets(cfg: CfgNode, splits: Sequence[str]) -> list[Inspection]:
@@ -158,6 +159,16 @@ def _check_faults(cfg: CfgNode) -> None:
         raise ValueError(f"MEGDET.MAX_ROLLBACKS is {keys.MAX_ROLLBACKS}; give 0 or more")
     if keys.TIMEOUT < 1:
         raise ValueError(f"MEGDET.TIMEOUT is {keys.TIMEOUT}; give seconds, from 1 (default: 600)")
+
+
+def _check_checkpoint_period(cfg: CfgNode) -> None:
+    """Checks what fvcore divides by after each update: below 0 it would save in every one."""
+    period = cfg.SOLVER.CHECKPOINT_PERIOD
+    if period < 1:
+        raise ValueError(
+            f"SOLVER.CHECKPOINT_PERIOD is {period}; give iterations, 1 or more. A number above the "
+            "length of the training, such as 1000000000, saves at its end only"
+        )
 
 
 def _check_device(cfg: CfgNode) -> None:

@@ -14,6 +14,7 @@ from megdet_d2.data.classes import class_fault, class_keys, differing_classes
 from megdet_d2.data.finding import Finding
 from megdet_d2.data.records import is_foreign
 
+from .ap_limits import find_score_threshold
 from .evaluation import NO_PQ, no_evaluator
 from .panoptic import pq_library
 
@@ -21,20 +22,24 @@ CLASS_FAULTS = ("num-classes", "categories-differ")
 """Kinds of findings that are none where a mapper merges classes."""
 
 _COCO_KEYPOINTS = 17  # pycocotools has their sigmas
+_WITH_AP = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc", "cityscapes_instance")
 _FREQUENCIES = ("r", "c", "f")
 
 
 def inspect_evaluation(cfg: CfgNode) -> list[Finding]:
-    """Returns what makes an evaluation by ``build_evaluator`` fail, or leave out a number.
+    """Returns what makes an evaluation by ``build_evaluator`` fail, or its numbers wrong.
 
     Args:
         cfg: its data sets are registered, and their files are there.
     """
-    return [
+    found = [
         finding
         for name in cfg.DATASETS.TEST
         for finding in _INSPECTIONS.get(_type_of(name), _find_no_evaluator)(cfg, name)
     ]
+    if any(_type_of(name) in _WITH_AP for name in cfg.DATASETS.TEST):
+        found += find_score_threshold(cfg)
+    return found
 
 
 def _type_of(name: str) -> str | None:

@@ -15,6 +15,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import DataLoader
 
 from megdet_d2.data.backend import apply_backend, pins_memory
@@ -22,6 +23,7 @@ from megdet_d2.data.coco import refuse_unreadable
 from megdet_d2.data.mapping import CheckedMapper, Mapper
 from megdet_d2.data.stream import shield_loader_worker
 
+from .ap_limits import find_crowded_images
 from .coco_api import HotcocoEvaluator
 from .panoptic import OutputEvaluator, PanopticEvaluator, load_labels, pq_library
 
@@ -80,7 +82,12 @@ def build_evaluator(
     if kind == "coco" or (panoptic and metadata.get("json_file", None)):
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         coco = HotcocoEvaluator if cfg.TEST.COCO_API == "hotcoco" else COCOEvaluator
-        built.append(coco(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
+        of_coco = coco(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
+        if of_coco._do_evaluation:  # the set has annotations
+            content, counted = of_coco._coco_api.dataset, of_coco._max_dets_per_image[-1]
+            for finding in find_crowded_images(cfg, dataset_name, content, counted):
+                log_first_n(logging.WARNING, str(finding), name=__name__, key="message")
+        built.append(of_coco)
     if panoptic and pq_library():
         built.append(OutputEvaluator(PanopticEvaluator(dataset_name, output_dir), "panoptic_seg"))
     elif panoptic:

@@ -41,11 +41,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: see ``check_optimizer``; with "agvm" the backbone is frozen.
     """
-    name = cfg.MEGDET.OPTIMIZER if "MEGDET" in cfg else STOCK
+    name = STOCK
+    if "MEGDET" in cfg:
+        check_optimizer(cfg, warn=False)
+        name = cfg.MEGDET.OPTIMIZER
     if name == STOCK:
         optimizer = d2_build_optimizer(cfg, model)
     else:
-        check_optimizer(cfg, warn=False)
         optimizer = maybe_add_gradient_clipping(cfg, BUILDERS[name](cfg, model))
         for group in optimizer.param_groups:
             group[_NAME] = name
@@ -89,6 +91,7 @@ def check_optimizer(cfg: CfgNode, warn: bool = True) -> None:
     name, solver = cfg.MEGDET.OPTIMIZER, cfg.SOLVER
     if name not in OPTIMIZERS:
         raise ValueError(f"MEGDET.OPTIMIZER is {name!r}; use one of {', '.join(OPTIMIZERS)}")
+    _check_shared_keys(cfg)
     if name == STOCK:
         return
 
@@ -100,8 +103,6 @@ def check_optimizer(cfg: CfgNode, warn: bool = True) -> None:
     if name in FROM_TIMM and solver.SGD_IMPLEMENTATION:
         fix = 'is no SGD of torch; set SOLVER.SGD_IMPLEMENTATION ""'
         refuse("SOLVER.SGD_IMPLEMENTATION", solver.SGD_IMPLEMENTATION, fix)
-    if not 0 <= solver.MOMENTUM < 1:
-        refuse("SOLVER.MOMENTUM", solver.MOMENTUM, "takes 0 to below 1, such as 0.9")
     if solver.NESTEROV and name == "lamb":
         refuse("SOLVER.NESTEROV", True, "has no such momentum; set SOLVER.NESTEROV False")
     if solver.NESTEROV and not solver.MOMENTUM:
@@ -124,6 +125,18 @@ def _refuse_other_state(optimizer: torch.optim.Optimizer, state: dict[str, Any])
             f"The checkpoint has the optimizer {saved!r}, but MEGDET.OPTIMIZER is {own!r}. To "
             f"resume, set MEGDET.OPTIMIZER {saved!r}; for a new training from its weights, set "
             "MODEL.WEIGHTS to it, and another OUTPUT_DIR"
+        )
+
+
+def _check_shared_keys(cfg: CfgNode) -> None:
+    """Checks keys of all optimizers whose wrong values torch and Detectron2 take without a word."""
+    momentum, clip = cfg.SOLVER.MOMENTUM, cfg.SOLVER.CLIP_GRADIENTS
+    if not 0 <= momentum < 1:
+        raise ValueError(f"SOLVER.MOMENTUM is {momentum}; give 0 to below 1, such as 0.9")
+    if clip.ENABLED and not clip.CLIP_VALUE > 0:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE is {clip.CLIP_VALUE}, which leaves no gradient; "
+            "give it above 0, or set SOLVER.CLIP_GRADIENTS.ENABLED False"
         )
 
 

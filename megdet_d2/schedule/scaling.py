@@ -57,6 +57,11 @@ class EpochPolicy:
             )
         if any(not f > 0 for f in self.decay_factors):
             raise ValueError(f"MEGDET.DECAY_FACTORS is {self.decay_factors}; factors are above 0")
+        if any(f > 1 for f in self.decay_factors):
+            raise ValueError(
+                f"MEGDET.DECAY_FACTORS is {self.decay_factors}; they multiply the learning rate, "
+                "so give at most 1: 0.1 divides it by 10"
+            )
 
 
 POLICIES = {

@@ -1,4 +1,4 @@
-"""Tests the hints about a schedule that does not fit the number of training images."""
+"""Tests the hints about a schedule that does not fit the training images, or itself."""
 
 import json
 
@@ -94,3 +94,35 @@ def test_a_short_warmup_to_a_raised_learning_rate_is_named(
     assert ("a warm-up of 34 iterations is short" in caplog.text) == said
     if said:
         assert_says(caplog.text, f"{factor} times REFERENCE_LR", "150 iterations, or 10% of 374")
+
+
+STOCK = ("MEGDET.POLICY", "", "SOLVER.MAX_ITER", 300)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("SOLVER.WARMUP_ITERS", 1000), "SOLVER.WARMUP_ITERS is 1000, training ends after 300"),
+        (("SOLVER.WARMUP_ITERS", 300), "SOLVER.WARMUP_ITERS below 300, such as 30"),
+        (("SOLVER.WARMUP_ITERS", 299), ""),
+        (
+            ("SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", (200, 900), "SOLVER.GAMMA", 10.0),
+            "SOLVER.GAMMA is 10, iterations [200] of SOLVER.STEPS, set SOLVER.GAMMA 0.1",
+        ),
+        (("SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", (900,), "SOLVER.GAMMA", 10.0), ""),
+    ],
+)
+def test_keys_of_a_stock_schedule_that_contradict_one_another(tmp_path, coco, keys, said, caplog):
+    cfg = config(tmp_path, coco, *STOCK, *keys)
+    prepare_config(cfg)
+    if said:
+        assert_says(caplog.text, *said.split(", "))
+    else:
+        assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+def test_a_scheduler_without_gamma_needs_no_hint(tmp_path, coco, caplog):
+    cosine = ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.STEPS", (200,))
+    gamma = ("SOLVER.GAMMA", 10.0, "SOLVER.WARMUP_ITERS", 0)
+    prepare_config(config(tmp_path, coco, *STOCK, *cosine, *gamma))
+    assert not [record for record in caplog.records if record.levelname != "INFO"]

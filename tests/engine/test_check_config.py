@@ -22,6 +22,8 @@ def test_evaluation_needs_no_training_images():
         (("MODEL.CGBN.BN_SIZE", 3), "BN_SIZE is 3.*Nearest valid sizes: 8"),
         (("MODEL.CGBN.ALGORITHM", "fast"), "ALGORITHM is 'fast'; use one of one_reduce, two_pass"),
         (("SOLVER.AMP.ENABLED", True), "AMP.ENABLED is True, and there is no GPU"),
+        (("SOLVER.CHECKPOINT_PERIOD", 0), "CHECKPOINT_PERIOD is 0; give iterations, 1 or more"),
+        (("SOLVER.CHECKPOINT_PERIOD", -1), "CHECKPOINT_PERIOD is -1; .*at its end only"),
         (("MODEL.WEIGHTS", "nowhere.pkl"), "MODEL.WEIGHTS: there is no file 'nowhere.pkl'"),
         (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9"),
         (("DATASETS.DIGITS.DIFFICULTY", "simple"), "(?i)difficulty.*simple"),

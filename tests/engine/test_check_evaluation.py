@@ -12,6 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 
 from megdet_d2.engine import Trainer, evaluate, prepare_config
+from megdet_d2.engine.ap_limits import find_crowded_images
 from megdet_d2.engine.check_evaluation import inspect_evaluation
 from tests.helpers import training
 from tests.helpers.panoptic_data import register_panoptic, unregister_panoptic, write_panoptic
@@ -312,3 +313,65 @@ def test_stock_evaluators_still_take_a_plain_coco_set(write, tmp_path):
     cfg = training.config(tmp_path, [], "DATASETS.TEST", ("plain",))
     assert isinstance(cfg, CfgNode) and inspect_evaluation(cfg) == []
     assert type(Trainer.build_evaluator(cfg, "plain")) is COCOEvaluator
+
+
+# --- what keeps AP low ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "score", "said"),
+    [
+        ("GeneralizedRCNN", "ROI_HEADS", 0.5, True),
+        ("GeneralizedRCNN", "ROI_HEADS", 0.05, False),
+        ("GeneralizedRCNN", "RETINANET", 0.5, False),  # not read
+        ("RetinaNet", "RETINANET", 0.3, True),
+    ],
+)
+def test_a_threshold_that_lowers_ap_is_named(write, tmp_path, architecture, key, score, said):
+    write("plain")
+    key = f"MODEL.{key}.SCORE_THRESH_TEST"
+    keys = ("DATASETS.TEST", ("plain",), "MODEL.META_ARCHITECTURE", architecture, key, score)
+    found = inspect_evaluation(training.config(tmp_path, [], *keys))
+    found = [(f.level, f.where) for f in found if f.kind == "score-threshold"]
+    assert found == [("warning", f"{key} is {score}")] * said
+
+
+def crowd(content):
+    """Gives the first image five objects, the second three and two crowds; others have one."""
+    first, second = (image["id"] for image in content["images"][:2])
+    box = {"category_id": content["categories"][0]["id"], "bbox": [4, 4, 20, 20], "area": 400}
+    content["annotations"] = [
+        {**box, "id": number, "image_id": image, "iscrowd": crowd}
+        for number, (image, crowd) in enumerate(
+            [(first, 0)] * 5 + [(second, 0)] * 3 + [(second, 1)] * 2, start=1
+        )
+    ]
+
+
+@pytest.mark.parametrize("kept, said", [(100, ()), (5, ()), (-1, ()), (4, (1,)), (2, (1, 2))])
+def test_images_of_more_objects_than_detections_are_named(write, tmp_path, kept, said, caplog):
+    name = f"crowded{kept}"  # a message is logged once
+    write(name, crowd)
+    keys = ("DATASETS.TEST", (name,), "TEST.DETECTIONS_PER_IMAGE", kept)
+    cfg = training.config(tmp_path, [], *keys)
+    with caplog.at_level(logging.WARNING):
+        Trainer.build_evaluator(cfg, name)
+        Trainer.build_evaluator(cfg, name)
+    assert len(caplog.records) == bool(said)
+    if said:
+        share = {4: "12.50%", 2: "50.00%"}[kept]
+        assert f"{len(said)} of 4 images have more objects" in caplog.text
+        assert f"so {share} of all objects cannot be found: id 1 (5 objects)" in caplog.text
+        assert "set TEST.DETECTIONS_PER_IMAGE 5" in caplog.text
+
+
+def test_coco_counts_a_hundred_detections_of_a_class():
+    cfg = training.config("unused", [], "TEST.DETECTIONS_PER_IMAGE", 300)
+    rows = [{"image_id": 7, "category_id": i % 2} for i in range(220)]
+    content = {"images": [{"id": 7}], "annotations": rows}
+    (finding,) = find_crowded_images(cfg, "mine", content, 100)
+    assert "so 9.09% of all objects" in str(finding) and "id 7 (220 objects)" in str(finding)
+    assert "max_dets_per_image=110" in finding.fix and "DETECTIONS_PER_IMAGE" not in finding.fix
+    assert list(find_crowded_images(cfg, "mine", content, 110)) == []
+    cfg.MODEL.META_ARCHITECTURE = "MyDETR"
+    assert list(find_crowded_images(cfg, "mine", content, 100)) == []

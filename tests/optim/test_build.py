@@ -14,6 +14,8 @@ from tests.helpers.optimizers import Detector, gradients, images, make
 
 pytestmark = pytest.mark.timeout(120)  # the first import of timm reads a thousand files
 
+CLIP = "SOLVER.CLIP_GRADIENTS"
+
 
 def config(*keys):
     return megdet_d2.load_config(opts=[str(key) for key in ("MODEL.DEVICE", "cpu", *keys)])
@@ -28,8 +30,13 @@ def config(*keys):
             "SOLVER.SGD_IMPLEMENTATION is 'fused', but MEGDET.OPTIMIZER 'lars' is no SGD of torch; "
             'set SOLVER.SGD_IMPLEMENTATION ""',
         ),
-        (("muon", "SOLVER.MOMENTUM", 1.0), "SOLVER.MOMENTUM is 1.0, but MEGDET.OPTIMIZER 'muon'"),
-        (("agvm", "SOLVER.MOMENTUM", -0.1), "SOLVER.MOMENTUM is -0.1, but .* 0 to below 1"),
+        (("muon", "SOLVER.MOMENTUM", 1.0), "SOLVER.MOMENTUM is 1.0; give 0 to below 1"),
+        (("agvm", "SOLVER.MOMENTUM", -0.1), "SOLVER.MOMENTUM is -0.1; give 0 to below 1"),
+        (("sgd", "SOLVER.MOMENTUM", 9.0), "SOLVER.MOMENTUM is 9.0; give 0 to below 1"),
+        (
+            ("sgd", f"{CLIP}.ENABLED", True, f"{CLIP}.CLIP_VALUE", 0.0),
+            "CLIP_VALUE is 0.0, which leaves no gradient; .*ENABLED False",
+        ),
         (("lamb", "SOLVER.NESTEROV", True), "'lamb' has no such momentum; set SOLVER.NESTEROV Fa"),
         (
             ("lars", "SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0.0),

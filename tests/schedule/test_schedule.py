@@ -287,6 +287,7 @@ def test_bad_values_are_errors_that_say_what_works(overrides, message):
         ((0, (), ()), "EPOCHS is 0"),
         (("ten", (), ()), "EPOCHS is 'ten'; give a number"),
         ((10, (5,), (-0.1,)), "factors are above 0"),
+        ((10, (5, 8), (0.1, 10)), r"DECAY_FACTORS is \(0.1, 10\).* 0.1 divides it by 10"),
     ],
 )
 def test_policies_that_make_no_schedule(policy, message):
