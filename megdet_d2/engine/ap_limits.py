@@ -17,7 +17,7 @@ def find_score_threshold(cfg: CfgNode) -> Iterator[Finding]:
     """Yields a warning for each threshold that leaves out detections which AP counts."""
     for classes in class_keys(cfg, "thing"):
         key = classes.replace("NUM_CLASSES", "SCORE_THRESH_TEST")
-        section = value_of(cfg, classes.removesuffix(".NUM_CLASSES"))
+        section: Any = value_of(cfg, classes.removesuffix(".NUM_CLASSES"))
         score = section.get("SCORE_THRESH_TEST", 0)
         if score > STOCK_THRESHOLD:
             yield Finding(
