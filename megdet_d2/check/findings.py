@@ -14,6 +14,7 @@ from megdet_d2.data.annotations import find_annotation_faults
 from megdet_d2.data.coco import unregister_coco
 from megdet_d2.engine.advice import count_images, find_schedule_faults
 from megdet_d2.engine.check_config import check_keys
+from megdet_d2.engine.input_keys import find_input_faults
 from megdet_d2.schedule.build import scale_config, scheduled_images
 
 from .boxes import BoxSizes, find_anchor_faults, measure_boxes
@@ -80,6 +81,7 @@ def check(
     if boxes:
         findings += find_anchor_faults(cfg, boxes)
     findings += _refusal(lambda: check_keys(cfg))
+    findings += find_input_faults(cfg)
     num_images, schedule = count_images(cfg, inspections), {}
     if num_images or cfg.MEGDET.EPOCH_IMAGES or not cfg.MEGDET.POLICY:
         refusal = _refusal(lambda: scale_config(cfg, num_images, world_size=1))

@@ -32,6 +32,7 @@ from .best import check_best
 from .coco_api import find_coco_api_fault
 from .disk import check_output_dir
 from .early_log import kept_log
+from .input_keys import find_input_faults
 from .launch import limit_waiting
 from .modulation import check_modulation
 from .rollback import ON_DIVERGENCE
@@ -70,6 +71,7 @@ def prepare_config(cfg: CfgNode, eval_only: bool = False, opts: Sequence[str] = 
 
 def _prepare(cfg: CfgNode, eval_only: bool) -> str:
     check_keys(cfg, eval_only)
+    raise_findings(find_input_faults(cfg, eval_only))
     if eval_only:
         _register_datasets(cfg, ("TEST",))
         return ""

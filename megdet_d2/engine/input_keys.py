@@ -1,0 +1,61 @@
+"""Finds INPUT and MODEL.PIXEL keys that contradict one another, where images would differ silently.
+
+An own mapper or model may read other keys, so these are warnings.
+"""
+
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+
+from megdet_d2.data.finding import Finding
+
+IMAGENET_MEAN = (103.53, 116.28, 123.675)
+"""Of blue, green and red, in [0, 255]: Detectron2's default."""
+
+
+def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
+    """Yields warnings about image sizes out of reach, and a mean of another order of colours.
+
+    Args:
+        cfg: a config.
+        eval_only: skip the keys that only a training uses.
+    """
+    for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        yield from _find_size_out_of_reach(cfg.INPUT, split)
+    yield from _find_other_order(cfg)
+
+
+def _find_size_out_of_reach(keys: CfgNode, split: str) -> Iterator[Finding]:
+    shorter, longest = keys[f"MIN_SIZE_{split}"], keys[f"MAX_SIZE_{split}"]
+    largest = max(shorter if isinstance(shorter, (list, tuple)) else (shorter,), default=0)
+    if largest > longest:
+        yield Finding(
+            "warning",
+            "size-out-of-reach",
+            f"INPUT.MIN_SIZE_{split} is {shorter}",
+            "",
+            f"no image is scaled to a shorter side of {largest}, since INPUT.MAX_SIZE_{split} "
+            f"{longest} bounds the longer one",
+            f"raise INPUT.MAX_SIZE_{split} to {largest} or more: for images of 4:3, "
+            f"{round(largest * 4 / 3)}",
+        )
+
+
+def _find_other_order(cfg: CfgNode) -> Iterator[Finding]:
+    colours, mean = cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN)
+    orders = {"BGR": IMAGENET_MEAN, "RGB": IMAGENET_MEAN[::-1]}
+    other = {"BGR": "RGB", "RGB": "BGR"}.get(colours)
+    if other and _are_close(mean, orders[other]):
+        yield Finding(
+            "warning",
+            "colour-order",
+            f"INPUT.FORMAT is {colours!r}",
+            "",
+            f"MODEL.PIXEL_MEAN {list(mean)} is ImageNet's in the order {other}",
+            f"set MODEL.PIXEL_MEAN {list(orders[colours])}, with MODEL.PIXEL_STD in the same "
+            f"order, or INPUT.FORMAT {other}, as the weights need it",
+        )
+
+
+def _are_close(mean: tuple, expected: tuple) -> bool:
+    return len(mean) == 3 and all(abs(a - b) < 0.5 for a, b in zip(mean, expected, strict=True))
