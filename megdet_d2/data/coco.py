@@ -27,6 +27,7 @@ from .finding import Finding, raise_findings
 from .images import find_image_faults
 from .mapping import Mapper, reads_8_bits
 from .records import as_coco, forget_records, is_foreign, load_records
+from .shared_images import find_shared_images, image_paths
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Inspection:
     classes: list[str] | None = None  # in the order of the ids; None where not known
     objects: int | None = None  # those that training can learn from
     images: int | None = None  # those that have an object, though perhaps not a usable one
+    paths: frozenset[str] = frozenset()  # of all its image files, where they are known
 
     @property
     def by_mapper(self) -> list[Finding]:
@@ -183,6 +185,9 @@ def inspect_datasets(
     for key in class_keys(cfg, "stuff"):
         for name in uses:
             findings += _find_class_fault(cfg, "stuff", key, name, class_counts(name, "stuff"))
+    split = {key: cfg.DATASETS[key] if key in splits else () for key in ("TRAIN", "TEST")}
+    paths = {item.name: item.paths for item in found}
+    findings += find_shared_images(split["TRAIN"], split["TEST"], paths)
     objects = [item.objects for item in found if "TRAIN" in uses[item.name]]
     broken = any(finding.level == "error" for item in found for finding in item.findings)
     if objects and not broken and not any(objects) and None not in objects:
@@ -240,7 +245,8 @@ def _inspect(cfg: CfgNode, name: str, keys: list[str], images: bool) -> Inspecti
         masks=masks,
         skip_bad=skip_bad,
     )
-    return replace(inspection, name=name)
+    rows = (inspection.coco or {}).get("images", ())
+    return replace(inspection, name=name, paths=image_paths(rows, image_root))
 
 
 def _inspect_records(cfg: CfgNode, item: Inspection, where: str, keys: list[str]) -> Inspection:
@@ -261,7 +267,8 @@ def _inspect_records(cfg: CfgNode, item: Inspection, where: str, keys: list[str]
     if all(row["file_name"] for row in coco["images"]):
         skip_bad = trained and name not in cfg.DATASETS.TEST and cfg.MEGDET.SKIP_BAD_IMAGES
         findings += find_image_faults(where, "", coco["images"], skip_bad)
-    return replace(item, findings=findings, objects=objects or None)
+    paths = image_paths(coco["images"])
+    return replace(item, findings=findings, objects=objects or None, paths=paths)
 
 
 def inspect_coco(
