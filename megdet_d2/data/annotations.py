@@ -1,5 +1,6 @@
 """Finds what is wrong in a COCO json: all of it at once, as ``Finding``s."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -114,6 +115,16 @@ def valid_mask(mask: Any) -> Any:
     return [part for part in mask if _is_polygon(part)] or None
 
 
+def _repeated(rows: list[dict], key: Callable[[dict], Any]) -> list[tuple[dict, dict]]:
+    """Returns each row whose key an earlier one has, with the first of these."""
+    hashes = np.fromiter((hash(key(row)) for row in rows), np.int64, len(rows))
+    values, counts = np.unique(hashes, return_counts=True)
+    candidates = itertools.compress(rows, np.isin(hashes, values[counts > 1]))  # mostly none
+    first: dict[Any, dict] = {}
+    pairs = [(row, first.setdefault(key(row), row)) for row in candidates]
+    return [(row, earlier) for row, earlier in pairs if row is not earlier]
+
+
 def _is_polygon(part: Any) -> bool:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return False
@@ -166,6 +177,7 @@ class _Check:
             rows = self._check_masks(rows, trained, evaluated, masks)
         objects = [row for row in rows if not row.get("iscrowd")]
         self.images = len({row["image_id"] for row in objects})
+        self._check_repeats(categories, images, objects)
         self._check_boxes(objects)
         if trained and not any(finding.level == "error" for finding in self.findings):
             self._check_unused(categories, objects)
@@ -442,6 +454,50 @@ class _Check:
         ):
             return f"counts {_shorten(repr(counts))} do not sum to {height} x {width}"
         return ""
+
+    def _check_repeats(
+        self, categories: list[dict], images: list[dict], objects: list[dict]
+    ) -> None:
+        """Checks what stands twice, as after data sets were merged."""
+        self._report(
+            "warning",
+            "same-name",
+            "categories",
+            [(row, repr(row["name"])) for row, _ in _repeated(categories, lambda row: row["name"])],
+            "have the name of an earlier one, and are trained as another class",
+            "merge them, or give each its own name",
+        )
+        files = [
+            (row, first)
+            for row, first in _repeated(images, lambda row: row["file_name"])
+            if row["file_name"]
+        ]
+        of_image: dict[Any, set] = {row["id"]: set() for pair in files for row in pair}
+        for row in objects if files else ():
+            if row["image_id"] in of_image:
+                of_image[row["image_id"]].add((row["category_id"], *row["bbox"]))
+        self._report(
+            "warning",
+            "same-file",
+            "images",
+            [(row, "") for row, first in files if of_image[row["id"]] != of_image[first["id"]]],
+            "have the file_name of an earlier one and other objects, so each of the two trains and "
+            "counts the other's objects as background",
+            "put all objects of a file under one image id",
+        )
+        pairs = _repeated(objects, lambda row: (row["image_id"], row["category_id"], *row["bbox"]))
+        self._report(
+            "warning",
+            "same-object",
+            "annotations",
+            [
+                (row, self._box_text(row))
+                for row, first in pairs
+                if row.get("segmentation") == first.get("segmentation")
+            ],
+            "repeat an earlier object of their image, which no detector can find twice",
+            "remove them",
+        )
 
     def _check_boxes(self, rows: list[dict]) -> None:
         """Checks boxes that training would drop, or that another convention has made."""

@@ -241,7 +241,7 @@ def test_right_boxes_in_any_corner_of_the_image_are_no_fault(train, size, caplog
         row["bbox"] = [
             (0, WIDTH - size)[i % 2],
             (0, HEIGHT - size)[i // 2 % 2],
-            size + 0.7,  # exporters round outwards
+            size + 0.7 - 0.01 * i,  # exporters round outwards, and no object stands twice
             size,
         ]
     check(coco_config([train.write()], num_classes=1))
@@ -318,3 +318,52 @@ def test_records_are_those_of_detectron2(train, caplog):
     ours, theirs = (MetadataCatalog.get(name).as_dict() for name in ("my_train", "by_detectron2"))
     for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
         assert ours[key] == theirs[key]
+
+
+# --- what stands twice ---------------------------------------------------------------------------
+
+
+def add_object(train, **changes):
+    train.json["annotations"].append(train.json["annotations"][0] | {"id": 8} | changes)
+
+
+def add_image(train, *boxes):
+    """Adds an image row of the first file, with objects of these boxes and the category 3."""
+    train.json["images"].append(train.json["images"][0] | {"id": 12})
+    for number, box in enumerate(boxes, start=20):
+        add_object(train, id=number, image_id=12, bbox=box)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: add_object(t), "1 of 4 annotations repeat an earlier object"),
+        (lambda t: add_object(t, category_id=7), ""),
+        (lambda t: add_object(t, bbox=[4, 6, 20, 11]), ""),
+        (lambda t: add_object(t, iscrowd=1), ""),
+        (lambda t: add_object(t, segmentation=[[4, 6, 24, 6, 24, 16]]), ""),
+        (lambda t: add_image(t, [1, 2, 9, 9]), "1 of 3 images have the file_name of an earlier"),
+        (
+            lambda t: add_image(t),
+            "1 of 3 images have the file_name of an earlier one: id 12 '5.png",
+        ),
+        (
+            lambda t: t.json["categories"][1].update(name="dog"),
+            "1 of 3 categories have the name of an earlier one, and are trained as another class",
+        ),
+    ],
+)
+def test_what_stands_twice_after_a_merge_is_a_warning(train, change, said, caplog):
+    change(train)
+    check(coco_config([train.write()]))
+    found = [text for text in warnings_in(caplog) if "box" not in text.split(";")[0]]
+    assert len(found) == bool(said)
+    assert said.split(": id")[0] in caplog.text
+
+
+def test_a_file_that_stands_twice_with_the_same_objects_is_no_fault(train, caplog):
+    """A project may show an image more often than others."""
+    train.json["annotations"][1]["category_id"] = 3
+    add_image(train, *(row["bbox"] for row in train.json["annotations"][:2]))
+    check(coco_config([train.write()]))
+    assert "file_name of an earlier one" not in caplog.text
