@@ -11,10 +11,11 @@ from megdet_d2.data.finding import Finding
 
 IMAGENET_MEAN = (103.53, 116.28, 123.675)
 """Of blue, green and red, in [0, 255]: Detectron2's default."""
+_OTHER_SCALE = 1.35  # between the sizes of an object in training and in the evaluation
 
 
 def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
-    """Yields warnings about image sizes out of reach, and a mean of another order of colours.
+    """Yields warnings about sizes out of reach or of one split, and a mean of other colours.
 
     Args:
         cfg: a config.
@@ -22,12 +23,18 @@ def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding
     """
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         yield from _find_size_out_of_reach(cfg.INPUT, split)
+    yield from _find_other_test_size(cfg.INPUT)
     yield from _find_other_order(cfg)
+
+
+def _shorter_sides(keys: CfgNode, split: str) -> tuple[int, ...]:
+    shorter = keys[f"MIN_SIZE_{split}"]
+    return tuple(shorter) if isinstance(shorter, (list, tuple)) else (shorter,)
 
 
 def _find_size_out_of_reach(keys: CfgNode, split: str) -> Iterator[Finding]:
     shorter, longest = keys[f"MIN_SIZE_{split}"], keys[f"MAX_SIZE_{split}"]
-    largest = max(shorter if isinstance(shorter, (list, tuple)) else (shorter,), default=0)
+    largest = max(_shorter_sides(keys, split), default=0)
     if largest > longest:
         yield Finding(
             "warning",
@@ -38,6 +45,23 @@ def _find_size_out_of_reach(keys: CfgNode, split: str) -> Iterator[Finding]:
             f"{longest} bounds the longer one",
             f"raise INPUT.MAX_SIZE_{split} to {largest} or more: for images of 4:3, "
             f"{round(largest * 4 / 3)}",
+        )
+
+
+def _find_other_test_size(keys: CfgNode) -> Iterator[Finding]:
+    sides, (test,) = _shorter_sides(keys, "TRAIN"), _shorter_sides(keys, "TEST")
+    if not (test and all(sides) and sides):  # 0 leaves images in their size
+        return
+    nearest = min(max(test, min(sides)), max(sides))
+    if not 1 / _OTHER_SCALE <= test / nearest <= _OTHER_SCALE:
+        yield Finding(
+            "warning",
+            "test-size",
+            f"INPUT.MIN_SIZE_TEST is {test}",
+            "",
+            f"training has shorter sides of {keys.MIN_SIZE_TRAIN}, so objects are "
+            f"{test / nearest:.2g} times as large in the evaluation, which lowers AP",
+            f"set INPUT.MIN_SIZE_TEST {nearest}, and MAX_SIZE_TEST as MAX_SIZE_TRAIN",
         )
 
 

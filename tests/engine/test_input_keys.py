@@ -16,9 +16,16 @@ MEAN = list(IMAGENET_MEAN)
     ("keys", "said"),
     [
         (("INPUT.MIN_SIZE_TRAIN", (800, 1600)), ["MIN_SIZE_TRAIN is (800, 1600)", "1600 or more"]),
-        (("INPUT.MIN_SIZE_TEST", 1600), ["MIN_SIZE_TEST is 1600", "MAX_SIZE_TEST 1333", "2133"]),
-        (("INPUT.MIN_SIZE_TRAIN", (1333,)), []),
+        (
+            ("INPUT.MIN_SIZE_TEST", 1600, "INPUT.MIN_SIZE_TRAIN", (0,)),
+            ["MIN_SIZE_TEST is 1600", "MAX_SIZE_TEST 1333", "2133"],
+        ),
+        (("INPUT.MIN_SIZE_TRAIN", (800, 1333)), []),
         (("INPUT.MIN_SIZE_TRAIN", (0,)), []),
+        (("INPUT.MIN_SIZE_TEST", 0), []),
+        (("INPUT.MIN_SIZE_TRAIN", (1200, 1333)), ["MIN_SIZE_TEST is 800", "0.67 times", "ST 1200"]),
+        (("INPUT.MIN_SIZE_TRAIN", (480, 560)), ["(480, 560)", "1.4 times as large", "TEST 560"]),
+        (("INPUT.MIN_SIZE_TRAIN", (640, 672)), []),
         (("INPUT.FORMAT", "RGB"), ["INPUT.FORMAT is 'RGB'", "[123.675, 116.28, 103.53]"]),
         (("MODEL.PIXEL_MEAN", MEAN[::-1]), ["INPUT.FORMAT is 'BGR'", "in the order RGB"]),
         (("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", MEAN[::-1]), []),
