@@ -56,6 +56,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
     def _prepare(self) -> None:
         self.path_manager = WholeFiles(self.path_manager)
         self._gathered: tuple[int, dict[str, Any]] = (-1, {})
+        self._resumed = ""  # the file, while it is loaded
 
     def gather(self) -> None:
         """Collects on rank 0 the state that processes do not share. Every process has to call it.
@@ -148,6 +149,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
         Raises:
             RuntimeError: there are checkpoints, and none of them is good, or not every process sees
                 them.
+            ValueError: the checkpoint to resume is of another model.
         """
         self._gathered = (-1, {})  # of the iterations that are about to come again
         if not resume or not self.has_checkpoint():
@@ -164,7 +166,11 @@ class Checkpointer(WeightsOnlyCheckpointer):
                 f"--resume: there is a checkpoint {path!r}, but not on the machines of ranks "
                 f"{ranks}; put OUTPUT_DIR where all machines see it"
             )
-        rest = self.load(path)
+        self._resumed = path
+        try:
+            rest = self.load(path)
+        finally:
+            self._resumed = ""
         self._load_processes(rest.pop("processes", {}))
         progress = self.checkpointables.get("progress")
         if "iteration" in rest and progress is not None and progress.loaded_iteration is None:
@@ -179,6 +185,38 @@ class Checkpointer(WeightsOnlyCheckpointer):
         if last in others:
             older = (path for path in others[others.index(last) + 1 :] if not find_damage(path))
             self.tag_last_checkpoint(os.path.basename(next(older, last)))
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        if self._resumed:
+            self._refuse_other_model(incompatible)
+        super()._log_incompatible_keys(incompatible)
+
+    def _refuse_other_model(self, incompatible: Any) -> None:
+        """Refuses to resume weights that stay random, beside the optimizer's state of others.
+
+        Frozen parameters may be missing, and those that the model leaves out of its ``state_dict``.
+        """
+        shapes = {name: (there, here) for name, there, here in incompatible.incorrect_shapes}
+        missing, saved = (
+            {*incompatible.missing_keys} - shapes.keys(),
+            self.model.state_dict().keys(),
+        )
+        names: dict[nn.Parameter, list[str]] = {}  # a shared parameter has several
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and name in saved:
+                names.setdefault(parameter, []).append(name)
+        faults = [
+            f"{name} is {there} there and {here} here" for name, (there, here) in shapes.items()
+        ]
+        faults += [f"{own[0]} is not there" for own in names.values() if missing.issuperset(own)]
+        if faults:
+            more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise ValueError(
+                f"--resume: the checkpoint {self._resumed!r} is of another model than the "
+                f"config's: {', '.join(faults[:3])}{more}. Give the config that it was trained "
+                "with; or, for a new training from its weights, set MODEL.WEIGHTS to it, and "
+                "another OUTPUT_DIR"
+            )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = super()._load_file(filename)

@@ -22,6 +22,7 @@ from megdet_d2.engine.checkpoint import Checkpointer, find_damage
 from megdet_d2.engine.restart import claim_run
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.running_statistics import averaged_statistics, own_statistics
+from tests.helpers.coco_data import assert_says
 from tests.helpers.training import config, train, write_images
 
 
@@ -151,6 +152,52 @@ def test_without_a_checkpoint_training_starts_from_the_weights(tmp_path):
     checkpointer.resume_or_load(str(tmp_path / "x" / "model_0000004.pth"), resume=True)
     assert checkpointer.model[1].bias.eq(4).all()
     assert checkpointer.checkpointables["trainer"].iter == -1
+
+
+def other_model(folder, change):
+    """A checkpointer for another model than ``make``'s, in the same folder."""
+    checkpointer = make(folder, -1)
+    change(checkpointer.model)
+    return Checkpointer(checkpointer.model, str(folder), trainer=Progress(iter=-1))
+
+
+def test_a_checkpoint_of_other_shapes_is_not_resumed(tmp_path):
+    """Detectron2 would go on with random weights, and fail or not at the optimizer's state."""
+    path = save(make(tmp_path), 3)
+    smaller = make(tmp_path, -1, size=40_000)
+    with pytest.raises(ValueError) as error:
+        smaller.resume_or_load("", resume=True)
+    assert_says(
+        str(error.value), f"--resume: the checkpoint {str(path)!r} is of another model",
+        "1.weight is (50000, 1) there and (40000, 1) here, 1.bias is (50000,) there and",
+        "set MODEL.WEIGHTS to it, and another OUTPUT_DIR",
+    )  # fmt: skip
+    assert smaller.checkpointables["trainer"].iter == -1
+    make(tmp_path, size=40_000).resume_or_load(str(path), resume=False)  # Detectron2 warns
+
+
+def test_a_checkpoint_without_a_trained_layer_is_not_resumed(tmp_path):
+    save(make(tmp_path), 3)
+    more = other_model(tmp_path, lambda model: model.append(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"config's: 2.weight is not there, 2.bias is not there\."):
+        more.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.append(nn.Linear(2, 2).requires_grad_(False)),
+        lambda model: model.append(model[1]),  # shares its weights
+        lambda model: model.register_buffer("new", torch.zeros(2)),
+        lambda model: model.pop(1),
+    ],
+    ids=["frozen", "shared", "a buffer", "less"],
+)
+def test_what_needs_no_weights_of_the_checkpoint_resumes(tmp_path, change):
+    save(make(tmp_path), 3)
+    other = other_model(tmp_path, change)
+    other.resume_or_load("", resume=True)
+    assert other.checkpointables["trainer"].iter == 3
 
 
 @contextlib.contextmanager
