@@ -92,6 +92,11 @@ def evaluate(
     model = trainer.build_model(cfg)
     average = build_average(cfg, model)
     checkpointer = WeightsOnlyCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        logger.warning(
+            "MODEL.WEIGHTS is '', so random weights are evaluated; set it to a checkpoint, such as "
+            "OUTPUT_DIR/model_final.pth"
+        )
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)

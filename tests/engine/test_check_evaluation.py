@@ -6,6 +6,7 @@ import logging
 import sys
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -229,6 +230,21 @@ def test_a_checkpoint_of_another_number_of_classes_is_not_evaluated(write, tmp_p
     prepare_config(cfg, eval_only=True)
     with pytest.raises(ValueError, match="NUM_CLASSES is 2, but 'animals_val' has 3 categories"):
         evaluate(cfg)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_random_weights_are_named_where_they_are_evaluated(write, tmp_path, weights, caplog):
+    write("animals_val", three_classes("cat", "dog", "owl"))
+    keys = ("DATASETS.TEST", ("animals_val",), "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    cfg = training.config(tmp_path / "out", [], *keys)
+    if weights:
+        model = Trainer.build_model(cfg)
+        torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+        cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    prepare_config(cfg, eval_only=True)
+    caplog.clear()
+    evaluate(cfg)
+    assert ("MODEL.WEIGHTS is '', so random weights are evaluated" in caplog.text) == (not weights)
 
 
 # --- LVIS ----------------------------------------------------------------------------------------
