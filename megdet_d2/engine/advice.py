@@ -1,5 +1,6 @@
 """Advice on a schedule that does not fit the training images, or itself."""
 
+import math
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -7,7 +8,13 @@ from detectron2.config import CfgNode
 from megdet_d2.data import Finding, Inspection
 from megdet_d2.schedule.build import scheduled_images
 
+from .ema import effective_decay
+
 _FEW = 300  # iterations; a detector learns little in fewer, even from good weights
+_MUCH, _LITTLE = (
+    0.02,
+    0.001,
+)  # share of the first weights in an average: too much, fine
 _WITH_GAMMA = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # Detectron2's schedulers
 _FACTOR = 2  # between the images of an epoch and those that there are
 
@@ -98,6 +105,16 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
             f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.BASE_LR / keys.REFERENCE_LR:.3g} times "
             "REFERENCE_LR: training may recover late from it, without a loss that is infinite",
             f"give {SHORTEST_WARMUP} iterations, or {WARMUP_SHARE:.0%} of {iterations}",
+        )
+    decay = effective_decay(cfg) if keys.EMA_DECAY else 0.0
+    if (share := decay ** (iterations - 1)) > _MUCH:
+        last = _LITTLE ** (keys.REFERENCE_BATCH_SIZE / batch_size / iterations)
+        warn(
+            "slow-average",
+            f"MEGDET.EMA_DECAY is {keys.EMA_DECAY:g}",
+            f"at the end of {iterations} iterations of {batch_size} images {share:.0%} of the "
+            "average are the weights after the first, so its AP is low or that of MODEL.WEIGHTS",
+            f"set MEGDET.EMA_DECAY {math.floor(last * 1e5) / 1e5:g} or less",
         )
     if keys.POLICY and iterations < _FEW:
         epochs = keys.EPOCHS or scheduled_images(cfg) / (epoch or num_images or batch_size)

@@ -1,6 +1,7 @@
 """Tests the hints about a schedule that does not fit the training images, or itself."""
 
 import json
+import re
 
 import pytest
 from detectron2.data import get_detection_dataset_dicts
@@ -8,6 +9,7 @@ from detectron2.data import get_detection_dataset_dicts
 from megdet_d2.data import inspect_datasets, register_datasets
 from megdet_d2.engine import prepare_config
 from megdet_d2.engine.advice import count_images, find_schedule_faults
+from megdet_d2.engine.ema import effective_decay
 from megdet_d2.schedule.build import scale_config
 from tests.helpers.coco_data import assert_says
 from tests.helpers.training import config, write_images
@@ -126,3 +128,25 @@ def test_a_scheduler_without_gamma_needs_no_hint(tmp_path, coco, caplog):
     gamma = ("SOLVER.GAMMA", 10.0, "SOLVER.WARMUP_ITERS", 0)
     prepare_config(config(tmp_path, coco, *STOCK, *cosine, *gamma))
     assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+@pytest.mark.parametrize(
+    ("decay", "batch_size", "share"),
+    [(0.9998, 16, "94%"), (0.9998, 64, "79%"), (0.99, 16, "5%"), (0.98, 16, ""), (0.0, 16, "")],
+)
+def test_an_average_that_is_slower_than_the_training_is_named(
+    tmp_path, coco, decay, batch_size, share, caplog
+):
+    """With 0.9998 for 16 images an average spans 80,000 of them."""
+    sizes = ("MEGDET.REFERENCE_BATCH_SIZE", 16, "SOLVER.IMS_PER_BATCH", batch_size)
+    cfg = config(
+        tmp_path, coco, *STOCK, "SOLVER.WARMUP_ITERS", 0, "MEGDET.EMA_DECAY", decay, *sizes
+    )
+    prepare_config(cfg)
+    assert ("of the average are the weights after the first" in caplog.text) == bool(share)
+    if share:
+        assert_says(caplog.text, f"300 iterations of {batch_size} images {share}")
+        said = re.search(r"set MEGDET.EMA_DECAY (\S+) or less", caplog.text)
+        cfg.MEGDET.EMA_DECAY = float(said[1])
+        assert not [f for f in find_schedule_faults(cfg, None) if f.kind == "slow-average"]
+        assert effective_decay(cfg) ** 299 == pytest.approx(0.001, rel=0.1)
