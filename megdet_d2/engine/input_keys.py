@@ -15,7 +15,7 @@ _OTHER_SCALE = 1.35  # between the sizes of an object in training and in the eva
 
 
 def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
-    """Yields warnings about sizes out of reach or of one split, and a mean of other colours.
+    """Yields warnings about sizes out of reach or of one split, and a mean of other pixels.
 
     Args:
         cfg: a config.
@@ -25,6 +25,7 @@ def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding
         yield from _find_size_out_of_reach(cfg.INPUT, split)
     yield from _find_other_test_size(cfg.INPUT)
     yield from _find_other_order(cfg)
+    yield from _find_unit_range(cfg.MODEL)
 
 
 def _shorter_sides(keys: CfgNode, split: str) -> tuple[int, ...]:
@@ -78,6 +79,20 @@ def _find_other_order(cfg: CfgNode) -> Iterator[Finding]:
             f"MODEL.PIXEL_MEAN {list(mean)} is ImageNet's in the order {other}",
             f"set MODEL.PIXEL_MEAN {list(orders[colours])}, with MODEL.PIXEL_STD in the same "
             f"order, or INPUT.FORMAT {other}, as the weights need it",
+        )
+
+
+def _find_unit_range(keys: CfgNode) -> Iterator[Finding]:
+    """Yields a warning where mean or deviation are those of pixels from 0 to 1."""
+    mean, deviation = list(keys.PIXEL_MEAN), list(keys.PIXEL_STD)
+    if (any(mean) and max(map(abs, mean)) <= 1) or min(deviation, default=1) < 1:
+        yield Finding(
+            "warning",
+            "unit-range",
+            f"MODEL.PIXEL_MEAN is {mean} and PIXEL_STD {deviation}",
+            "",
+            "Detectron2's pixels are from 0 to 255, and these are of pixels from 0 to 1",
+            "give 255 times the values, in the order of INPUT.FORMAT",
         )
 
 

@@ -30,6 +30,9 @@ MEAN = list(IMAGENET_MEAN)
         (("MODEL.PIXEL_MEAN", MEAN[::-1]), ["INPUT.FORMAT is 'BGR'", "in the order RGB"]),
         (("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", MEAN[::-1]), []),
         (("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [120.0, 120.0, 120.0]), []),
+        (("MODEL.PIXEL_MEAN", [0.4, 0.5, 0.5]), ["PIXEL_MEAN is [0.4, 0.5, 0.5]", "255 times"]),
+        (("MODEL.PIXEL_STD", [0.2, 0.2, 0.2]), ["PIXEL_STD [0.2, 0.2, 0.2]", "from 0 to 1"]),
+        (("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0], "MODEL.PIXEL_STD", [255.0] * 3), []),
         (("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [120.0]), []),
     ],
 )
