@@ -32,7 +32,7 @@ def find_score_threshold(cfg: CfgNode) -> Iterator[Finding]:
 
 
 def find_crowded_images(
-    cfg: CfgNode, name: str, content: dict[str, Any], most_of_class: int
+    cfg: CfgNode, name: str, content: dict[str, Any], most_of_class: int = 100
 ) -> Iterator[Finding]:
     """Yields a warning if images have more objects than detections are kept and counted.
 
@@ -40,14 +40,14 @@ def find_crowded_images(
         cfg: its ``TEST.DETECTIONS_PER_IMAGE`` is how many detections an image keeps, below 0 all.
         name: the data set.
         content: of its COCO json.
-        most_of_class: detections of a class in an image that AP counts; 100 in COCO's.
+        most_of_class: detections of a class in an image that AP counts, by default as COCO's.
     """
     kept = cfg.TEST.DETECTIONS_PER_IMAGE
     if not class_keys(cfg, "thing"):  # another architecture may keep another number
         return
     objects = Counter(
         (row["image_id"], row["category_id"])
-        for row in content["annotations"]
+        for row in content.get("annotations", ())
         if not row.get("iscrowd")
     )
     of_images, countable = Counter[Any](), Counter[Any]()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from megdet_d2.data.finding import raise_findings
+from megdet_d2.data.finding import Finding, raise_findings
 from megdet_d2.data.mapping import Mapper
 from megdet_d2.data.stream import build_train_loader
 from megdet_d2.memory import checkpoint_stages
@@ -30,6 +31,7 @@ from .compiled import prepare_model
 from .ema import SUFFIX
 from .evaluation import build_evaluator, build_test_loader
 from .overrides import check_tta_method, overrides
+from .saved_classes import find_other_classes, read_classes
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +130,35 @@ class Builders(DefaultTrainer):
         check_tta_method(cfg, cls)
         if overrides(cls, Builders, "build_evaluator", "test"):
             return
-        findings = inspect_evaluation(cfg)
-        if overrides(cls, Builders, *OWN_DATA):  # which may merge classes
-            findings = [
-                replace(f, level="warning") if f.kind in CLASS_FAULTS else f for f in findings
-            ]
-        raise_findings(findings)
+        raise_findings(cls._softened(inspect_evaluation(cfg)))
+
+    @classmethod
+    def check_saved_classes(cls, cfg: CfgNode, classes: Sequence[str] | None) -> None:
+        """Compares the classes of a checkpoint with those of DATASETS.TEST.
+
+        Args:
+            cfg: a config.
+            classes: the names in the checkpoint; None if it has none.
+
+        Raises:
+            ValueError: a set has them in another order or number.
+        """
+        raise_findings(
+            cls._softened(
+                finding
+                for name in cfg.DATASETS.TEST
+                for finding in find_other_classes(
+                    f"DATASETS.TEST {name!r}", read_classes(name), "MODEL.WEIGHTS", classes
+                )
+            )
+        )
+
+    @classmethod
+    def _softened(cls, findings: Iterable[Finding]) -> Iterator[Finding]:
+        """Yields faults of classes as warnings where a mapper of the user may merge classes."""
+        soft = CLASS_FAULTS if overrides(cls, Builders, *OWN_DATA) else ()
+        for finding in findings:
+            yield replace(finding, level="warning") if finding.kind in soft else finding
 
     @classmethod
     def test(

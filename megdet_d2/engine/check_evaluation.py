@@ -10,13 +10,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
-from megdet_d2.data.classes import class_fault, class_keys, differing_classes
+from megdet_d2.data.classes import class_fault, class_keys
 from megdet_d2.data.finding import Finding
 from megdet_d2.data.records import is_foreign
 
 from .ap_limits import find_score_threshold
 from .evaluation import NO_PQ, no_evaluator
 from .panoptic import pq_library
+from .saved_classes import find_other_classes, known_classes
 
 CLASS_FAULTS = ("num-classes", "categories-differ")
 """Kinds of findings that are none where a mapper merges classes."""
@@ -58,7 +59,7 @@ def _find_nothing(cfg: CfgNode, name: str) -> Iterator[Finding]:
 def _inspect_coco(cfg: CfgNode, name: str) -> Iterator[Finding]:
     # The classes of sets of DATASETS.COCO have been checked, and of those that told them at once.
     checked = {triple[0] for triple in cfg.DATASETS.COCO}
-    classes = MetadataCatalog.get(name).as_dict().get("thing_classes")
+    classes = known_classes(name)
     keypoints = cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg)
     content = _read(name) if keypoints or (not classes and name not in checked) else None
     categories = (content or {}).get("categories")
@@ -82,20 +83,7 @@ def _find_class_faults(cfg: CfgNode, name: str, classes: list[str]) -> Iterator[
             yield Finding("error", "num-classes", where, "", *fault)
             return
     for train in cfg.DATASETS.TRAIN:
-        expected = MetadataCatalog.get(train).as_dict().get("thing_classes")
-        if not expected or list(expected) == classes:
-            continue
-        differ = differing_classes(expected, classes)
-        # With other names in the same places, such as "Cat" for "cat", the AP can be right.
-        certain = len(expected) != len(classes) or set(expected) == set(classes)
-        yield Finding(
-            "error" if certain else "warning",
-            "categories-differ",
-            where,
-            "",
-            f"its categories differ from those of {train!r} in {differ}",
-            "give both the same names in the order of their ids",
-        )
+        yield from find_other_classes(where, classes, repr(train), known_classes(train))
 
 
 # --- keypoints -----------------------------------------------------------------------------------

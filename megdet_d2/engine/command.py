@@ -20,6 +20,7 @@ from .early_log import write_kept_log
 from .ema import SUFFIX, build_average
 from .launch import launch
 from .precision import set_float32_precision
+from .saved_classes import saved_names
 from .trainer import Trainer
 from .weights_only import WeightsOnlyCheckpointer
 
@@ -98,6 +99,7 @@ def evaluate(
             "OUTPUT_DIR/model_final.pth"
         )
     rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    trainer.check_saved_classes(cfg, saved_names(rest))
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)
         if average is not None and "ema" not in rest:

@@ -83,10 +83,8 @@ def build_evaluator(
         sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         coco = HotcocoEvaluator if cfg.TEST.COCO_API == "hotcoco" else COCOEvaluator
         of_coco = coco(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
-        if of_coco._do_evaluation:  # the set has annotations
-            content, counted = of_coco._coco_api.dataset, of_coco._max_dets_per_image[-1]
-            for finding in find_crowded_images(cfg, dataset_name, content, counted):
-                log_first_n(logging.WARNING, str(finding), name=__name__, key="message")
+        for finding in find_crowded_images(cfg, dataset_name, of_coco._coco_api.dataset):
+            log_first_n(logging.WARNING, str(finding), name=__name__, key="message")
         built.append(of_coco)
     if panoptic and pq_library():
         built.append(OutputEvaluator(PanopticEvaluator(dataset_name, output_dir), "panoptic_seg"))

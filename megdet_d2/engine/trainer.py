@@ -61,6 +61,7 @@ from .progress import Layout, TrainingProgress
 from .restart import agree_on_resume
 from .rollback import RollBack, ScheduleBackoff, works_again
 from .sample_ratio import SampleRecorder
+from .saved_classes import SavedClasses
 from .sgd import set_sgd_implementation
 from .signals import StopOnSignal
 from .trackers import TrackRun
@@ -397,6 +398,7 @@ class Trainer(Builders):
         parts = {
             "trainer": weakref.proxy(self),
             "progress": self.progress,
+            "classes": SavedClasses(self.cfg),
             "micro_batch": self._repeater,  # before statistics of its groups
             "ema": self.ema,
         }

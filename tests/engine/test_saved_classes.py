@@ -1,0 +1,112 @@
+"""The names of the classes in a checkpoint: other sets are compared with them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megdet_d2.engine import Trainer, evaluate, prepare_config
+from megdet_d2.engine.saved_classes import SavedClasses, saved_names
+from tests.helpers.coco_data import assert_says
+from tests.helpers.training import config, write_images
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def images(folder, name, classes):
+    """Writes images and registers nothing: the triple of DATASETS.COCO."""
+    folder.mkdir(exist_ok=True)
+    ((_, path, root),) = write_images(folder, images=4)
+    with open(path) as file:
+        content = json.load(file)
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    with open(path, "w") as file:
+        json.dump(content, file)
+    return [name, path, root]
+
+
+def make(output, train=(), test=(), *keys):
+    names = [tuple(triple[0] for triple in split) for split in (train, test)]
+    return config(
+        output, [*train, *test], "DATASETS.TRAIN", names[0], "DATASETS.TEST", names[1],
+        "MODEL.ROI_HEADS.NUM_CLASSES", 3, "MEGDET.EPOCHS", 1.0, "MEGDET.DECAY_EPOCHS", (),
+        "MEGDET.DECAY_FACTORS", (), "MEGDET.WARMUP_EPOCHS", 0.0, "SOLVER.IMS_PER_BATCH", 2, *keys,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = make(folder / "out", [images(folder / "images", "animals", CLASSES)])
+    prepare_config(cfg)
+    (folder / "out").mkdir(exist_ok=True)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(False)
+    trainer.train()
+    return folder / "out"
+
+
+def test_a_checkpoint_has_the_names(trained):
+    file = torch.load(trained / "model_final.pth", weights_only=True)
+    assert saved_names(file) == list(CLASSES)
+    assert saved_names({"classes": ["of", "other", "code"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("classes", "level"),
+    [
+        (CLASSES, ""),
+        (("dog", "cat", "owl"), "error"),  # the AP of one class would be that of another
+        (("Cat", "dog", "owl"), "warning"),
+    ],
+)
+def test_an_evaluation_compares_its_test_set(trained, tmp_path, classes, level, caplog):
+    weights = ("MODEL.WEIGHTS", str(trained / "model_final.pth"))
+    cfg = make(tmp_path / "out", (), [images(tmp_path / "images", "others", classes)], *weights)
+    prepare_config(cfg, eval_only=True)
+    if level == "error":
+        with pytest.raises(ValueError) as error:
+            evaluate(cfg)
+        assert_says(
+            str(error.value), "DATASETS.TEST 'others': its categories differ from those of MODEL.W",
+            "[('cat', 'dog'), ('dog', 'cat')]", "the same names in the order of their ids",
+        )  # fmt: skip
+        return
+    assert "bbox" in evaluate(cfg)
+    assert ("'others': its categories differ" in caplog.text) == bool(level)
+
+
+def test_a_project_whose_mapper_may_merge_classes_is_warned(trained, tmp_path, caplog):
+    class Own(Trainer):
+        @classmethod
+        def build_mapper(cls, cfg, is_train):
+            return super().build_mapper(cfg, is_train)
+
+    cfg = make(tmp_path, (), [images(tmp_path / "images", "merged", ("dog", "cat", "owl"))])
+    prepare_config(cfg, eval_only=True)
+    Own.check_saved_classes(cfg, list(CLASSES))
+    assert "'merged': its categories differ from those of MODEL.WEIGHTS" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ("owl", "dog", "cat")])
+def test_a_resume_compares_its_training_set(trained, tmp_path, classes):
+    shutil.copytree(trained, tmp_path / "out")
+    keys = ("MEGDET.EPOCHS", 2.0)
+    cfg = make(tmp_path / "out", [images(tmp_path / "images", "again", classes)], (), *keys)
+    prepare_config(cfg)
+    trainer = Trainer(cfg)
+    if classes != CLASSES:
+        with pytest.raises(ValueError, match="DATASETS.TRAIN: its categories differ .*checkpoint"):
+            trainer.resume_or_load(True)
+        return
+    trainer.resume_or_load(True)
+    trainer.train()
+    assert trainer.has_finished
+
+
+def test_classes_that_are_not_known_are_not_compared(tmp_path):
+    classes = SavedClasses(make(tmp_path))
+    assert classes.state_dict() == {"names": None}
+    classes.load_state_dict({"names": list(CLASSES)})
+    classes.load_state_dict({})
