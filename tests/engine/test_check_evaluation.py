@@ -235,8 +235,8 @@ def test_a_checkpoint_of_another_number_of_classes_is_not_evaluated(write, tmp_p
 @pytest.mark.parametrize("weights", [True, False])
 def test_random_weights_are_named_where_they_are_evaluated(write, tmp_path, weights, caplog):
     write("animals_val", three_classes("cat", "dog", "owl"))
-    keys = ("DATASETS.TEST", ("animals_val",), "MODEL.ROI_HEADS.NUM_CLASSES", 3)
-    cfg = training.config(tmp_path / "out", [], *keys)
+    keys = ("DATASETS.TRAIN", (), "DATASETS.TEST", ("animals_val",))
+    cfg = training.config(tmp_path / "out", [], *keys, "MODEL.ROI_HEADS.NUM_CLASSES", 3)
     if weights:
         model = Trainer.build_model(cfg)
         torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
