@@ -342,22 +342,23 @@ def outcome(lines: list[Line]) -> str:
     return ", ".join(part for part in (aps, failures) if part)
 
 
-def optimizer_tables() -> str:
-    """Returns what docs/large_batch.md has: the grid of learning rates."""
-    path = FILES / "optimizers_grid.csv"
+def table_of(name: str, make: Callable[[list[Line]], str]) -> str:
+    """Returns the table of a CSV file for a page in docs, below a link to the file."""
+    path = FILES / name
     if not path.is_file():
         return NOT_RUN
-    link = f"Every training is a line of [{path.name}](results/experiments/{path.name})."
-    return f"{link}\n\n{rate_table(read(path))}"
+    link = f"Every training is a line of [{name}](results/experiments/{name})."
+    return f"{link}\n\n{make(read(path))}"
+
+
+def optimizer_tables() -> str:
+    """Returns what docs/large_batch.md has: the grid of learning rates."""
+    return table_of("optimizers_grid.csv", rate_table)
 
 
 def challenge_table() -> str:
     """Returns what docs/challenge.md has: each technique against none, seed by seed."""
-    path = FILES / "study_challenge.csv"
-    if not path.is_file():
-        return NOT_RUN
-    link = f"Every training is a line of [{path.name}](results/experiments/{path.name})."
-    return f"{link}\n\n{study_table(read(path), lambda row: 'plain')}"
+    return table_of("study_challenge.csv", lambda lines: study_table(lines, lambda row: "plain"))
 
 
 PAGES = {

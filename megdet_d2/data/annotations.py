@@ -263,12 +263,7 @@ class _Check:
                 )
             bad |= {id(row) for row, _ in missing + wrong}
         good = [row for row in rows if id(row) not in bad]
-        seen: set[Any] = set()
-        again = []
-        for row in good:
-            if row["id"] in seen:
-                again.append((row, ""))
-            seen.add(row["id"])
+        again = [(row, "") for row, _ in _repeated(good, lambda row: row["id"])]
         self._report(
             "error",
             "same-id",

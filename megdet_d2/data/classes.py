@@ -43,6 +43,17 @@ def num_classes(cfg: CfgNode) -> int | None:
     return next((value_of(cfg, key) for key in class_keys(cfg, "thing")), None)
 
 
+def classes_of(categories: Sequence[dict]) -> list[str] | None:
+    """Returns the names of a json's categories in the order of their ids, as Detectron2 does.
+
+    Returns:
+        None if there are none, or a key is missing, which Detectron2 will name.
+    """
+    if not categories or not all("id" in row and "name" in row for row in categories):
+        return None
+    return [row["name"] for row in sorted(categories, key=lambda row: row["id"])]
+
+
 def differing_classes(expected: Sequence[str], found: Sequence[str]) -> list[tuple]:
     """Returns the first places in which two lists of classes differ, with None past an end."""
     return [pair for pair in zip_longest(expected, found) if pair[0] != pair[1]][:6]

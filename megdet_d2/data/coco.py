@@ -22,7 +22,7 @@ from .annotations import (
     start_of_paths,
     valid_mask,
 )
-from .classes import class_counts, class_fault, class_keys, differing_classes
+from .classes import class_counts, class_fault, class_keys, classes_of, differing_classes
 from .finding import Finding, raise_findings
 from .images import find_image_faults
 from .mapping import Mapper, reads_8_bits
@@ -309,7 +309,7 @@ def inspect_coco(
     classes = None
     rows = coco.get("categories", [])
     if rows and not any(f.rows == "categories" and f.level == "error" for f in findings):
-        classes = [name for _, name in sorted((row["id"], row["name"]) for row in rows)]
+        classes = classes_of(rows)
     return Inspection("", findings, coco or None, classes, objects, with_objects)
 
 

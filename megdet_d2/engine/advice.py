@@ -11,10 +11,7 @@ from megdet_d2.schedule.build import scheduled_images
 from .ema import effective_decay
 
 _FEW = 300  # iterations; a detector learns little in fewer, even from good weights
-_MUCH, _LITTLE = (
-    0.02,
-    0.001,
-)  # share of the first weights in an average: too much, fine
+_MUCH, _LITTLE = 0.02, 0.001  # shares of the first weights in an average of the weights
 _WITH_GAMMA = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # Detectron2's schedulers
 _FACTOR = 2  # between the images of an epoch and those that there are
 

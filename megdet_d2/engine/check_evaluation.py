@@ -10,7 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.file_io import PathManager
 
-from megdet_d2.data.classes import class_fault, class_keys
+from megdet_d2.data.classes import class_fault, class_keys, classes_of
 from megdet_d2.data.finding import Finding
 from megdet_d2.data.records import is_foreign
 
@@ -62,12 +62,9 @@ def _inspect_coco(cfg: CfgNode, name: str) -> Iterator[Finding]:
     classes = known_classes(name)
     keypoints = cfg.MODEL.KEYPOINT_ON and _is_rcnn(cfg)
     content = _read(name) if keypoints or (not classes and name not in checked) else None
-    categories = (content or {}).get("categories")
-    # Detectron2 will name a missing key.
-    if not classes and categories and all("id" in row and "name" in row for row in categories):
-        classes = [row["name"] for row in sorted(categories, key=lambda row: row["id"])]
+    classes = classes or classes_of((content or {}).get("categories", []))
     if classes and is_foreign(name) and name not in checked:
-        yield from _find_class_faults(cfg, name, list(classes))
+        yield from _find_class_faults(cfg, name, classes)
     if content and keypoints and content.get("annotations"):
         yield from _find_keypoint_faults(cfg, name, content["annotations"])
 

@@ -1,7 +1,6 @@
 """The names of the classes in a checkpoint, since a model knows them by their numbers alone."""
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from megdet_d2.data.classes import differing_classes
+from megdet_d2.data.classes import classes_of, differing_classes
 from megdet_d2.data.finding import Finding, raise_findings
-
-logger = logging.getLogger(__name__)
 
 
 class SavedClasses:
@@ -58,11 +55,7 @@ def read_classes(name: str) -> list[str] | None:
     if (known := known_classes(name)) or not path or not PathManager.isfile(path):
         return known
     with PathManager.open(path) as file:
-        categories = json.load(file).get("categories", [])
-    # Detectron2 will name a missing key, and numbers classes in the order of the ids.
-    if not all("id" in row and "name" in row for row in categories):
-        return None
-    return [row["name"] for row in sorted(categories, key=lambda row: row["id"])] or None
+        return classes_of(json.load(file).get("categories", []))
 
 
 def find_other_classes(
