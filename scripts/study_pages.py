@@ -78,6 +78,7 @@ STUDIES: dict[str, tuple[str, Callable[[str], str]]] = {
     ),
     "headline_no_bn.csv": ("How often trainings without BN fail", lambda row: "b8_cgbn"),
     "headline_bn_size.csv": ("BN sizes", lambda row: row.split("_")[0] + "_bn8"),
+    "headline_heads.csv": ("CGBN in the box head", lambda row: row.removesuffix("_cgbn")),
     "headline_rules.csv": ("Scaling rules, warm-ups, algorithms", lambda row: "linear"),
     "headline_bccd.csv": ("Photographs", lambda row: "b8"),
 }

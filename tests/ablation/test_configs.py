@@ -270,6 +270,7 @@ LISTS = {
     "headline_bn_size": (12, 191_488, 5_984),
     "headline_full": (2, 649_088, 81_136),
     "headline_grid": (8, 95_744, 11_968),
+    "headline_heads": (4, 191_488, 5_984),
     "headline_iterations": (10, None, 23_936),
     "headline_no_bn": (12, 23_936, 2_992),
     "headline_range": (6, 47_872, 374),
