@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 OWN_DATA = ("build_train_loader", "build_mapper")
 """Methods by which a project may give the model other images or classes than the data set's."""
+OWN_EVALUATION = ("build_evaluator", "test")
+"""Methods by which a project may compare the model's classes with the data set's in its own way."""
 
 
 class Builders(DefaultTrainer):
@@ -128,7 +130,7 @@ class Builders(DefaultTrainer):
                 ``test_with_tta`` takes no suffix where the average needs one.
         """
         check_tta_method(cfg, cls)
-        if overrides(cls, Builders, "build_evaluator", "test"):
+        if overrides(cls, Builders, *OWN_EVALUATION):
             return
         raise_findings(cls._softened(inspect_evaluation(cfg)))
 
@@ -141,7 +143,8 @@ class Builders(DefaultTrainer):
             classes: the names in the checkpoint; None if it has none.
 
         Raises:
-            ValueError: a set has them in another order or number.
+            ValueError: a set has them in another order or number. A subclass that maps classes in
+                a method of its own gets a warning.
         """
         if not classes:  # then the sets are not read
             return
@@ -157,8 +160,8 @@ class Builders(DefaultTrainer):
 
     @classmethod
     def _softened(cls, findings: Iterable[Finding]) -> Iterator[Finding]:
-        """Yields faults of classes as warnings where a mapper of the user may merge classes."""
-        soft = CLASS_FAULTS if overrides(cls, Builders, *OWN_DATA) else ()
+        """Yields faults of classes as warnings where a method of the user may merge classes."""
+        soft = CLASS_FAULTS if overrides(cls, Builders, *OWN_DATA, *OWN_EVALUATION) else ()
         for finding in findings:
             yield replace(finding, level="warning") if finding.kind in soft else finding
 

@@ -77,15 +77,15 @@ def test_an_evaluation_compares_its_test_set(trained, tmp_path, classes, level, 
     assert ("'others': its categories differ" in caplog.text) == bool(level)
 
 
-def test_a_project_whose_mapper_may_merge_classes_is_warned(trained, tmp_path, caplog):
-    class Own(Trainer):
-        @classmethod
-        def build_mapper(cls, cfg, is_train):
-            return super().build_mapper(cfg, is_train)
+@pytest.mark.parametrize("method", ["build_mapper", "build_evaluator"])
+def test_a_project_that_may_map_classes_is_warned(method, tmp_path, caplog):
+    def inherited(cls, cfg, *args):
+        return getattr(super(own, cls), method)(cfg, *args)
 
+    own = type("Own", (Trainer,), {method: classmethod(inherited)})
     cfg = make(tmp_path, (), [images(tmp_path / "images", "merged", ("dog", "cat", "owl"))])
     prepare_config(cfg, eval_only=True)
-    Own.check_saved_classes(cfg, list(CLASSES))
+    own.check_saved_classes(cfg, list(CLASSES))
     assert "'merged': its categories differ from those of MODEL.WEIGHTS" in caplog.text
 
 
