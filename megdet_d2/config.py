@@ -32,7 +32,7 @@ def add_megdet_config(cfg: CN) -> None:
     # Leaves the border that pads a batch's images to one size out of the statistics.
     cfg.MODEL.CGBN.IGNORE_PADDING = False
 
-    # --- Sublinear memory (§4). Less memory for a second forward during backward -----------------
+    # --- Sublinear memory (§4). Saves memory, and costs a second forward during backward ---------
     cfg.MODEL.SUBLINEAR = CN()
     # Computes the parts in STAGES a second time instead of keeping their activations.
     cfg.MODEL.SUBLINEAR.ENABLED = False
@@ -141,14 +141,15 @@ def add_megdet_config(cfg: CN) -> None:
     # process takes IMS_PER_BATCH / (processes x ACCUMULATION_STEPS) at once, and BN_SIZE counts
     # those.
     cfg.MEGDET.ACCUMULATION_STEPS = 1
-    # Pairs (epoch, mini-batch): the mini-batch grows with the epochs by more micro-batches, from
-    # epoch 0 to SOLVER.IMS_PER_BATCH in the last pair, such as ((0, 64), (1, 128), (2, 256)). Each
-    # has the learning rate of its mini-batch. BN size and images stay. See docs/training.md.
+    # Pairs (epoch, mini-batch), such as ((0, 64), (1, 128), (2, 256)). Each mini-batch begins at
+    # its epoch, with its learning rate. The first epoch is 0, and the last mini-batch is
+    # SOLVER.IMS_PER_BATCH. The mini-batch grows by more micro-batches. BN size and images do not
+    # change. See docs/training.md.
     cfg.MEGDET.BATCH_WARMUP = ()
 
     # Chooses ACCUMULATION_STEPS at the start: the largest micro-batch that fits into the memory and
-    # holds BN_SIZE. An update that runs out of memory later is repeated with half of it, at most
-    # twice in a run. See docs/training.md.
+    # holds BN_SIZE. An update that runs out of memory later is repeated with half of the
+    # micro-batch, at most twice in a run. See docs/training.md.
     cfg.MEGDET.AUTO_MICRO_BATCH = False
     # Lets AUTO_MICRO_BATCH turn on MODEL.SUBLINEAR, if no micro-batch that holds BN_SIZE fits
     # without.
@@ -163,14 +164,17 @@ def add_megdet_config(cfg: CN) -> None:
     # variance of their gradients.
     cfg.MEGDET.OPTIMIZER = "sgd"
     cfg.MEGDET.LARS = CN()
-    # The ratio of an update to its weight, in norms, at a learning rate of 1. 0.001 is the paper's.
+    # The ratio of an update to its weight, in norms, at a learning rate of 1. 0.001 is
+    # that of the LARS paper.
     cfg.MEGDET.LARS.TRUST_COEFFICIENT = 0.001
     cfg.MEGDET.AGVM = CN()
-    # Updates between two measurements of the variances. 10 is that of the authors' configs.
+    # Updates between two measurements of the variances. 10 is that of AGVM's authors.
     cfg.MEGDET.AGVM.INTERVAL = 10
-    # Updates between the end of the warm-up and the first measurement. 100 is theirs too.
+    # Updates between the end of the warm-up and the first measurement. 100 is that of AGVM's
+    # authors.
     cfg.MEGDET.AGVM.AFTER_WARMUP = 100
-    # The moving average keeps this part of the last factors at a measurement. 0.97 is theirs too.
+    # The moving average keeps this part of the last factors at a measurement. 0.97 is that of
+    # AGVM's authors.
     cfg.MEGDET.AGVM.SMOOTHING = 0.97
 
     # --- Reliability. See docs/reliability.md -----------------------------------------------------
@@ -181,8 +185,9 @@ def add_megdet_config(cfg: CN) -> None:
     cfg.MEGDET.ON_DIVERGENCE = "stop"
     # The largest number of such roll-backs in a run, with those before a resume; 0 or more.
     cfg.MEGDET.MAX_ROLLBACKS = 2
-    # Seconds that a process waits for others, or for its loader, before it ends with an error. It
-    # has to be longer than rank 0 still evaluates after the others have finished.
+    # Seconds that a process waits for others, or for its loader, before it ends with an error.
+    # After the other ranks have finished an evaluation, rank 0 still works on it. The timeout has
+    # to be longer than that.
     cfg.MEGDET.TIMEOUT = 600
     # Trains on another image instead of one that cannot be read or has invalid annotations. This is
     # logged and counted as skipped_images. Without it an error names the image.
@@ -206,7 +211,8 @@ def add_megdet_config(cfg: CN) -> None:
     if "FLOAT32_PRECISION" not in cfg:
         cfg.FLOAT32_PRECISION = ""
     # Decay of an exponential moving average of the weights, per update of REFERENCE_BATCH_SIZE
-    # images, such as 0.9998. With k times these images it is the k-th power. 0.0 keeps no average.
+    # images, such as 0.9998. A mini-batch of k times these images uses the k-th power of the decay.
+    # 0.0 keeps no average.
     cfg.MEGDET.EMA_DECAY = 0.0
     # Saves model_best.pth after each evaluation in which this metric is the best so far, such as
     # "bbox/AP". "" saves none.

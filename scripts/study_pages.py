@@ -288,9 +288,9 @@ def verdict(lines: list[Line], pair: Pair) -> str:
         needed = "more than 1,000 seeds"
     return (
         f"{first} The gap is {spread(gaps, '+')} AP, with an interval of 90 % from "
-        f"{test.low:+.2f} to {test.high:+.2f}: {answers[test.answer]} {MARGIN:g} AP. At "
-        f"this deviation {needed} would show that mini-batches without any gap are equal, with a "
-        "probability of 80 %."
+        f"{test.low:+.2f} to {test.high:+.2f}: {answers[test.answer]} {MARGIN:g} AP. If "
+        f"there is no gap, {needed} at this deviation would show equality with a probability of "
+        "80 %."
     )
 
 

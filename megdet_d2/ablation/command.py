@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
         job, result = broken[0]
         raise SystemExit(
             f"{len(broken)} of {len(jobs)} trainings ended by an error and are not counted, first "
-            f"{job.name}: {result.reason}\nIts output is in {job.folder / CONSOLE}. Mend the cause "
-            "and give the command again: it goes on with them."
+            f"{job.name}: {result.reason}\nIts output is in {job.folder / CONSOLE}. Fix the cause "
+            "and run the same command again. It continues these trainings."
         )
 
 

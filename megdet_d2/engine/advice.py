@@ -100,7 +100,7 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
             f"MEGDET.WARMUP_EPOCHS is {keys.WARMUP_EPOCHS:g}",
             f"a warm-up of {warmup} iterations is short for the learning rate "
             f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.BASE_LR / keys.REFERENCE_LR:.3g} times "
-            "REFERENCE_LR: training may recover late from it, without a loss that is infinite",
+            "REFERENCE_LR: the AP may recover late, although the loss stays finite",
             f"give {SHORTEST_WARMUP} iterations, or {WARMUP_SHARE:.0%} of {iterations}",
         )
     decay = effective_decay(cfg) if keys.EMA_DECAY else 0.0
@@ -110,7 +110,8 @@ def find_schedule_faults(cfg: CfgNode, num_images: int | None) -> list[Finding]:
             "slow-average",
             f"MEGDET.EMA_DECAY is {keys.EMA_DECAY:g}",
             f"at the end of {iterations} iterations of {batch_size} images {share:.0%} of the "
-            "average are the weights after the first, so its AP is low or that of MODEL.WEIGHTS",
+            "average are the weights after the first iteration, so the AP of the average is low, "
+            "or that of MODEL.WEIGHTS",
             f"set MEGDET.EMA_DECAY {math.floor(last * 1e5) / 1e5:g} or less",
         )
     if keys.POLICY and iterations < _FEW:

@@ -143,8 +143,8 @@ class Builders(DefaultTrainer):
             classes: the names in the checkpoint; None if it has none.
 
         Raises:
-            ValueError: a set has them in another order or number. A subclass that maps classes in
-                a method of its own gets a warning.
+            ValueError: a set has them in another order or number. A subclass that may map classes
+                by its methods gets a warning.
         """
         if not classes:  # then the sets are not read
             return

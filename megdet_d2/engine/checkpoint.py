@@ -192,7 +192,7 @@ class Checkpointer(WeightsOnlyCheckpointer):
         super()._log_incompatible_keys(incompatible)
 
     def _refuse_other_model(self, incompatible: Any) -> None:
-        """Refuses to resume weights that stay random, beside the optimizer's state of others.
+        """Refuses a checkpoint that lacks trained weights of this model, or has other shapes.
 
         Frozen parameters may be missing, and those that the model leaves out of its ``state_dict``.
         """

@@ -24,7 +24,8 @@ _FINE, _GRADIENT, _LOSS, _MEMORY = range(4)
 
 _FIX = (
     "The weights are still those before this step. Look at these images, lower MEGDET.LR_FACTOR, "
-    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE to continue without you"
+    "raise MEGDET.WARMUP_EPOCHS, or set MEGDET.ON_DIVERGENCE 'half_lr' or 'longer_warmup', which "
+    "go back to a checkpoint and continue"
 )
 
 

@@ -15,7 +15,7 @@ _OTHER_SCALE = 1.35  # between the sizes of an object in training and in the eva
 
 
 def find_input_faults(cfg: CfgNode, eval_only: bool = False) -> Iterator[Finding]:
-    """Yields warnings about sizes out of reach or of one split, and a mean of other pixels.
+    """Yields warnings about sizes and pixel means that contradict other keys.
 
     Args:
         cfg: a config.

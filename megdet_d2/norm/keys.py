@@ -100,7 +100,7 @@ def find_missing_norms(model: nn.Module, keys: Mapping[str, NormKey]) -> list[st
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         found.append(
             f"{len(plain)} batch norms are plain {type(plain[names[0]]).__name__}, which "
-            f"normalises over the images of one process: {', '.join(names[:5])}{more}. They are of "
-            f"no NORM key, and CGBN is the value of {', '.join(cgbn)}; {_CONVERT}"
+            f"normalises over the images of one process: {', '.join(names[:5])}{more}. No NORM "
+            f"key made them, so 'CGBN' in {', '.join(cgbn)} does not reach them; {_CONVERT}"
         )
     return found

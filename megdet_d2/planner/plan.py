@@ -236,10 +236,11 @@ def describe_need(question: Question, found: Found) -> str:
     if not found.needs or min(found.needs.values()) <= question.memory:
         return f"no setting is possible:\n{reasons}"
     (b, stages), least = min(found.needs.items(), key=lambda item: item[1])
-    amp = "" if question.cfg.SOLVER.AMP.ENABLED else "SOLVER.AMP.ENABLED True, "
+    amp = "" if question.cfg.SOLVER.AMP.ENABLED else "set SOLVER.AMP.ENABLED True, "
     return (
         f"nothing fits in {question.memory / 1e9:g} GB per GPU. The smallest need is "
         f"{least / 1e9:.1f} GB: {b} image per GPU with sublinear memory in "
-        f"{', '.join(stages) or 'no stage'}. Turn {amp}INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, "
-        f"MODEL.BACKBONE.FREEZE_AT, a smaller backbone, or --gpu-memory.\n{reasons}"
+        f"{', '.join(stages) or 'no stage'}. To fit, {amp}lower INPUT.MIN_SIZE_TRAIN and "
+        "MAX_SIZE_TRAIN, raise MODEL.BACKBONE.FREEZE_AT, take a smaller backbone, or give a GPU "
+        f"with more memory by --gpu-memory.\n{reasons}"
     )

@@ -5,7 +5,7 @@ c b and the standard deviation c v √b. All wait for the slowest of P:
 
     E[slowest] = c b + c v √b · m(P),
 
-with m(P) the expected maximum of P standard normal variables: 1.42 of 8, 2.82 of 256.
+with m(P) the expected maximum of P standard normal variables: 1.42 of 8, 2.83 of 256.
 """
 
 import functools

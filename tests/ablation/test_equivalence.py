@@ -81,7 +81,7 @@ def test_seeds_needed_have_that_power():
 
 
 def test_wilson_interval_by_its_formula():
-    for failures, n in ((0, 10), (3, 10), (6, 135), (4, 517)):
+    for failures, n in ((0, 10), (3, 10), (6, 135), (4, 516)):
         z, p = stats.norm.ppf(0.975), failures / n
         centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         expected = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
