@@ -13,7 +13,7 @@ from .ledger import Ledger
 from .local import CONSOLE, train_all
 from .reduced import reduce_rows
 from .results import FAILURE, Result, collate, read_result
-from .rows import Row, differences, read_rows
+from .rows import Row, differences, read_rows, statistics_images
 
 TRAIN_NET = "train_net.py"
 # Config keys in which a finished training may differ from its row: they do not change the result,
@@ -55,13 +55,20 @@ def run(args: argparse.Namespace) -> None:
         return
     check_same(table, output)
     ledger = Ledger(args.ledger) if args.ledger else None
+
+    def every_job() -> list[Job]:
+        seeds = {*args.seeds, *find_seeds(table, output), *(ledger.seeds(table) if ledger else ())}
+        return make_jobs(table, sorted(seeds), output)
+
+    if ledger:
+        for job in every_job():  # before a training, not after it
+            ledger.find(job)
     if args.submit:
         pending = unfinished(jobs, args.retry, ledger)
         return submit(args.submit, pending, program, args.gpus_per_machine)
 
     def tabulate() -> str:
-        seeds = {*args.seeds, *find_seeds(table, output), *(ledger.seeds(table) if ledger else ())}
-        every = make_jobs(table, sorted(seeds), output)
+        every = every_job()
         results = [_result(job, ledger) for job in every]
         if ledger:
             for job, result in zip(every, results, strict=True):
@@ -127,12 +134,25 @@ def check_same(rows: list[Row], output: Path) -> None:
             trained = read_config(job.folder)
         except (FileNotFoundError, ValueError):  # not started yet, or cut off by a full disk
             continue
-        for key, (before, now) in differences(trained, job.row.cfg).items():
-            if not key.startswith(MAY_DIFFER):
-                raise ValueError(
-                    f"{job.folder} is a training with {key} {before}, and row {job.row.name} now "
-                    f"has {now}: give another --output, or remove that folder"
-                )
+        may_differ: tuple[str, ...] = MAY_DIFFER
+        if job.row.cfg.MEGDET.AUTO_SUBLINEAR:  # then the training chooses
+            may_differ += ("MODEL.SUBLINEAR.ENABLED",)
+        changed = {
+            key: values
+            for key, values in differences(trained, job.row.cfg).items()
+            if not key.startswith(may_differ)
+        }
+        if not job.row.cfg.MEGDET.AUTO_MICRO_BATCH:
+            before = statistics_images(
+                trained, trained.MEGDET.ABLATION.GPUS, job.row.gpus_per_machine
+            )
+            if before != job.row.statistics_images:
+                changed["batch statistics over"] = (before, job.row.statistics_images)
+        for key, (before, now) in changed.items():
+            raise ValueError(
+                f"{job.folder} is a training with {key} {before}, and row {job.row.name} now "
+                f"has {now}: give another --output, or remove that folder"
+            )
 
 
 def _read(args: argparse.Namespace, patterns: str) -> list[Row]:

@@ -52,7 +52,10 @@ def config_digest(row: Row) -> str:
     """
     keys = differences(load_config(), row.cfg)
     kept = {key: value for key, (_, value) in keys.items() if not key.startswith(LEFT_OUT)}
-    text = repr([(key, plain(value)) for key, value in sorted(kept.items())])
+    pairs = [(key, plain(value)) for key, value in sorted(kept.items())]
+    if row.statistics_images:
+        pairs.append(("batch statistics over", list(row.statistics_images)))
+    text = repr(pairs)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

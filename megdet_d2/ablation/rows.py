@@ -14,10 +14,12 @@ from megdet_d2 import model_zoo
 from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 from megdet_d2.norm.groups import ranks_per_group
-from megdet_d2.norm.registry import uses_cgbn
+from megdet_d2.norm.registry import uses_cgbn, uses_norm
 from megdet_d2.schedule.build import images_per_micro_batch, scale_config, scheduled_images
 
 GPUS_PER_MACHINE = 8
+SYNCHRONIZED = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+"""Detectron2's norms over all processes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Row:
             return self.cfg.MODEL.CGBN.BN_SIZE
         group = _largest_group(self.cfg, self.processes, self.gpus_per_machine)
         return images_per_micro_batch(self.cfg, self.processes) * group
+
+    @property
+    def statistics_images(self) -> tuple[int, ...]:
+        """Returns the images of batch statistics that no key gives; see ``statistics_images``."""
+        return statistics_images(self.cfg, self.processes, self.gpus_per_machine)
 
     @property
     def images(self) -> int:
@@ -177,6 +184,25 @@ def load_row(
         name, config_file, tuple(opts), cfg, processes, paper.PAPER_AP, paper.PAPER_HOURS,
         gpus_per_machine,
     )  # fmt: skip
+
+
+def statistics_images(cfg: CfgNode, processes: int, gpus_per_machine: int) -> tuple[int, ...]:
+    """Returns the images of batch statistics that follow from micro-batches and processes alone.
+
+    Trainings that differ in them are not the same, though no key but ACCUMULATION_STEPS does.
+
+    Returns:
+        one number for CGBN with BN_SIZE -1, and one for other batch norms; () where BN_SIZE says
+        it, or norms are frozen.
+    """
+    images, found = images_per_micro_batch(cfg, processes), []
+    if uses_norm(cfg, "CGBN") and cfg.MODEL.CGBN.BN_SIZE == -1:
+        found.append(images * _largest_group(cfg, processes, gpus_per_machine))
+    if uses_norm(cfg, "BN"):
+        found.append(images)
+    if uses_norm(cfg, *SYNCHRONIZED):
+        found.append(images * processes)
+    return tuple(found)
 
 
 def _largest_group(cfg: CfgNode, processes: int, gpus_per_machine: int) -> int:

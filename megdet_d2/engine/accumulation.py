@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from .metrics import put_losses
 if TYPE_CHECKING:
     from .modulation import Modulation
     from .out_of_memory import UpdateRepeater
+
+logger = logging.getLogger(__name__)
 
 # Detectron2's options of a trainer; older versions have fewer.
 _OPTIONS = ("gather_metric_period", "zero_grad_before_forward", "async_write_metrics")
@@ -156,6 +159,16 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         self.exchange = None
         self.repeater = None
         self.modulation = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of a trainer, also of one in full precision, which has no loss scale."""
+        if "grad_scaler" not in state_dict:
+            logger.info(
+                "The checkpoint has no loss scale, since SOLVER.AMP.ENABLED was False: it starts "
+                f"at {self.grad_scaler.get_scale():g}"
+            )
+            state_dict = state_dict | {"grad_scaler": self.grad_scaler.state_dict()}
+        super().load_state_dict(state_dict)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device = next(self.model.parameters()).device.type

@@ -24,6 +24,7 @@ from megdet_d2.norm.running_statistics import (
 )
 
 from .hooks import is_due
+from .uninterrupted import uninterrupted
 from .weights_only import WeightsOnlyCheckpointer
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,10 @@ def _move_progress(checkpoint: dict[str, Any]) -> None:
 
 
 class WholeFiles:
-    """A path manager that writes local files whole or not at all."""
+    """A path manager that writes local files whole or not at all.
+
+    A signal that would end the process meanwhile ends it when the file is written.
+    """
 
     def __init__(self, paths: Any):
         self._paths = paths
@@ -347,21 +351,22 @@ class WholeFiles:
                 yield file
             return
         unfinished = f"{path}.tmp"
-        try:
-            with self._paths.open(unfinished, mode, **kwargs) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(unfinished)
-            raise
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename too
-        finally:
-            os.close(folder)
+        with uninterrupted():
+            try:
+                with self._paths.open(unfinished, mode, **kwargs) as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(unfinished, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(unfinished)
+                raise
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the rename too
+            finally:
+                os.close(folder)
 
 
 __getattr__ = renamed(__name__, find_fault="find_damage")

@@ -65,8 +65,8 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
 def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
     """Cuts the rows after ``iteration`` off a metrics.json, since they will be written again.
 
-    Rows of late results, which ``TEST.BACKGROUND`` writes after those of later iterations, are kept
-    if their iteration is not cut.
+    Rows without losses are kept if their iteration is not cut: those of evaluations, which
+    Detectron2 may write after the row of a later iteration, and ``TEST.BACKGROUND`` after several.
 
     A row that has ``images_seen`` is compared by it, because the iterations of a run whose
     mini-batch has changed cannot be compared. An incomplete last line, left by a kill, is cut off
@@ -85,7 +85,7 @@ def cut_metrics(path: str, iteration: int, images_seen: int) -> None:
     for place in reversed(range(len(lines))):
         if _is_after(lines[place], iteration, images_seen):
             whole = place
-        elif not _is_late(json.loads(lines[place])):
+        elif "total_loss" in json.loads(lines[place]):
             break
     kept = [line for line in lines[whole:] if not _is_after(line, iteration, images_seen)]
     if whole < len(lines):

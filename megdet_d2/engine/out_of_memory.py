@@ -20,6 +20,7 @@ from torch import Tensor
 from megdet_d2.norm.batch_norm import bare_model, cgbn_layers, set_accumulation_steps
 from megdet_d2.norm.collective import GroupOutOfMemoryError, meet, report_out_of_memory
 from megdet_d2.norm.configure import set_bn_size
+from megdet_d2.norm.retinanet import restart_levels
 from megdet_d2.norm.running_statistics import (
     average_in_groups,
     load_normalizers,
@@ -162,6 +163,7 @@ class UpdateRepeater:
             for buffer, value in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(value)
         load_normalizers(model, normalizers)
+        restart_levels(model)
         trainer.optimizer.zero_grad()
         for hook in [self._guard, *trainer._hooks]:
             if isinstance(hook, StepObserver):

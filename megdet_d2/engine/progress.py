@@ -196,7 +196,10 @@ class TrainingProgress:
         trainer = self._trainer
         cfg = trainer.cfg.clone()
         cfg.defrost()
-        most = (*cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)[0] - 1
+        # Detectron2's default STEPS are after the end of a short training. Without a decay before
+        # it, as with a cosine, a long warm-up would leave no learning rate for the rest.
+        decays = [step for step in cfg.SOLVER.STEPS if step < cfg.SOLVER.MAX_ITER]
+        most = decays[0] - 1 if decays else cfg.SOLVER.MAX_ITER // 2
         warmup = min(updates_done(self.backoff.warmup_images, self.layout.batch_size), most)
         self.warmup_iters = max(warmup, cfg.SOLVER.WARMUP_ITERS)
         if warmup > cfg.SOLVER.WARMUP_ITERS:

@@ -18,6 +18,7 @@ from megdet_d2._moved import renamed
 
 from .exchange import SIGNAL, StepExchange
 from .hooks import is_due
+from .uninterrupted import when_written
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class StopOnSignal(HookBase):
 
     Later hooks save, evaluate and write, which may take longer than a scheduler waits before it
     kills. A signal that arrives meanwhile ends the process at once, also amid an evaluation: rank 0
-    saves, and exits with the same status. A launcher ends the other processes when one has exited.
+    saves, and exits with the same status. Only a file that is being written is finished before. A
+    launcher ends the other processes when one has exited.
 
     Register it before the checkpointer's and the evaluation's hook. The trainer calls
     ``put_handlers_back`` after all hooks.
@@ -94,7 +96,7 @@ class StopOnSignal(HookBase):
         with contextlib.suppress(RuntimeError):
             logger.info(f"{signal.Signals(number).name} received: saving, and {then}")
         if self._is_between:
-            self._leave()
+            when_written(self._leave)
 
     def after_step(self) -> None:
         """Saves and exits if any process has received a signal.

@@ -23,6 +23,7 @@ from megdet_d2.norm.configure import configure_cgbn, describe_norms
 from megdet_d2.norm.keys import find_missing_norms
 from megdet_d2.norm.running_statistics import averaged_statistics
 from megdet_d2.optim.build import warn_if_unused
+from megdet_d2.optim.resumed_options import keep_options
 from megdet_d2.schedule.build import build_lr_scheduler, images_per_epoch
 
 from .accumulation import AccumulationTrainer
@@ -124,6 +125,7 @@ class Trainer(Builders):
         set_float32_precision(cfg)
         warn_if_unused(cfg.MEGDET.OPTIMIZER, self.optimizer, name)
         set_sgd_implementation(self.optimizer, cfg.SOLVER.SGD_IMPLEMENTATION)
+        keep_options(self.optimizer, config_wins=bool(cfg.MEGDET.POLICY))
         cfg = self.cfg  # Detectron2 may have scaled the batch to the workers
         own_data = overrides(type(self), Trainer, *OWN_DATA)
         check_model_classes(cfg, model_reads.keys, refuse=not own_data)
@@ -371,6 +373,14 @@ class Trainer(Builders):
         if self.progress.loaded_iteration is None and self.start_iter > 0:
             self.progress.load_state_dict({})  # a file of another trainer has none
             self.start_iter = self.iter + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns Detectron2's state with the last iteration that was trained.
+
+        After the training Detectron2's counter is one higher. A resume with more epochs from a file
+        of that time, such as ``model_best.pth``, would leave an update out.
+        """
+        return super().state_dict() | {"iteration": min(self.iter, self.max_iter - 1)}
 
     @property
     def checkpointer(self) -> Checkpointer:

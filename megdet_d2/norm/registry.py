@@ -45,12 +45,18 @@ class CGBN(CrossGPUBatchNorm):
         super().__init__(num_features, process_group=machine_group())
 
 
+def uses_norm(cfg: CfgNode, *names: str) -> bool:
+    """Returns True if any key of the config, in any section, is one of ``names``."""
+    return any(
+        uses_norm(value, *names) if isinstance(value, CfgNode) else value in names
+        for value in cfg.values()
+        if isinstance(value, (CfgNode, str))
+    )
+
+
 def uses_cgbn(cfg: CfgNode) -> bool:
     """Returns True if any key of the config, in any section, is "CGBN"."""
-    return any(
-        uses_cgbn(value) if isinstance(value, CfgNode) else value == "CGBN"
-        for value in cfg.values()
-    )
+    return uses_norm(cfg, "CGBN")
 
 
 def machine_group() -> BNGroup:

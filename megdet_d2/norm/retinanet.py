@@ -46,6 +46,21 @@ def separate_retinanet_levels(model: nn.Module) -> nn.Module:
     return model
 
 
+def restart_levels(model: nn.Module) -> None:
+    """Lets heads with statistics per level begin with the first level again.
+
+    Detectron2's layer counts its calls, and a forward that an error ends leaves the count between
+    two levels.
+
+    Args:
+        model: changed in place.
+    """
+    kind: Any = getattr(detectron2.layers, "CycleBatchNormList", ())
+    for module in model.modules():
+        if isinstance(module, kind):
+            module._pos = 0
+
+
 def _levels(layer: CrossGPUBatchNorm, length: int) -> nn.ModuleList:
     levels: Any = detectron2.layers.CycleBatchNormList(
         length=length,

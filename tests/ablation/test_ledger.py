@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the plot needs the demo extra")
 
+from megdet_d2.ablation.command import check_same
 from megdet_d2.ablation.job import make_jobs
 from megdet_d2.ablation.ledger import COLUMNS, Ledger, config_digest
 from megdet_d2.ablation.results import Result
 from megdet_d2.ablation.rows import read_rows
 from megdet_d2.cli import main
+from megdet_d2.engine.auto_micro_batch import with_micro_batch
 from tests.helpers.paths import ROOT, TINY
 
 
@@ -135,6 +137,52 @@ def test_a_digest_is_of_what_changes_the_result(source):
     small, large = read_rows(source)
     same = read_rows(source, ["OUTPUT_DIR", "elsewhere", "SEED", "7"])[0]
     assert config_digest(small) == config_digest(same) != config_digest(large)
+
+
+@pytest.mark.parametrize(
+    "keys", [(), ("MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN"), ("MODEL.FPN.NORM", "SyncBN")]
+)
+def test_other_batch_statistics_are_another_training(source, tmp_path, keys):
+    """Micro-batches decide them where no key does, and seeds of both were once one row."""
+    keys = ("MODEL.CGBN.BN_SIZE", "-1", *keys)
+    whole = read_rows(source, keys)[0]
+    split = read_rows(source, (*keys, "MEGDET.ACCUMULATION_STEPS", "2"))[0]
+    assert config_digest(whole) != config_digest(split)
+    finish(make_jobs([whole], [1], tmp_path)[0], [20.0])
+    check_same([whole], tmp_path)
+    with pytest.raises(ValueError, match="batch statistics over .* small now has"):
+        check_same([split], tmp_path)
+
+
+def test_given_or_frozen_statistics_leave_micro_batches_free(source):
+    frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "")
+    for keys in (("MODEL.CGBN.BN_SIZE", "4", "MEGDET.ABLATION.GPUS", "2"), frozen):
+        whole, split = (
+            read_rows(source, (*keys, "MEGDET.ACCUMULATION_STEPS", steps), patterns="small")[0]
+            for steps in ("1", "2")
+        )
+        assert config_digest(whole) == config_digest(split)
+
+
+def test_a_line_of_another_seed_and_config_ends_before_a_training(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    old = read_rows(source, ["MEGDET.WARMUP_EPOCHS", "0.0"])[0]
+    ledger = Ledger(tmp_path / "ledger.csv")
+    ledger.add(make_jobs([old], [5], tmp_path)[0], Result("small", 5, "done", ap=1.0))
+    command = ["ablate", str(source), "--seeds", "1", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="small, seed 5, was trained with the config"):
+        main([*command, "--ledger", str(ledger.path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_memory_chose_is_not_a_change(source, tmp_path):
+    keys = ("MEGDET.AUTO_MICRO_BATCH", "True", "MEGDET.AUTO_SUBLINEAR", "True")
+    row = read_rows(source, (*keys, "MODEL.CGBN.BN_SIZE", "8", "MEGDET.MEMORY_LIMIT_MB", "4000"),
+                    patterns="small")[0]  # fmt: skip
+    job = make_jobs([row], [1], tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(with_micro_batch(row.cfg, 8, True).dump())
+    check_same([row], tmp_path)
 
 
 def test_an_error_that_says_nothing_of_the_row_is_no_result(source, tmp_path, monkeypatch, capsys):

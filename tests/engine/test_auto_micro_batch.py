@@ -218,6 +218,30 @@ def test_a_repeated_update_is_that_of_smaller_micro_batches(coco, tmp_path, capl
     assert csv[0] == csv[1]  # no image was counted twice
 
 
+def test_a_forward_that_ends_between_the_levels_of_a_head_begins_again(coco, tmp_path):
+    """The levels' statistics once were those of the level before, from then on."""
+
+    def fault(trainer):
+        head, calls = trainer.model.head.cls_subnet[0], []
+
+        def strike(*_):
+            calls.append(trainer.iter)
+            if trainer.iter == 0 and len(calls) == 2:
+                raise torch.OutOfMemoryError("the device is full")
+
+        head.register_forward_pre_hook(strike)
+        levels.extend(layer for layer in trainer.model.modules() if hasattr(layer, "_pos"))
+
+    levels = []
+    keys = (*PLAIN, *SMALL, *RETINANET, "MODEL.RETINANET.NORM", "BN")
+    keys += ("MEGDET.EPOCH_IMAGES", 8, "SOLVER.CHECKPOINT_PERIOD", 100)
+    halved = train(0, str(tmp_path / "a"), coco, (*keys, *AUTO), fault=fault)
+    assert levels and {layer._pos for layer in levels} == {0}
+    typed = train(0, str(tmp_path / "b"), coco, (*keys, "MEGDET.ACCUMULATION_STEPS", 2))
+    tracked = [name for name in typed["state"] if "subnet" in name and "running" in name]
+    assert tracked and all(halved["state"][name] == typed["state"][name] for name in tracked)
+
+
 def test_a_counted_limit_that_shrinks(coco, tmp_path, caplog):
     def shrink(trainer):
         trainer.register_hooks([Shrink(7)])

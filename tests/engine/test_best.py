@@ -44,6 +44,18 @@ def test_the_best_is_kept_also_by_a_resume(coco, tmp_path):
     assert again["best"] == best["best"]
 
 
+def test_more_epochs_after_the_best_of_the_last_evaluation(coco, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "values", {1: 3.0, 3: 4.0, 5: 5.0})
+    best = run(tmp_path, coco)
+    assert best["best"]["value"] == 5.0 and best["trainer"]["iteration"] == 5
+    assert (tmp_path / "last_checkpoint").read_text() == "model_best.pth"
+    cfg = config(tmp_path, coco, *EVALUATED, "MEGDET.EPOCHS", 3.0)
+    prepare_config(cfg)
+    trainer = Scripted(cfg)
+    trainer.resume_or_load(True)
+    assert (trainer.start_iter, trainer.images_seen) == (6, 48)
+
+
 def test_the_best_of_another_run_in_the_folder_is_not_compared_with(coco, tmp_path):
     best = {"metric": "bbox/AP", "value": 0.0, "iteration": 3}  # lower than all
     torch.save({"best": best}, tmp_path / "model_best.pth")

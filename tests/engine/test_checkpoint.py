@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, checked before they are trusted, each group's statistics."""
 
 import contextlib
+import io
 import logging
 import logging.handlers
 import multiprocessing
@@ -20,6 +21,7 @@ import megdet_d2
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.checkpoint import Checkpointer, find_damage
 from megdet_d2.engine.restart import claim_run
+from megdet_d2.engine.uninterrupted import when_written
 from megdet_d2.norm.batch_norm import cgbn_layers
 from megdet_d2.norm.running_statistics import averaged_statistics, own_statistics
 from tests.helpers.coco_data import assert_says
@@ -230,6 +232,48 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, size):
     assert first.read_bytes() == content
     save(checkpointer, 1)
     assert find_damage(str(first)) == ""
+
+
+class Interrupted(io.FileIO):
+    """A file whose writes are interrupted by a signal, once."""
+
+    at, writes = 0, 0
+
+    def write(self, data):
+        Interrupted.writes += 1
+        if Interrupted.writes == self.at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return super().write(data)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_signal_that_saves_while_the_same_file_is_saved(tmp_path, monkeypatch, at):
+    """torch's writer spoilt the handler's file, or raised another error than the handler."""
+    checkpointer = make(tmp_path)
+    first = save(checkpointer, 1)
+    second = first.with_name("model_0000002.pth")
+    found = []
+
+    def leave():
+        found.append(find_damage(str(second)))
+        save(checkpointer, 2)
+        raise SystemExit(75)
+
+    kinds = {"wb": Interrupted}
+    paths = checkpointer.path_manager._paths
+    monkeypatch.setattr(paths, "open", lambda path, mode: kinds.get(mode, open)(path, mode))
+    monkeypatch.setattr(Interrupted, "at", at)
+    monkeypatch.setattr(Interrupted, "writes", 0)
+    before = signal.signal(signal.SIGUSR1, lambda *_: when_written(leave))
+    try:
+        with pytest.raises(SystemExit):
+            save(checkpointer, 2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert found == [""]  # the interrupted one was whole before
+    assert find_damage(str(second)) == ""
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", first.name, second.name]
+    assert resumed(tmp_path).model[1].bias.eq(2).all()
 
 
 def save_until_killed(folder):

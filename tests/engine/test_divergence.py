@@ -319,6 +319,18 @@ def test_a_longer_warmup_ends_before_the_first_decay(coco, tmp_path):
     assert {i: result["lr"][i] for i in lr} == pytest.approx(lr, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+def test_a_longer_warmup_without_a_decay_ends_at_half_of_the_training(coco, tmp_path, name):
+    """It once was longer than the training, which then ended with hardly any learning rate."""
+    overrides = ("MEGDET.POLICY", "", "MEGDET.EPOCHS", None, "SOLVER.BASE_LR", 0.01,
+                 "SOLVER.MAX_ITER", 6, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 1,
+                 "SOLVER.LR_SCHEDULER_NAME", name,
+                 "MEGDET.ON_DIVERGENCE", "longer_warmup")  # fmt: skip
+    result = train(0, str(tmp_path), coco, overrides, fault=functools.partial(spoil_once, 4))
+    left = {"WarmupMultiStepLR": 0.01, "WarmupCosineLR": 0.0025}[name]  # (1 + cos 2π/3) / 2 of it
+    assert result["lr"][4] == pytest.approx(left)
+
+
 def test_half_lr_without_a_policy(coco, tmp_path):
     overrides = ("MEGDET.POLICY", "", "MEGDET.EPOCHS", None, "SOLVER.BASE_LR", 0.01,
                  "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0,

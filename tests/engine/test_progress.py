@@ -183,6 +183,42 @@ def test_a_checkpoint_of_detectron2s_own_trainer(coco, four, tmp_path, caplog):
     assert "taking its 4 iterations for 32 images" in caplog.text
 
 
+CHANGED = (
+    "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.MOMENTUM", 0.5, "SOLVER.NESTEROV", True,
+    "MEGDET.EPOCHS", 1.5,
+)  # fmt: skip
+
+
+def test_options_of_the_optimizer_are_those_of_the_config(coco, four, tmp_path, caplog):
+    """torch puts the checkpoint's in their place, and the log and config.yaml had others."""
+    output = str(tmp_path / "resumed")
+    copy_checkpoint(four[0], output, "model_0000003.pth")
+    with caplog.at_level("INFO", "megdet_d2"):
+        resumed = train(0, output, coco, CHANGED, True)
+    wanted = {"weight_decay": "0.01", "momentum": "0.5", "nesterov": "True"}
+    assert wanted.items() <= resumed["groups"][0].items()
+    said = "momentum of 0.9 by 0.5 (SOLVER.MOMENTUM); nesterov of False by True (SOLVER.NESTEROV)"
+    assert said in caplog.text
+
+
+def test_without_a_policy_options_of_the_optimizer_are_the_checkpoints(
+    coco, four, tmp_path, caplog
+):
+    output = str(tmp_path / "resumed")
+    copy_checkpoint(four[0], output, "model_0000003.pth")
+    stock = ("MEGDET.POLICY", "", "MEGDET.EPOCHS", None, "SOLVER.MAX_ITER", 5, "SOLVER.STEPS", ())
+    resumed = train(0, output, coco, (*CHANGED[:4], *stock), True)
+    assert resumed["groups"][0]["momentum"] == "0.9"
+    assert "does not replace weight_decay of 0.0001 by 0.01" in caplog.text
+
+
+def test_other_groups_of_parameters_are_refused_by_their_keys(coco, four, tmp_path):
+    output = str(tmp_path / "resumed")
+    copy_checkpoint(four[0], output, "model_0000003.pth")
+    with pytest.raises(ValueError, match="checkpoint's optimizer has groups of .*BIAS_LR_FACTOR"):
+        train(0, output, coco, ("SOLVER.BIAS_LR_FACTOR", 2.0), True)
+
+
 def test_nothing_changed_is_not_worth_a_table():
     layout = Layout(4, 1, 2)
     assert describe_resume(layout, layout, 16, (2, 2), (0.01, 0.01)) == ""
@@ -209,3 +245,11 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     cut_metrics(str(path), 99, 9999)
     assert [json.loads(line) for line in path.read_text().splitlines()] == left
     cut_metrics(str(tmp_path / "none.json"), 1, 1)
+    # Detectron2 writes an evaluation after the losses of a later iteration.
+    rows = [
+        {"iteration": 19, "images_seen": 160, "total_loss": 1.0},
+        {"iteration": 14, "bbox/AP": 3},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cut_metrics(str(path), 15, 128)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[1:]
