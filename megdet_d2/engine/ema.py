@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "ema"
 SUFFIX = "_EMA"
+NO_AVERAGE = "MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate"
 
 
 def effective_decay(cfg: CfgNode) -> float:
@@ -94,6 +95,12 @@ class WeightAverage:
     def clear(self) -> None:
         """Begins again: after the next update the average is the model."""
         self._averaged.n_averaged.zero_()
+
+    def copy_model(self) -> None:
+        """Begins again with the model as it is, so that no weights from before a load stay."""
+        self.clear()
+        self.update()  # the first one copies
+        self.clear()
 
     def gather(self) -> None:
         """Collects the running statistics of every BN group on rank 0, for ``state_dict``.
