@@ -122,6 +122,10 @@ CASES = {
     "no source": "Overrides come after the flags",
     "no weights file": "There is no .*model_final.pth",
     "other classes": r"The classes of model 2 are \['b'\], of the first \['a'\]",
+    "other classes in the weights": (
+        r"'mixed': its categories differ from those of MODEL.WEIGHTS '.*swapped.pth' in "
+        r"\[\('b', 'a'\), \('a', None\)\]"
+    ),
     "no ground truth": "add --annotations JSON, or --dataset NAME",
     "annotations and a model": "--annotations is for json files as sources, without overrides",
     "weights": r"--weights is \[1.0\] for 2 sources",
@@ -149,6 +153,7 @@ def test_errors_come_before_work(case, models, noisy, coco, tmp_path):
         "no source": lambda: [good, "MODEL.DEVICE", "cpu", *truth],
         "no weights file": lambda: [models[0], str(other)],
         "other classes": lambda: [models[0], other_classes(models[0], coco, other)],
+        "other classes in the weights": lambda: [models[0], swapped(models[0], other)],
         "no ground truth": lambda: [good, str(noisy[1])],
         "annotations and a model": lambda: [models[0], good, *truth],
         "weights": lambda: [good, good, "--weights", "1", *truth],
@@ -173,6 +178,13 @@ def test_errors_come_before_work(case, models, noisy, coco, tmp_path):
     assert re.search(CASES[case], str(exit.value), re.DOTALL), exit.value
     assert str(exit.value).startswith("error: ")
     assert case == "overwritten" or not output.exists()
+
+
+def swapped(run, folder):
+    """Returns the config of a run with weights that were trained on other classes."""
+    file = torch.load(f"{run}/model_final.pth")
+    torch.save({**file, "classes": {"names": ["b", "a"]}}, folder / "swapped.pth")
+    return f"{run}/config.yaml:{folder}/swapped.pth"
 
 
 def other_classes(run, coco, folder):
