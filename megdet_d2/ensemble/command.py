@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for number, source in enumerate(sources):
         if source.cfg is not None:
-            print(f"Evaluating {source.name}", flush=True)
+            print(f"Evaluating {source.label}", flush=True)
             results[number] = read_results(detect(source.cfg, models.pop(number)), truth)
     sizes = {image["id"]: (image["width"], image["height"]) for image in truth.imgs.values()}
     threshold = args.iou_threshold or IOU_THRESHOLDS[args.fusion]
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     how = f"ensemble: {args.fusion}, IoU {threshold:g}"
     rows = [
-        (source.name, f"{weight:g}", evaluate(truth, results[number]))
+        (source.label, f"{weight:g}", evaluate(truth, results[number]))
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True))
     ]
     table = to_table([*rows, (how, "", evaluate(truth, fused))])
