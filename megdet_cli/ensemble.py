@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="SOURCE",
         nargs="+",
-        help="folder of a run, CONFIG.yaml:WEIGHTS, or json of COCO results",
+        help="folder of a run (with MEGDET.EMA_DECAY its average), CONFIG.yaml:WEIGHTS, or json "
+        "of COCO results",
     )
     add("--output", type=Path, required=True, help="folder for table, boxes and evaluations")
     add(

@@ -12,6 +12,7 @@ from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ from .check_evaluation import CLASS_FAULTS, inspect_evaluation
 from .compiled import prepare_model
 from .ema import SUFFIX
 from .evaluation import build_evaluator, build_test_loader
-from .overrides import check_tta_method, overrides
+from .overrides import accepts, check_tta_method, overrides
 from .saved_classes import find_other_classes, read_classes
 
 logger = logging.getLogger(__name__)
@@ -135,12 +136,15 @@ class Builders(DefaultTrainer):
         raise_findings(cls._softened(inspect_evaluation(cfg)))
 
     @classmethod
-    def check_saved_classes(cls, cfg: CfgNode, classes: Sequence[str] | None) -> None:
+    def check_saved_classes(
+        cls, cfg: CfgNode, classes: Sequence[str] | None, checkpoint: str = "MODEL.WEIGHTS"
+    ) -> None:
         """Compares the classes of a checkpoint with those of DATASETS.TEST.
 
         Args:
             cfg: a config.
             classes: the names in the checkpoint; None if it has none.
+            checkpoint: its name in messages.
 
         Raises:
             ValueError: a set has them in another order or number. A subclass that may map classes
@@ -153,7 +157,7 @@ class Builders(DefaultTrainer):
                 finding
                 for name in cfg.DATASETS.TEST
                 for finding in find_other_classes(
-                    f"DATASETS.TEST {name!r}", read_classes(name), "MODEL.WEIGHTS", classes
+                    f"DATASETS.TEST {name!r}", read_classes(name), checkpoint, classes
                 )
             )
         )
@@ -186,14 +190,10 @@ class Builders(DefaultTrainer):
         Returns:
             results by name: "bbox_TTA" in place of "bbox". Files are in OUTPUT_DIR/inference_TTA.
         """
-        suffix += "_TTA"
-        output_dir = os.path.join(cfg.OUTPUT_DIR, f"inference{suffix}")
-        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
         cfg = cfg.clone()
         cfg.defrost()
         cfg.INPUT.MIN_SIZE_TEST = 0  # each scale is made from the file's pixels, in one step
-        results = cls.test(cfg, build_tta(cfg, model), evaluators)
-        return {f"{name}{suffix}": result for name, result in results.items()}
+        return cls._test_aside(cfg, build_tta(cfg, model), f"{suffix}_TTA")
 
     @classmethod
     def test_ema(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -202,10 +202,37 @@ class Builders(DefaultTrainer):
         Returns:
             results by name: "bbox_EMA" in place of "bbox". Files are in OUTPUT_DIR/inference_EMA.
         """
-        output_dir = os.path.join(cfg.OUTPUT_DIR, f"inference{SUFFIX}")
-        evaluators = [cls.build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, model, evaluators)
-        return {f"{name}{SUFFIX}": result for name, result in results.items()}
+        return cls._test_aside(cfg, model, SUFFIX)
+
+    @classmethod
+    def _test_aside(cls, cfg: CfgNode, model: nn.Module, suffix: str) -> dict[str, Any]:
+        """Evaluates with files in OUTPUT_DIR/inference{suffix}; names of results get the suffix."""
+        folder = os.path.join(cfg.OUTPUT_DIR, f"inference{suffix}")
+        evaluators = cls._build_evaluators(cfg, folder)
+        if evaluators is None:
+            PathManager.mkdirs(folder)
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = folder
+            results = cls.test(cfg, model)
+        else:
+            results = cls.test(cfg, model, evaluators)
+        return {f"{name}{suffix}": result for name, result in (results or {}).items()}
+
+    @classmethod
+    def _build_evaluators(cls, cfg: CfgNode, folder: str) -> list[DatasetEvaluator] | None:
+        """Builds the evaluators of all test sets; None where ``test`` has to build them.
+
+        It has to where a project overrides a method with ``DefaultTrainer``'s arguments or fewer,
+        and where a set has no evaluator, which ``test`` leaves out.
+        """
+        takes_folder = accepts(cls.build_evaluator, cfg, "", folder)
+        if not takes_folder or not accepts(cls.test, cfg, None, []):
+            return None
+        try:
+            return [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        except NotImplementedError:
+            return None
 
 
 def _fit_bn_size(cfg: CfgNode) -> tuple[CfgNode, int]:

@@ -17,7 +17,7 @@ from megdet_d2.config import load_config
 from .check_config import prepare_config
 from .disk import naming_output_dir
 from .early_log import write_kept_log
-from .ema import SUFFIX, build_average
+from .ema import NO_AVERAGE, SUFFIX, build_average
 from .launch import launch
 from .precision import set_float32_precision
 from .saved_classes import saved_names
@@ -103,7 +103,7 @@ def evaluate(
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)
         if average is not None and "ema" not in rest:
-            logger.warning("MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate")
+            logger.warning(NO_AVERAGE)
             average = None
         if average is not None:
             average.load_state_dict(rest["ema"])

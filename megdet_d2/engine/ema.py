@@ -22,11 +22,13 @@ from megdet_d2.norm.running_statistics import (
 )
 
 from .checkpoint import WholeFiles
+from .saved_classes import SavedClasses
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "ema"
 SUFFIX = "_EMA"
+NO_AVERAGE = "MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate"
 
 
 def effective_decay(cfg: CfgNode) -> float:
@@ -60,15 +62,18 @@ class WeightAverage:
     of the last weights do not fit. Counters are copied.
 
     As a checkpointable it saves ``updates``, ``model`` (with the mean of the groups' statistics)
-    and the statistics of each BN group, so that a resumed average is equal to the bit.
+    and the statistics of each BN group, so that a resumed average is equal to the bit. It saves
+    ``classes`` too, for the average's own file.
 
     Args:
         model: as it is called in training. The average is another model on the same device.
         decay: per update, from 0 to below 1; see ``effective_decay``.
+        classes: the names of the model's classes; None saves none.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, classes: SavedClasses | None = None):
         self._source = bare_model(model)
+        self._classes = classes
         self._averaged = AveragedModel(self._source, multi_avg_fn=_mean(decay), use_buffers=True)
         self._averaged.requires_grad_(False).eval()
         self._groups: tuple[int, list[dict[str, Tensor]]] = (-1, [])
@@ -91,6 +96,12 @@ class WeightAverage:
         """Begins again: after the next update the average is the model."""
         self._averaged.n_averaged.zero_()
 
+    def copy_model(self) -> None:
+        """Begins again with the model as it is, so that no weights from before a load stay."""
+        self.clear()
+        self.update()  # the first one copies
+        self.clear()
+
     def gather(self) -> None:
         """Collects the running statistics of every BN group on rank 0, for ``state_dict``.
 
@@ -101,7 +112,7 @@ class WeightAverage:
         self._groups = self.updates, [group for group in everyone if group is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns ``updates``, ``model`` and ``groups``.
+        """Returns ``updates``, ``model``, ``groups`` and ``classes``.
 
         Without a ``gather`` since the last update, ``model`` has the statistics of this process.
         """
@@ -111,7 +122,8 @@ class WeightAverage:
         state = dict(self.model.state_dict())
         if len(groups) > 1:
             state.update(mean_statistics(self.model, groups))
-        return {"updates": self.updates, "model": state, "groups": groups}
+        classes = self._classes.state_dict() if self._classes else None
+        return {"updates": self.updates, "model": state, "groups": groups, "classes": classes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the result of ``state_dict``."""
@@ -132,11 +144,12 @@ class WeightAverage:
 
 
 def write_average(folder: str, name: str, state: dict[str, Any]) -> None:
-    """Writes the model of an average's ``state_dict``; see ``WeightAverage.save``."""
+    """Writes model and classes of an average's ``state_dict``; see ``WeightAverage.save``."""
     folder = os.path.join(folder, FOLDER)
     PathManager.mkdirs(folder)
     with WholeFiles(PathManager).open(os.path.join(folder, f"{name}.pth"), "wb") as file:
-        torch.save({"model": state["model"]}, file)
+        # Snapshots of earlier versions have no classes here.
+        torch.save({"model": state["model"], "classes": state.get("classes")}, file)
 
 
 class UpdateAverage(HookBase):
@@ -180,7 +193,7 @@ def build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
         f"{cfg.MEGDET.REFERENCE_BATCH_SIZE}; with SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} "
         f"the decay per update is {decay:.8g}"
     )
-    return WeightAverage(model, decay)
+    return WeightAverage(model, decay, SavedClasses(cfg))
 
 
 def _mean(decay: float) -> Callable[..., None]:

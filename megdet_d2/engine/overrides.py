@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ def overrides(kind: type[DefaultTrainer], base: type[DefaultTrainer], *methods: 
     )
 
 
+def accepts(method: Callable, *arguments: Any) -> bool:
+    """Returns True if a method takes these positional arguments."""
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def check_tta_method(cfg: CfgNode, kind: Any) -> None:
     """Checks that ``test_with_tta`` of a trainer's class can name the results of the average.
 
@@ -30,14 +40,12 @@ def check_tta_method(cfg: CfgNode, kind: Any) -> None:
     """
     if not (cfg.TEST.AUG.ENABLED and cfg.MEGDET.EMA_DECAY):
         return
-    try:
-        inspect.signature(kind.test_with_tta).bind(cfg, None, "")
-    except TypeError:
+    if not accepts(kind.test_with_tta, cfg, None, ""):
         raise ValueError(
             f"MEGDET.EMA_DECAY and TEST.AUG.ENABLED are set, but {kind.__name__}.test_with_tta "
             "takes no suffix for the average; define it as test_with_tta"
             '(cls, cfg, model, suffix=""), or set one of the two keys off'
-        ) from None
+        )
 
 
 def check_base_lr(cfg: CfgNode, optimizer: torch.optim.Optimizer, owner: str) -> None:

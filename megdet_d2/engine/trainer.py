@@ -373,6 +373,13 @@ class Trainer(Builders):
         if self.progress.loaded_iteration is None and self.start_iter > 0:
             self.progress.load_state_dict({})  # a file of another trainer has none
             self.start_iter = self.iter + 1
+        if self.ema and not self.ema.updates:
+            self.ema.copy_model()
+            if self.start_iter > 0:
+                logger.warning(
+                    f"MEGDET.EMA_DECAY is {self.cfg.MEGDET.EMA_DECAY:g}, but the checkpoint has no "
+                    f"average: it begins with the weights of iteration {self.start_iter - 1}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns Detectron2's state with the last iteration that was trained.

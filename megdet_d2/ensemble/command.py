@@ -12,7 +12,15 @@ from megdet_d2._moved import renamed
 from megdet_d2.config import load_config
 from megdet_d2.data import register_datasets
 
-from .evaluation import RESULTS, detect, evaluate, read_annotations, read_results, to_table
+from .evaluation import (
+    RESULTS,
+    detect,
+    evaluate,
+    load_model,
+    read_annotations,
+    read_results,
+    to_table,
+)
 from .fusion import IOU_THRESHOLDS, fuse, load_ensemble_boxes
 from .source import Source, prepare_models
 
@@ -38,12 +46,17 @@ def run(args: argparse.Namespace) -> None:
         for number, source in enumerate(sources)
         if source.cfg is None
     }
+    models = {
+        number: load_model(source.cfg)
+        for number, source in enumerate(sources)
+        if source.cfg is not None
+    }
 
     args.output.mkdir(parents=True, exist_ok=True)
     for number, source in enumerate(sources):
         if source.cfg is not None:
-            print(f"Evaluating {source.name}", flush=True)
-            results[number] = read_results(detect(source.cfg), truth)
+            print(f"Evaluating {source.label}", flush=True)
+            results[number] = read_results(detect(source.cfg, models.pop(number)), truth)
     sizes = {image["id"]: (image["width"], image["height"]) for image in truth.imgs.values()}
     threshold = args.iou_threshold or IOU_THRESHOLDS[args.fusion]
     fused = fuse(
@@ -59,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     how = f"ensemble: {args.fusion}, IoU {threshold:g}"
     rows = [
-        (source.name, f"{weight:g}", evaluate(truth, results[number]))
+        (source.label, f"{weight:g}", evaluate(truth, results[number]))
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True))
     ]
     table = to_table([*rows, (how, "", evaluate(truth, fused))])

@@ -13,9 +13,11 @@ from detectron2.config import CfgNode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
+from torch import nn
 
 from megdet_d2.data.coco import read_coco
 from megdet_d2.engine import Trainer
+from megdet_d2.engine.saved_classes import saved_names
 from megdet_d2.engine.weights_only import WeightsOnlyCheckpointer
 
 RESULTS = "coco_instances_results.json"  # Detectron2's file name
@@ -65,16 +67,30 @@ def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
     return [{key: row[key] for key in keys} for row in rows]
 
 
-def detect(cfg: CfgNode) -> Path:
+def load_model(cfg: CfgNode) -> nn.Module:
+    """Returns the model of a config with its MODEL.WEIGHTS.
+
+    Args:
+        cfg: prepared, with one data set in DATASETS.TEST.
+
+    Raises:
+        ValueError: the weights were trained on other classes than those of the data set.
+    """
+    model, weights = Trainer.build_model(cfg), cfg.MODEL.WEIGHTS
+    rest = WeightsOnlyCheckpointer(model).load(weights)
+    Trainer.check_saved_classes(cfg, saved_names(rest), f"MODEL.WEIGHTS {weights!r}")
+    return model
+
+
+def detect(cfg: CfgNode, model: nn.Module) -> Path:
     """Evaluates a model with ``Trainer.test`` and returns the path of its results.
 
     With ``TEST.AUG.ENABLED`` it uses test-time augmentation.
 
     Args:
         cfg: prepared, with one data set in DATASETS.TEST; the results go to its OUTPUT_DIR.
+        model: of this config, see ``load_model``.
     """
-    model = Trainer.build_model(cfg)
-    WeightsOnlyCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     test = Trainer.test_with_tta if cfg.TEST.AUG.ENABLED else Trainer.test
     with contextlib.redirect_stdout(io.StringIO()):
         test(cfg, model)

@@ -11,8 +11,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from megdet_d2.config import load_config, merge_overrides
 from megdet_d2.data import register_datasets
 from megdet_d2.engine import prepare_config
+from megdet_d2.engine.ema import FOLDER
 from megdet_d2.report.run import existing, read_config
 
+_LAST, _AVERAGE = "model_final.pth", f"{FOLDER}/model_final.pth"
 _KINDS = "the folder of a run, CONFIG.yaml:WEIGHTS, or a json of COCO results"
 
 
@@ -23,14 +25,18 @@ class Source:
     Attributes:
         name: as on the command line.
         cfg: config of the model with its MODEL.WEIGHTS; None for a file of results.
+        label: the name in the table, with the file of weights where a run has two.
     """
 
     name: str
     cfg: CfgNode | None
+    label: str
 
     @classmethod
     def read(cls, text: str, opts: Sequence[str] = ()) -> "Source":
         """Reads the config, if the source is a model.
+
+        A run with ``MEGDET.EMA_DECAY`` gives the average of its weights, as in ``megdet ablate``.
 
         Args:
             text: the folder of a run, CONFIG.yaml:WEIGHTS, or a json of COCO results.
@@ -40,6 +46,7 @@ class Source:
             FileNotFoundError: there is no such file, or the run has no config or no weights.
             ValueError: the text is none of these, or an override has an unknown key.
         """
+        label = text
         model = re.fullmatch(r"(.+?\.ya?ml):(.+)", text)
         if model:
             cfg = load_config(existing("", model[1], f"give {_KINDS}"))
@@ -47,14 +54,17 @@ class Source:
         elif Path(text).is_dir():
             cfg = read_config(text)
             advice = "train to the end, or give {run}/config.yaml:CHECKPOINT"
-            cfg.MODEL.WEIGHTS = str(existing(text, "model_final.pth", advice))
+            averages = cfg.MEGDET.EMA_DECAY > 0
+            file = _AVERAGE if averages and Path(text, _AVERAGE).is_file() else _LAST
+            cfg.MODEL.WEIGHTS = str(existing(text, file, advice))
+            label += f" ({file})" * averages
         elif text.endswith(".json"):
             existing("", text, f"give {_KINDS}")
-            return cls(text, None)
+            return cls(text, None, label)
         else:
             raise ValueError(f"{text!r} is none of: {_KINDS}. Overrides come after the flags")
         merge_overrides(cfg, opts)
-        return cls(text, cfg)
+        return cls(text, cfg, label)
 
 
 def prepare_models(cfgs: Sequence[CfgNode], dataset: str | None = None) -> str:

@@ -11,7 +11,8 @@ import torch
 from detectron2.engine import hooks
 
 from megdet_d2 import Trainer, prepare_config
-from megdet_d2.engine.background_worker import EvaluationProcess, WorkerError
+from megdet_d2.engine.background_worker import EvaluationProcess, WorkerError, _evaluate
+from megdet_d2.engine.ema import WeightAverage
 from megdet_d2.engine.metrics import cut_metrics, has_results
 from megdet_d2.report.run import read_metrics
 from tests.helpers.background import KEYS, Computing, Diverging, Dying, Failing, Summing, run
@@ -101,6 +102,29 @@ def test_an_error_stops_the_training_and_a_resume_repeats_the_evaluation(
     found, whole = results(tmp_path), results(beside.cfg.OUTPUT_DIR)
     assert list(found) == [0, 1, 2, 3, 4, 6] and snapshots(tmp_path) == []
     assert all(str(found[iteration]) == str(whole[iteration]) for iteration in whole)
+
+
+def test_a_snapshot_without_the_average_has_the_results_of_its_model(tmp_path, caplog):
+    """It is from before MEGDET.EMA_DECAY was set."""
+
+    class Stub:
+        @staticmethod
+        def test(cfg, model):
+            return {"bbox": {"AP": 7.0}}
+
+        @staticmethod
+        def test_ema(cfg, model):
+            return {"bbox_EMA": {"AP": 8.0}}
+
+    model = torch.nn.Linear(2, 2)
+    average = WeightAverage(model, 0.9)
+    snapshot, expected = {"model": model.state_dict()}, {"bbox/AP": 7.0}
+    torch.save(snapshot, tmp_path / "before.pth")
+    torch.save({**snapshot, "ema": average.state_dict()}, tmp_path / "after.pth")
+    assert _evaluate(Stub, None, model, average, tmp_path / "before.pth") == expected
+    assert "the checkpoint has no average to evaluate" in caplog.text
+    expected["bbox_EMA/AP"] = 8.0
+    assert _evaluate(Stub, None, model, average, tmp_path / "after.pth") == expected
 
 
 @pytest.mark.slow

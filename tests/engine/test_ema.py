@@ -114,6 +114,31 @@ def test_the_average_is_evaluated_and_saved(coco, tmp_path):
     assert all(torch.equal(state[name], value) for name, value in saved.items())
 
 
+def test_an_average_that_a_finished_training_lacks_is_its_last_model(coco, tmp_path, caplog):
+    train(0, str(tmp_path), coco, SHORT)
+    evaluated = (*SHORT, *EMA, "DATASETS.TEST", ("mixed",))
+    again = train(0, str(tmp_path), coco, evaluated, True)
+    assert again["start"] == 3 and differing(again["ema"], again["state"]) == []
+    assert "no average: it begins with the weights of iteration 2" in caplog.text
+    last, average = (torch.load(tmp_path / f) for f in ("model_final.pth", "ema/model_final.pth"))
+    assert all(torch.equal(average["model"][n], value) for n, value in last["model"].items())
+    row = again["rows"][-1]
+    assert row["bbox_EMA/AP"] == pytest.approx(row["bbox/AP"], nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", ""])
+def test_an_average_without_updates_is_the_model_that_was_loaded(coco, tmp_path, name, caplog):
+    cfg = config(tmp_path, coco, *SHORT, *EMA)
+    prepare_config(cfg)
+    torch.save({"model": Trainer.build_model(cfg).state_dict()}, tmp_path / "weights.pth")
+    cfg.MODEL.WEIGHTS = name and f"{tmp_path}/{name}"
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(False)
+    state = trainer.ema.model.state_dict()
+    assert all(torch.equal(state[n], value) for n, value in trainer.model.state_dict().items())
+    assert trainer.ema.updates == 0 and "has no average" not in caplog.text
+
+
 class WithoutSuffix(Trainer):
     """Evaluates with augmentation as a project does that knows no average."""
 

@@ -2,15 +2,18 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from PIL import Image
 
 from megdet_d2.data.stream import find_stream
 from megdet_d2.engine import Trainer, prepare_config
@@ -18,8 +21,9 @@ from megdet_d2.engine.checkpoint import Checkpointer
 from megdet_d2.engine.hooks import insert_before_savers
 from megdet_d2.engine.signals import REQUEUE
 from megdet_d2.norm.batch_norm import cgbn_layers
-from tests.helpers.training import config
+from tests.helpers.training import config, settle
 
+RESULTS = "coco_instances_results.json"
 PAIR = ("MODEL.CGBN.BN_SIZE", 4)  # of 8 images on two processes: a group each
 
 
@@ -548,3 +552,79 @@ def test_sublinear_memory_of_an_overridden_model(coco, tmp_path):
             "backbone.bottom_up.res3", *(f"backbone.fpn_{k}{i}" for i in (3, 4, 5)
                                          for k in ("lateral", "output")),
         }  # fmt: skip
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+class PlainEvaluator(Trainer):
+    """Has ``DefaultTrainer``'s own arguments."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "mine"))
+
+
+class PlainTest(Trainer):
+    @classmethod
+    def test(cls, cfg, model):
+        return super().test(cfg, model)
+
+
+class OwnFile(Trainer):
+    """Writes a file of its own into the folder of the config, and returns nothing."""
+
+    @classmethod
+    def test(cls, cfg, model):
+        Path(cfg.OUTPUT_DIR, "seen.txt").write_text("1")
+
+
+def evaluated(coco, output, *keys):
+    cfg = config(
+        output, coco, "DATASETS.TEST", ("mixed",), "MEGDET.EMA_DECAY", 0.5,
+        "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (40, 48), *keys,
+    )  # fmt: skip
+    prepare_config(cfg)
+    cfg.freeze()
+    return cfg, settle(Trainer.build_model(cfg))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"), [(Trainer, ""), (PlainEvaluator, "mine"), (PlainTest, "inference")]
+)
+def test_evaluations_aside_take_methods_with_detectron2s_arguments(coco, tmp_path, kind, folder):
+    cfg, model = evaluated(coco, tmp_path)
+    kind.check_evaluators(cfg)
+    expected = Trainer.test(cfg, model)["bbox"]
+    in_test = (tmp_path / "inference" / RESULTS).read_text()
+    assert kind.test_ema(cfg, model) == {"bbox_EMA": pytest.approx(expected, nan_ok=True)}
+    assert kind.test_with_tta(cfg, model).keys() == {"bbox_TTA"}
+    assert kind.test_with_tta(cfg, model, "_EMA").keys() == {"bbox_EMA_TTA"}
+    # Each has its own files: none of them replaces those of the plain evaluation.
+    assert (tmp_path / "inference" / RESULTS).read_text() == in_test
+    for suffix in ("_EMA", "_TTA", "_EMA_TTA"):
+        assert (tmp_path / f"inference{suffix}" / folder / RESULTS).is_file()
+
+
+def test_an_own_test_writes_into_a_folder_of_each_evaluation(coco, tmp_path):
+    cfg, model = evaluated(coco, tmp_path)
+    assert OwnFile.test_ema(cfg, model) == OwnFile.test_with_tta(cfg, model) == {}
+    found = {path.parent.name for path in tmp_path.rglob("seen.txt")}
+    assert found == {"inference_EMA", "inference_TTA"}
+
+
+@pytest.mark.parametrize("sets", [("odd",), ("mixed", "odd")])
+def test_a_set_without_an_evaluator_is_left_out_by_every_evaluation(coco, tmp_path, sets):
+    records = [{"file_name": f"{coco[0][2]}/0.png", "image_id": 0, "height": 48, "width": 64}]
+    with Image.open(records[0]["file_name"]) as image:
+        records[0]["width"], records[0]["height"] = image.size
+    DatasetCatalog.register("odd", lambda: [{**record, "annotations": []} for record in records])
+    MetadataCatalog.get("odd").set(thing_classes=["a"], evaluator_type="odd_kind")
+    try:
+        cfg, model = evaluated(coco, tmp_path, "DATASETS.TEST", sets)
+        plain = Trainer.test(cfg, model)
+        assert Trainer.test_ema(cfg, model).keys() == {f"{name}_EMA" for name in plain}
+        assert Trainer.test_with_tta(cfg, model).keys() == {f"{name}_TTA" for name in plain}
+    finally:
+        DatasetCatalog.pop("odd")
+        MetadataCatalog.pop("odd")

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from megdet_d2.engine import Trainer, evaluate, prepare_config
-from megdet_d2.engine.saved_classes import SavedClasses, saved_names
+from megdet_d2.engine.ema import write_average
+from megdet_d2.engine.saved_classes import SavedClasses, find_other_classes, saved_names
 from tests.helpers.coco_data import assert_says
 from tests.helpers.training import config, write_images
 
 CLASSES = ("cat", "dog", "owl")
+FILES = ("model_final.pth", "ema/model_final.pth")
 
 
 def images(folder, name, classes):
@@ -38,7 +40,8 @@ def make(output, train=(), test=(), *keys):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    cfg = make(folder / "out", [images(folder / "images", "animals", CLASSES)])
+    animals = images(folder / "images", "animals", CLASSES)
+    cfg = make(folder / "out", [animals], (), "MEGDET.EMA_DECAY", 0.5)
     prepare_config(cfg)
     (folder / "out").mkdir(exist_ok=True)
     trainer = Trainer(cfg)
@@ -47,12 +50,43 @@ def trained(tmp_path_factory):
     return folder / "out"
 
 
-def test_a_checkpoint_has_the_names(trained):
-    file = torch.load(trained / "model_final.pth", weights_only=True)
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_has_the_names(trained, name):
+    file = torch.load(trained / name, weights_only=True)
     assert saved_names(file) == list(CLASSES)
     assert saved_names({"classes": ["of", "other", "code"]}) is None
 
 
+def test_the_average_of_a_checkpoint_is_written_with_the_names(trained, tmp_path):
+    state = torch.load(trained / "model_final.pth", weights_only=True)["ema"]
+    for name, expected in (("now", list(CLASSES)), ("before", None)):  # of an earlier version
+        write_average(str(tmp_path), name, state)
+        assert saved_names(torch.load(tmp_path / "ema" / f"{name}.pth")) == expected
+        state.pop("classes", None)
+
+
+@pytest.mark.parametrize(
+    ("classes", "level"),
+    [
+        (("dog", "cat", "pig"), "error"),
+        (("cat", "owl", "pig"), "error"),  # the model's owls would be pigs
+        (("cat", "dog"), "error"),
+        (("cat", "dog", "pig"), "warning"),
+        (("a", "b", "c"), "warning"),
+        (("cat", "cat", "owl"), "error"),
+    ],
+)
+def test_a_class_at_the_number_of_another_is_an_error(classes, level):
+    found = find_other_classes("here", classes, "there", CLASSES)
+    assert [finding.level for finding in found] == [level]
+
+
+def test_a_name_that_stands_twice_at_its_own_places_is_no_error():
+    (finding,) = find_other_classes("here", ("a", "B", "a"), "there", ("a", "b", "a"))
+    assert finding.level == "warning"
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     ("classes", "level"),
     [
@@ -61,8 +95,8 @@ def test_a_checkpoint_has_the_names(trained):
         (("Cat", "dog", "owl"), "warning"),
     ],
 )
-def test_an_evaluation_compares_its_test_set(trained, tmp_path, classes, level, caplog):
-    weights = ("MODEL.WEIGHTS", str(trained / "model_final.pth"))
+def test_an_evaluation_compares_its_test_set(trained, tmp_path, classes, level, name, caplog):
+    weights = ("MODEL.WEIGHTS", str(trained / name))
     cfg = make(tmp_path / "out", (), [images(tmp_path / "images", "others", classes)], *weights)
     prepare_config(cfg, eval_only=True)
     if level == "error":

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ pytest.importorskip("ensemble_boxes", reason="fusion needs the ensemble extra")
 
 from megdet_d2.cli import main
 from megdet_d2.engine import Trainer
-from megdet_d2.ensemble.evaluation import evaluate, read_annotations
+from megdet_d2.ensemble.evaluation import RESULTS, evaluate, read_annotations
 from megdet_d2.ensemble.fusion import fuse
+from megdet_d2.ensemble.source import Source
+from megdet_d2.report.run import read_config
 from tests.helpers import training
 from tests.helpers.detections import assert_same, read_table
 
@@ -103,6 +106,55 @@ def test_models_of_different_configs_and_a_file(models, noisy, coco, tmp_path, c
     )  # fmt: skip
 
 
+@pytest.fixture
+def averaged(models, coco, tmp_path):
+    """Makes a run with an average of the weights, which finds other boxes."""
+    run = tmp_path / "run"
+    shutil.copytree(models[0], run)
+    cfg = training.config(run, coco, "DATASETS.TEST", ("mixed",), "MEGDET.EMA_DECAY", 0.9)
+    (run / "config.yaml").write_text(cfg.dump())
+    (run / "ema").mkdir()
+    torch.manual_seed(7)
+    model = training.settle(Trainer.build_model(cfg))
+    torch.save({"model": model.state_dict()}, run / "ema" / "model_final.pth")
+    return run
+
+
+def test_a_run_with_an_average_is_its_average(averaged, tmp_path, capsys):
+    last, average = (
+        f"{averaged}/config.yaml:{averaged}/{name}"
+        for name in ("model_final.pth", "ema/model_final.pth")
+    )
+    main(["ensemble", str(averaged), average, last, "--output", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    named = f"{averaged} (ema/model_final.pth)"
+    assert list(read_table(out))[:3] == [named, average, last] and f"Evaluating {named}\n" in out
+    run, ema, final = (
+        json.loads((tmp_path / "out" / name / "inference" / RESULTS).read_text())
+        for name in ("1_run", "2_config", "3_config")
+    )
+    assert run == ema != final
+
+
+@pytest.mark.parametrize(
+    ("decay", "is_there", "file", "ending"),
+    [
+        (0.9, True, "ema/model_final.pth", " (ema/model_final.pth)"),
+        (0.9, False, "model_final.pth", " (model_final.pth)"),
+        (0.0, True, "model_final.pth", ""),  # of a training before, in the same folder
+    ],
+)
+def test_the_weights_of_a_run(averaged, decay, is_there, file, ending):
+    cfg = read_config(averaged)
+    cfg.MEGDET.EMA_DECAY = decay
+    (averaged / "config.yaml").write_text(cfg.dump())
+    if not is_there:
+        (averaged / "ema" / "model_final.pth").unlink()
+    source = Source.read(str(averaged))
+    assert source.cfg.MODEL.WEIGHTS == str(averaged / file)
+    assert source.label == f"{averaged}{ending}" and source.name == str(averaged)
+
+
 def edited(path, to, **changes):
     """Writes a copy of a results file with a changed second entry."""
     rows = json.loads(path.read_text())
@@ -122,6 +174,10 @@ CASES = {
     "no source": "Overrides come after the flags",
     "no weights file": "There is no .*model_final.pth",
     "other classes": r"The classes of model 2 are \['b'\], of the first \['a'\]",
+    "other classes in the weights": (
+        r"'mixed': its categories differ from those of MODEL.WEIGHTS '.*swapped.pth' in "
+        r"\[\('b', 'a'\), \('a', None\)\]"
+    ),
     "no ground truth": "add --annotations JSON, or --dataset NAME",
     "annotations and a model": "--annotations is for json files as sources, without overrides",
     "weights": r"--weights is \[1.0\] for 2 sources",
@@ -149,6 +205,7 @@ def test_errors_come_before_work(case, models, noisy, coco, tmp_path):
         "no source": lambda: [good, "MODEL.DEVICE", "cpu", *truth],
         "no weights file": lambda: [models[0], str(other)],
         "other classes": lambda: [models[0], other_classes(models[0], coco, other)],
+        "other classes in the weights": lambda: [models[0], swapped(models[0], other)],
         "no ground truth": lambda: [good, str(noisy[1])],
         "annotations and a model": lambda: [models[0], good, *truth],
         "weights": lambda: [good, good, "--weights", "1", *truth],
@@ -173,6 +230,13 @@ def test_errors_come_before_work(case, models, noisy, coco, tmp_path):
     assert re.search(CASES[case], str(exit.value), re.DOTALL), exit.value
     assert str(exit.value).startswith("error: ")
     assert case == "overwritten" or not output.exists()
+
+
+def swapped(run, folder):
+    """Returns the config of a run with weights that were trained on other classes."""
+    file = torch.load(f"{run}/model_final.pth")
+    torch.save({**file, "classes": {"names": ["b", "a"]}}, folder / "swapped.pth")
+    return f"{run}/config.yaml:{folder}/swapped.pth"
 
 
 def other_classes(run, coco, folder):
