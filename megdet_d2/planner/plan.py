@@ -16,6 +16,7 @@ from megdet_d2.engine.command import find_config
 from . import hardware as devices
 from .advice import find_warnings
 from .epochs import PRESETS, EpochModel
+from .evaluation_time import describe_evaluations
 from .flops import count
 from .growth import draw
 from .hardware import Hardware
@@ -151,7 +152,8 @@ class Plan:
             f"({epochs.source})."
         )
         notes = self._memory_model().notes
-        return [*lines, *filter(None, [self.chosen]), *question.images.notes, *notes]
+        said = filter(None, [describe_evaluations(question), self.chosen])
+        return [*lines, *said, *question.images.notes, *notes]
 
     def warnings(self, chosen: list[Setting]) -> list[list[str]]:
         """Returns the warnings of each setting."""
