@@ -17,6 +17,7 @@ from megdet_d2.cli import main
 from megdet_d2.engine import Trainer, prepare_config
 from megdet_d2.engine.accumulation import AccumulationTrainer
 from megdet_d2.engine.progress import Layout
+from megdet_d2.gradient_noise import command
 from megdet_d2.gradient_noise.command import load_model, measure, to_update_table
 from megdet_d2.gradient_noise.estimate import (
     WHOLE,
@@ -369,6 +370,24 @@ def test_the_command_measures_a_detector(tmp_path, monkeypatch, capsys):
     everything = whole.pop(WHOLE)
     assert everything == pytest.approx(sum(whole.values())) and everything > 0
     assert len([row for row in rows if row["module"] == WHOLE]) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MEGDET.AUTO_MICRO_BATCH", "True", "MODEL.CGBN.BN_SIZE", "4"],
+        ["MEGDET.OPTIMIZER", "agvm"],
+        ["TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cuda:99"],
+        ["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu", "SOLVER.REFERENCE_WORLD_SIZE", "8"],
+    ],
+)
+def test_keys_of_a_training_do_not_matter_to_the_command(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(command, "plot", lambda *_: None)
+    coco = json.dumps(training.write_images(tmp_path))
+    line = ["variance", TINY, "--sizes", "1,2", "--pairs", "2", "--output", str(tmp_path / "out")]
+    data = ["DATASETS.COCO", coco, "DATASETS.TRAIN", '["mixed"]', "DATASETS.TEST", "[]"]
+    main([*line, *data, "MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.DEVICE", "cpu", *words])
+    assert "critical batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,16 @@ def test_arithmetic_of_a_model():
     assert 1.02 < again.step / plain.step < 1.3
 
 
+def test_keys_that_only_the_machines_of_the_training_can_check(capsys):
+    """No machine has these GPUs."""
+    words = ["MODEL.DEVICE", "cuda", "MEGDET.AUTO_MICRO_BATCH", "True", "MODEL.CGBN.BN_SIZE", "8"]
+    words += ["TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cuda:99"]
+    words += ["SOLVER.SGD_IMPLEMENTATION", "fused"]
+    megdet_cli.main(["plan", TINY, "--gpus", "2", "--target-batch", "8", "--rows", "1", *words])
+    out = capsys.readouterr().out
+    assert "those before the last run beside the training" in out and "\n1: python " in out
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
