@@ -23,7 +23,7 @@ from megdet_d2.schedule.scaling import SCALING_RULES
 
 from .branch import Start, train_branch
 from .branch_tables import Measured, describe, write_results
-from .command import check_flags, load_model, measure
+from .command import check_flags, load_model, measure, turn_off_switches
 from .critical_batch import Branch, compare_branches
 from .estimate import WHOLE, fit
 from .fixed_loss import FixedLoss
@@ -173,24 +173,16 @@ def check_branch_flags(args: argparse.Namespace, paths: Sequence[Path], batch_si
 def make_constant(cfg: CfgNode, micro_batch: int) -> None:
     """Sets the keys that branches have in common, in place: one process, a constant schedule.
 
-    Switches that do not change the training, or change it as a whole, are off.
-
     Args:
         cfg: not resolved.
         micro_batch: images per forward pass.
     """
     solver, keys = cfg.SOLVER, cfg.MEGDET
+    turn_off_switches(cfg)
     keys.ACCUMULATION_STEPS = solver.IMS_PER_BATCH // micro_batch
-    cfg.MODEL.CGBN.BN_SIZE = -1  # all images of the one process, which are the micro-batch
-    keys.POLICY, keys.ON_DIVERGENCE, keys.BATCH_WARMUP = "", "stop", ()
     solver.LR_SCHEDULER_NAME, solver.STEPS, solver.WARMUP_ITERS = "WarmupMultiStepLR", (), 0
-    solver.RESCALE_INTERVAL, solver.REFERENCE_WORLD_SIZE = False, 0
-    keys.AUTO_MICRO_BATCH, keys.AUTO_SUBLINEAR, keys.MEMORY_LIMIT_MB = False, False, 0
     if keys.OPTIMIZER == "agvm":  # others keep their digest, and so branches that have ended
         keys.AGVM.AFTER_WARMUP = 0  # there is no warm-up: the factors come from the checkpoint
-    keys.EMA_DECAY, keys.BEST_METRIC, keys.TRACKERS = 0.0, "", ()
-    cfg.TEST.EVAL_PERIOD, cfg.TEST.BACKGROUND, cfg.TEST.AUG.ENABLED = 0, False, False
-    cfg.TEST.PRECISE_BN.ENABLED = False
 
 
 def measure_checkpoint(

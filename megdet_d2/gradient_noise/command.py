@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.opts)
     bn_size = cfg.MODEL.CGBN.BN_SIZE if cfg.MODEL.CGBN.BN_SIZE > 0 else max(args.sizes)
     bn_size = args.images_per_forward or bn_size
-    # These keys fit the training's mini-batch and processes. Here N is the mini-batch, and there is
-    # one process.
-    cfg.MODEL.CGBN.BN_SIZE, cfg.MEGDET.POLICY, cfg.MEGDET.BATCH_WARMUP = -1, "", ()
+    turn_off_switches(cfg)
+    cfg.MEGDET.ACCUMULATION_STEPS = 1  # N is the mini-batch
+    cfg.MEGDET.OPTIMIZER, cfg.SOLVER.SGD_IMPLEMENTATION = "sgd", ""  # no weight changes
+    cfg.SOLVER.AMP.ENABLED = False  # gradients are those of the parameters' dtype
     prepare_config(cfg, opts=args.opts)
     output = args.output or Path(cfg.OUTPUT_DIR) / "variance"
     output.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,25 @@ def run(args: argparse.Namespace) -> None:
     (output / "variance.md").write_text(text)
     print(text)
     print(f"Table, numbers and plot: {output}/variance.md, .csv, .png")
+
+
+def turn_off_switches(cfg: CfgNode) -> None:
+    """Turns off the switches that do not change a gradient, and the schedule of a policy, in place.
+
+    These keys fit the mini-batch, processes and machines of the training. Here there is one
+    process, whose norms normalise over all images of a forward pass.
+
+    Args:
+        cfg: not resolved.
+    """
+    solver, keys = cfg.SOLVER, cfg.MEGDET
+    cfg.MODEL.CGBN.BN_SIZE = -1
+    keys.POLICY, keys.ON_DIVERGENCE, keys.BATCH_WARMUP = "", "stop", ()
+    solver.RESCALE_INTERVAL, solver.REFERENCE_WORLD_SIZE = False, 0
+    keys.AUTO_MICRO_BATCH, keys.AUTO_SUBLINEAR, keys.MEMORY_LIMIT_MB = False, False, 0
+    keys.EMA_DECAY, keys.BEST_METRIC, keys.TRACKERS = 0.0, "", ()
+    cfg.TEST.EVAL_PERIOD, cfg.TEST.BACKGROUND, cfg.TEST.AUG.ENABLED = 0, False, False
+    cfg.TEST.PRECISE_BN.ENABLED = False
 
 
 def check_flags(args: argparse.Namespace) -> None:

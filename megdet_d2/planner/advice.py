@@ -36,7 +36,9 @@ def find_warnings(question: Question, setting: Setting) -> list[str]:
         found.append(f"the config's BN size {asked} is not possible here, {setting.bn_size} is")
     share = setting.evaluation / 3600 / setting.hours
     if share > LARGE_SHARE:
-        faster = "" if question.cfg.TEST.COCO_API == "hotcoco" else ', or TEST.COCO_API "hotcoco"'
+        test = question.cfg.TEST
+        faster = "" if test.COCO_API == "hotcoco" else ', or TEST.COCO_API "hotcoco"'
+        faster += ", or fewer TEST.AUG.MIN_SIZES" if test.AUG.ENABLED else ""
         found.append(
             f"evaluations take more than {LARGE_SHARE:.0%} of the time: set TEST.EVAL_PERIOD"
             f"{faster}"

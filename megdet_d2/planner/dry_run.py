@@ -32,6 +32,7 @@ from megdet_d2.norm.groups import SelfGroup
 
 from .fake_cluster import fake_rank
 from .resolved import refuse_batch_warmup
+from .without_gpus import without_gpus
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DryRun:
         layout: processes, micro-batches and images that make up a mini-batch.
         groups: None without a layer of CGBN.
         epoch: None where the loader is not the plugin's stream.
-        not_checked: keys that only a GPU can check, since this machine has none.
+        not_checked: keys that only GPUs can check that this machine does not have.
     """
 
     machines: int
@@ -137,7 +138,7 @@ def dry_run(cfg: CfgNode, machines: int, gpus: int) -> DryRun:
         if value < 1:
             raise ValueError(f"--{flag} is {value}; give 1 or more")
     refuse_batch_warmup(cfg)
-    cfg, not_checked = _without_gpu(cfg)
+    cfg, not_checked = without_gpus(cfg, torch.cuda.device_count())
     with fake_rank(0, machines, gpus):
         cfg, layout, first_lr, uses_cgbn, stream = _start(cfg)
     cut = _cut(stream, layout) if stream else []
@@ -204,27 +205,10 @@ def to_text(result: DryRun) -> str:
         ]
     text = tabulate(rows, headers=("", "value"), tablefmt="pipe", disable_numparse=True)
     if result.not_checked:
-        text += f"\n\nNot checked, since this machine has no GPU: {', '.join(result.not_checked)}."
+        found = torch.cuda.device_count()
+        here = f"{found or 'no'} GPU{'s' if found > 1 else ''}"
+        text += f"\n\nNot checked, since this machine has {here}: {', '.join(result.not_checked)}."
     return text
-
-
-def _without_gpu(cfg: CfgNode) -> tuple[CfgNode, tuple[str, ...]]:
-    """Returns a copy that can be checked here, and the keys that it does not have any more."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    if torch.cuda.is_available() or not cfg.MODEL.DEVICE.startswith("cuda"):
-        return cfg, ()
-    left = ["MODEL.DEVICE"]
-    cfg.MODEL.DEVICE = "cpu"
-    for node, section, key, value in (
-        (cfg.SOLVER.AMP, "SOLVER.AMP", "ENABLED", False),
-        (cfg.SOLVER, "SOLVER", "SGD_IMPLEMENTATION", ""),
-        (cfg.MODEL, "MODEL", "COMPILE", False),
-    ):
-        if node[key] != value:
-            left.append(f"{section}.{key}")
-            node[key] = value
-    return cfg, tuple(left)
 
 
 def _start(cfg: CfgNode) -> tuple[CfgNode, Layout, float, bool, StreamSampler | None]:

@@ -16,6 +16,7 @@ from megdet_d2.engine.command import find_config
 from . import hardware as devices
 from .advice import find_warnings
 from .epochs import PRESETS, EpochModel
+from .evaluation_time import describe_evaluations
 from .flops import count
 from .growth import draw
 from .hardware import Hardware
@@ -26,6 +27,7 @@ from .resolved import launch_line, refuse_batch_warmup
 from .search import Found, Search, Setting
 from .topology import network
 from .training_images import count_images
+from .without_gpus import without_gpus
 
 GPUS = 8
 """GPUs of a machine where this one has none."""
@@ -151,7 +153,8 @@ class Plan:
             f"({epochs.source})."
         )
         notes = self._memory_model().notes
-        return [*lines, *filter(None, [self.chosen]), *question.images.notes, *notes]
+        said = filter(None, [describe_evaluations(question), self.chosen])
+        return [*lines, *said, *question.images.notes, *notes]
 
     def warnings(self, chosen: list[Setting]) -> list[list[str]]:
         """Returns the warnings of each setting."""
@@ -181,9 +184,9 @@ class Plan:
 def check(cfg: CfgNode) -> None:
     """Checks the config's values as a training does, apart from what its machines must have."""
     refuse_batch_warmup(cfg)
-    cfg = cfg.clone()
-    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = "", ".", "cpu"
-    cfg.SOLVER.AMP.ENABLED, cfg.MODEL.COMPILE, cfg.MEGDET.TRACKERS = False, False, ()
+    cfg, _ = without_gpus(cfg, gpus=0)
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MEGDET.TRACKERS = "", ".", ()
+    cfg.SOLVER.AMP.ENABLED, cfg.MODEL.COMPILE = False, False  # also where MODEL.DEVICE is "cpu"
     check_keys(cfg)
 
 

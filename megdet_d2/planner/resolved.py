@@ -25,7 +25,8 @@ class Resolved:
         reference: the mini-batch whose AP the schedule was made for.
         lr: base learning rate.
         warmup, iterations: length.
-        evaluations: over the whole training.
+        evaluations: over the whole training, with the one after it.
+        evaluation_period: iterations between two; 0 or less for the one after the training alone.
         keys: KEY VALUE ... of the command line that ask for it, beside the config.
     """
 
@@ -35,6 +36,7 @@ class Resolved:
     warmup: int
     iterations: int
     evaluations: int
+    evaluation_period: int
     keys: tuple[str, ...]
 
 
@@ -74,6 +76,7 @@ def resolve(question: Question, batch: int) -> Resolved:
         solver.WARMUP_ITERS,
         solver.MAX_ITER,
         (last // period if period > 0 else 0) + 1 if cfg.DATASETS.TEST else 0,
+        period,
         to_words(question.cfg, values),
     )
 

@@ -39,7 +39,7 @@ class Setting:
         resolved: mini-batch, schedule and keys.
         memory: of one GPU.
         step: seconds of an update by part.
-        evaluation: seconds of all evaluations.
+        evaluation: seconds of the evaluations for which the training does not go on.
         equal_ap: times the iterations that this mini-batch takes to the AP of the reference.
         efficiency: images/s of a GPU, relative to one GPU alone.
     """
@@ -272,7 +272,7 @@ class Search:
         single = step_time(one, Topology(1, 1))
         return Setting(
             b, k, bn_size, group, stages, resolved, memory, step,
-            evaluation_seconds(question, resolved, plain.step),
+            evaluation_seconds(question, resolved, plain.step, step.total),
             question.epochs.factor(resolved.batch, resolved.reference),
             single.total / step.total,
         )  # fmt: skip

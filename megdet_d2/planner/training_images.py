@@ -9,6 +9,7 @@ from detectron2.data import get_detection_dataset_dicts
 
 from megdet_d2.data import register_datasets
 from megdet_d2.data.records import load_training_records
+from megdet_d2.modeling.tta import TrainedFlipMapperTTA
 
 from .stragglers import ASPECTS
 
@@ -29,6 +30,7 @@ class TrainingImages:
         test: images of all test sets.
         notes: sentences about numbers that are assumed.
         are_here: the training set is on this machine.
+        augmented_megapixels: of a test image in all its versions of TEST.AUG together; 0 without.
     """
 
     count: int
@@ -37,6 +39,7 @@ class TrainingImages:
     test: int
     notes: tuple[str, ...] = ()
     are_here: bool = False
+    augmented_megapixels: float = 0.0
 
 
 def count_images(cfg: CfgNode, given: int | None = None) -> TrainingImages:
@@ -92,6 +95,16 @@ def count_images(cfg: CfgNode, given: int | None = None) -> TrainingImages:
         test,
         tuple(notes),
         found is not None,
+        _augmented_megapixels(cfg, test_shapes),
+    )
+
+
+def _augmented_megapixels(cfg: CfgNode, shapes: list[tuple[int, int]]) -> float:
+    if not cfg.TEST.AUG.ENABLED:
+        return 0.0
+    versions = TrainedFlipMapperTTA(cfg)
+    return (1 + versions.flip) * sum(
+        mean_megapixels(shapes, side, versions.max_size) for side in versions.min_sizes
     )
 
 

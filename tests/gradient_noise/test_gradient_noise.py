@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from megdet_d2.cli import main
-from megdet_d2.engine import prepare_config
+from megdet_d2.engine import Trainer, prepare_config
+from megdet_d2.engine.accumulation import AccumulationTrainer
+from megdet_d2.engine.progress import Layout
+from megdet_d2.gradient_noise import command
 from megdet_d2.gradient_noise.command import load_model, measure, to_update_table
 from megdet_d2.gradient_noise.estimate import (
     WHOLE,
@@ -186,6 +189,85 @@ def test_hook_compares_local_gradients_with_their_mean(pool2):
     assert scale == pytest.approx(3 * np.mean(half) / np.mean(dots))
 
 
+class Growing(AccumulationTrainer):
+    """Has one micro-batch of 3 images in its first update, and one more in each later one."""
+
+    @property
+    def layout(self):
+        return Layout(2, 1 + self.iter, 3)
+
+    def run_step(self):
+        self.steps = self.layout.accumulation_steps
+        super().run_step()
+
+
+def run_growing(rank):
+    """Trains with a mini-batch that grows, and computes the gradients of whole updates by hand."""
+    torch.manual_seed(0)
+    plain = Regression()
+    del plain.unused
+    model = nn.parallel.DistributedDataParallel(plain)
+    updates = [make_images(3 * (i + 1), seed=10 * rank + i) for i in range(3)]
+    gradients = [gradient(plain, images, 99)["roi_heads.weight"] for images in updates]
+    batches = [images[i : i + 3] for images in updates for i in range(0, len(images), 3)]
+    inner = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
+    trainer = Growing(inner, 1)
+    trainer.register_hooks([GradientNoise(period=3)])
+    trainer.train(0, 3)
+    latest = {key: value for key, (value, _) in trainer.storage.latest().items()}
+    return gradients, latest["gradient_noise/variance"], latest["gradient_noise/scale"]
+
+
+def test_hook_counts_all_micro_batches_of_each_update(pool2):
+    (a, variance, scale), (b, *_) = pool2.run(run_growing)
+    half = [0.5 * (x - y).square().sum().item() for x, y in zip(a, b, strict=True)]
+    dots = [(x * y).sum().item() for x, y in zip(a, b, strict=True)]
+    assert variance == pytest.approx(np.mean(half))
+    assert np.mean(dots) > 0
+    assert scale == pytest.approx(np.mean([3, 6, 9] * np.array(half)) / np.mean(dots))
+
+
+class RecordNoise(HookBase):
+    """Keeps of each update |ḡ|² and the scalars of ``GradientNoise``."""
+
+    def __init__(self):
+        self.rows = []
+
+    def after_step(self):
+        latest = self.trainer.storage.latest()
+        names = ("gradient_noise/variance", "gradient_noise/scale")
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        square = sum(g.double().square().sum().item() for g in gradients)
+        self.rows.append((square, *(latest[name][0] for name in names)))
+
+
+def train_accumulated(rank, output, coco):
+    recorder = RecordNoise()
+
+    class Own(Trainer):
+        def build_hooks(self):
+            return [*super().build_hooks(), GradientNoise(period=1), recorder]
+
+    overrides = (
+        "SOLVER.IMS_PER_BATCH", 8, "MEGDET.ACCUMULATION_STEPS", 2, "MEGDET.LR_FACTOR", 1e-6,
+        "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "",
+    )  # fmt: skip
+    training.train(rank, output, coco, overrides, kind=Own)
+    return recorder.rows
+
+
+def test_hook_takes_the_images_of_an_update_from_the_trainer(pool2, tmp_path):
+    coco = training.write_images(tmp_path)
+    rows, _ = pool2.run(train_accumulated, str(tmp_path / "output"), coco, timeout=120)
+    squares = [square - variance / 2 for square, variance, _ in rows]
+    expected = [
+        4 * row[1] / square if square > 0 else np.inf
+        for row, square in zip(rows, squares, strict=True)
+    ]
+    assert np.isfinite(expected).any(), rows
+    assert [scale for _, _, scale in rows] == pytest.approx(expected, rel=1e-4)
+
+
 def train_and_write(rank, folder):
     """Registers the hook as docs/experiments.md does, after the one that writes."""
     torch.manual_seed(0)
@@ -211,6 +293,27 @@ def test_hook_needs_processes_to_compare():
     trainer.register_hooks([GradientNoise(2)])
     with EventStorage(), pytest.raises(ValueError, match="two or more"):
         trainer.train(0, 1)
+
+
+def refuse_images(rank):
+    """Returns the errors of hooks that do not know n, or know another than the trainer."""
+    model, errors = nn.parallel.DistributedDataParallel(Regression()), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for layout, images in ((None, None), (None, 0), (Layout(2, 4, 3), 12)):
+        trainer = SimpleTrainer(model, [make_images(3)], optimizer)
+        trainer.layout = layout
+        trainer.register_hooks([GradientNoise(images)])
+        with EventStorage(), pytest.raises(ValueError) as error:
+            trainer.train(0, 1)
+        errors.append(str(error.value))
+    return errors
+
+
+def test_hook_refuses_images_that_are_not_those_of_the_trainer(pool2):
+    unknown, none, other = pool2.run(refuse_images)[0]
+    assert "images_per_gpu is None, and the trainer, a SimpleTrainer, is no megdet_d2" in unknown
+    assert "images_per_gpu is 0, and" in none and "give the images of an update" in none
+    assert "images_per_gpu is 12, but the trainer takes 3 in each of 4 micro-batches" in other
 
 
 def test_the_update_table_has_equation_4_and_what_other_rules_come_to():
@@ -267,6 +370,24 @@ def test_the_command_measures_a_detector(tmp_path, monkeypatch, capsys):
     everything = whole.pop(WHOLE)
     assert everything == pytest.approx(sum(whole.values())) and everything > 0
     assert len([row for row in rows if row["module"] == WHOLE]) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MEGDET.AUTO_MICRO_BATCH", "True", "MODEL.CGBN.BN_SIZE", "4"],
+        ["MEGDET.OPTIMIZER", "agvm"],
+        ["TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cuda:99"],
+        ["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu", "SOLVER.REFERENCE_WORLD_SIZE", "8"],
+    ],
+)
+def test_keys_of_a_training_do_not_matter_to_the_command(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(command, "plot", lambda *_: None)
+    coco = json.dumps(training.write_images(tmp_path))
+    line = ["variance", TINY, "--sizes", "1,2", "--pairs", "2", "--output", str(tmp_path / "out")]
+    data = ["DATASETS.COCO", coco, "DATASETS.TRAIN", '["mixed"]', "DATASETS.TEST", "[]"]
+    main([*line, *data, "MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.DEVICE", "cpu", *words])
+    assert "critical batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

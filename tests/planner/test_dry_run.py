@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
 import megdet_cli
 from megdet_d2.planner.dry_run import dry_run, to_text
+from megdet_d2.planner.plan import check
 from tests.helpers.paths import TINY
 from tests.helpers.training import config, train, write_images
 
@@ -79,6 +81,40 @@ def test_norms_without_groups_and_retinanet(coco, tmp_path):
     assert result.groups is None and "no layer of CGBN" in to_text(result)
     assert cfg.MODEL.DEVICE == "cuda" and cfg.SOLVER.MAX_ITER == 40000  # as they were
     assert "no GPU: MODEL.DEVICE, SOLVER.AMP.ENABLED" in to_text(result)
+
+
+AUTO = ("MEGDET.AUTO_MICRO_BATCH", True, "MODEL.CGBN.BN_SIZE", 16, "MODEL.DEVICE", "cuda")
+BESIDE = ("TEST.BACKGROUND", True, "TEST.EVAL_PERIOD", 2, "TEST.BACKGROUND_DEVICE", "cuda:3")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks these keys by the GPUs")
+def test_what_only_the_gpus_of_the_cluster_can_check(coco, tmp_path):
+    keys = (*AUTO, *BESIDE, "SOLVER.SGD_IMPLEMENTATION", "fused", "SOLVER.IMS_PER_BATCH", 16)
+    result = dry_run(config(tmp_path, coco, *keys), machines=1, gpus=8)
+    assert vars(result.layout) == {"processes": 8, "accumulation_steps": 1, "images_per_gpu": 2}
+    assert result.groups.images == 16
+    assert to_text(result).endswith(
+        "since this machine has no GPU: MODEL.DEVICE, TEST.BACKGROUND_DEVICE, "
+        "SOLVER.SGD_IMPLEMENTATION, MEGDET.AUTO_MICRO_BATCH."
+    )
+    result = dry_run(config(tmp_path, coco, *BESIDE), machines=1, gpus=2)
+    assert result.not_checked == ("TEST.BACKGROUND_DEVICE",)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ((*AUTO, "MODEL.CGBN.BN_SIZE", -1), "BN_SIZE is -1, all images that a machine holds"),
+        ((*AUTO, "MEGDET.MEMORY_LIMIT_MB", -1), "MEMORY_LIMIT_MB is -1; give MiB, or 0"),
+        ((*AUTO, "MODEL.DEVICE", "cpu"), "MODEL.DEVICE is 'cpu', where memory does not end"),
+        ((*BESIDE, "TEST.BACKGROUND_DEVICE", "gpu"), "TEST.BACKGROUND_DEVICE is 'gpu'; give"),
+        ((*AUTO, "SOLVER.SGD_IMPLEMENTATION", "x"), "SOLVER.SGD_IMPLEMENTATION is 'x'; use one"),
+    ],
+)
+@pytest.mark.parametrize("run", [lambda cfg: dry_run(cfg, 1, 2), check], ids=["dry run", "plan"])
+def test_values_that_are_wrong_on_every_machine_are_refused(coco, tmp_path, run, keys, message):
+    with pytest.raises(ValueError, match=message):
+        run(config(tmp_path, coco, *keys))
 
 
 @pytest.mark.parametrize(

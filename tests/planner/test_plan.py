@@ -82,6 +82,17 @@ def test_the_images_of_a_users_json(coco):
     assert count_images(cfg, 500).count == 500
 
 
+def test_the_images_of_test_time_augmentation(coco):
+    words = [*words_of(coco, "x"), "DATASETS.TEST", '["mixed"]', "TEST.AUG.MIN_SIZES", "[30, 60]"]
+    assert count_images(load_config(TINY, words)).augmented_megapixels == 0
+    words += ["TEST.AUG.ENABLED", "True", "TEST.AUG.MAX_SIZE", "60"]
+    found = count_images(load_config(TINY, words))
+    # Images of 4:3, mirrored too. A longer side of 60 bounds the second size.
+    assert found.augmented_megapixels == pytest.approx(2 * (30 * 40 + 45 * 60) / 1e6)
+    cfg = load_config(TINY, [*words, "INPUT.RANDOM_FLIP", "none"])
+    assert count_images(cfg).augmented_megapixels == pytest.approx(found.augmented_megapixels / 2)
+
+
 def test_data_that_is_not_here(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = load_config(CONFIGS / "COCO-Detection/megdet_R50_FPN_b16_normal.yaml")
@@ -157,6 +168,16 @@ def test_arithmetic_of_a_model():
     assert plain.layers == 60 and plain.parameters == again.parameters > 300_000
     assert {"stem", "res2", "fpn", "rpn", "roi_heads"} <= set(plain.stages)
     assert 1.02 < again.step / plain.step < 1.3
+
+
+def test_keys_that_only_the_machines_of_the_training_can_check(capsys):
+    """No machine has these GPUs."""
+    words = ["MODEL.DEVICE", "cuda", "MEGDET.AUTO_MICRO_BATCH", "True", "MODEL.CGBN.BN_SIZE", "8"]
+    words += ["TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cuda:99"]
+    words += ["SOLVER.SGD_IMPLEMENTATION", "fused"]
+    megdet_cli.main(["plan", TINY, "--gpus", "2", "--target-batch", "8", "--rows", "1", *words])
+    out = capsys.readouterr().out
+    assert "those before the last run beside the training" in out and "\n1: python " in out
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,15 @@ from dataclasses import replace
 import pytest
 
 from megdet_d2.config import load_config
+from megdet_d2.engine.background import ROOM
 from megdet_d2.planner import growth, hardware
 from megdet_d2.planner.advice import find_warnings
 from megdet_d2.planner.epochs import EpochModel
+from megdet_d2.planner.evaluation_time import (
+    SECONDS_OF_AP,
+    background_seconds,
+    describe_evaluations,
+)
 from megdet_d2.planner.flops import Counted
 from megdet_d2.planner.memory import Memory
 from megdet_d2.planner.plan import choose, describe_need
@@ -168,6 +174,80 @@ def test_warnings():
     asked = question(batch=8, opts=["MODEL.CGBN.BN_SIZE", "8", "TEST.EVAL_PERIOD", "100"])
     text = "\n".join(find_warnings(asked, search(asked).settings[0]))
     assert "BN size 8 is under 16" in text and "set TEST.EVAL_PERIOD, or TEST.COCO_API" in text
+
+
+TTA = ("TEST.AUG.ENABLED", "True")
+EMA = ("MEGDET.EMA_DECAY", "0.9998")
+BACKGROUND = ("TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cuda:8")
+
+
+def evaluation(opts=(), **changes) -> float:
+    """Returns the seconds of the evaluations of 64 images per update, 11 of them."""
+    setting = search(question(opts=opts, batch=64, **changes)).settings[0]
+    assert setting.resolved.evaluations == 11 and setting.resolved.evaluation_period == 1844
+    assert setting.hours == pytest.approx(
+        (setting.resolved.iterations * setting.step.total + setting.evaluation) / 3600
+    )
+    return setting.evaluation
+
+
+def test_an_average_doubles_the_evaluations():
+    assert evaluation(EMA) == pytest.approx(2 * evaluation())
+
+
+def test_test_time_augmentation_comes_once_for_each_model():
+    # With as many pixels as ten plain tests: forward is ten times as long, and AP is not.
+    images = TrainingImages(118_000, 0.88, 0.88, 5000, augmented_megapixels=8.8)
+    plain, ap = evaluation() / 11, 5000 * SECONDS_OF_AP["pycocotools"]
+    augmented = 10 * (plain - ap) + ap
+    assert evaluation(TTA, images=images) == pytest.approx(11 * plain + augmented)
+    assert evaluation(EMA + TTA, images=images) == pytest.approx(22 * plain + 2 * augmented)
+    masks = evaluation((*TTA, "MODEL.MASK_ON", "True"), images=images)
+    assert masks == pytest.approx(11 * plain + 2 * augmented - ap)
+    said = describe_evaluations(question(opts=EMA + TTA, images=images))
+    assert said == (
+        "Evaluations: each tests two models (MEGDET.EMA_DECAY); the last one tests again with 10 "
+        "times the pixels (TEST.AUG)."
+    )
+    often = question(opts=(*TTA, "TEST.EVAL_PERIOD", "100"), batch=64, images=images)
+    assert "fewer TEST.AUG.MIN_SIZES" in "".join(find_warnings(often, search(often).settings[0]))
+
+
+def test_an_evaluation_beside_the_training_counts_where_the_training_waits():
+    plain = evaluation() / 11
+    assert evaluation(BACKGROUND) == pytest.approx(plain)  # an epoch is longer than an evaluation
+    assert evaluation(BACKGROUND + EMA) == pytest.approx(2 * plain)
+    # On one process a test of so many images takes longer than an epoch on eight.
+    images = TrainingImages(118_000, 0.88, 0.88, 200_000)
+    here, beside = evaluation(images=images), evaluation(BACKGROUND, images=images)
+    assert here / 11 < beside < 10 * here
+    cpu = ("TEST.BACKGROUND", "True", "TEST.BACKGROUND_DEVICE", "cpu")
+    assert evaluation(cpu, images=images) == pytest.approx(here / 11)
+    assert "'cpu' are not known" in describe_evaluations(question(opts=cpu))
+    assert "not known" not in describe_evaluations(question(opts=BACKGROUND))
+    on_cpu = replace(hardware.presets()["A100-SXM-80GB"], slots=8)
+    assert evaluation(cpu, images=images, hardware=on_cpu) > beside  # a ninth process on 8 cores
+    assert describe_evaluations(question()) == ""
+    assert describe_evaluations(question(opts=EMA, images=TrainingImages(9, 1, 1, 0))) == ""
+
+
+def wait_for_evaluations(number, each, last, period, rest):
+    """Returns the time that trainings take longer, by the rule of ``BackgroundEvaluation``."""
+    now, ends = 0.0, []
+    for _ in range(number):
+        now += period
+        if len(ends) >= ROOM:
+            now = max(now, ends[-ROOM])
+        ends.append(max([now, *ends[-1:]]) + each)
+    return max([now + rest + last, *ends[-1:]]) - number * period - rest
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("each", [0.0, 3.0, 9.9, 10.0, 10.1, 14.0, 75.0])
+@pytest.mark.parametrize("rest", [1.0, 10.0])
+def test_waiting_for_a_process_that_evaluates(number, each, rest):
+    found = background_seconds(number, each, 2.0, 10.0, rest)
+    assert found == pytest.approx(wait_for_evaluations(number, each, 2.0, 10.0, rest))
 
 
 def test_launch_line(monkeypatch, tmp_path):
