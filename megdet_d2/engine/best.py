@@ -65,6 +65,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
         """Saves the checkpoint with the metric, its value and its iteration."""
         value, iteration = self.trainer.storage.latest()[self._metric]
         best = {"metric": self._metric, "value": float(value), "iteration": int(iteration)}
+        # The results of the last evaluation have an iteration that was not trained.
+        kwargs["iteration"] = min(iteration, self.trainer.max_iter - 1)
         self._saver.save(name, best=best, **kwargs)
         self._saved()
 

@@ -99,7 +99,7 @@ def test_detectron2s_keys_and_the_layers_of_each(coco, tmp_path, caplog):
 
 
 NOT_MADE = f'{NORM} is "CGBN" and the model reads it, but makes no layer .*Set {NORM} "BN"'
-PLAIN = "3 batch norms are plain BatchNorm2d.*: tower.0, tower.1, tower.2. They"
+PLAIN = "3 batch norms are plain BatchNorm2d.*: tower.0, tower.1, tower.2. No NORM key made them"
 
 
 @pytest.mark.parametrize(

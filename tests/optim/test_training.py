@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(coco, tmp_path):
 @pytest.mark.parametrize("action", ["half_lr", "longer_warmup"])
 def test_a_roll_back_takes_the_factors_back(coco, tmp_path, action):
     """Diverges in update 3, with the factors of updates 0 and 2; the last checkpoint is of 1."""
-    keys = (*FIVE, *OPTIMIZERS["agvm"], "MEGDET.EPOCHS", 10.0, "SOLVER.CHECKPOINT_PERIOD", 2,
+    keys = (*FIVE, *OPTIMIZERS["agvm"], "MEGDET.EPOCHS", 12.0, "SOLVER.CHECKPOINT_PERIOD", 2,
             "MEGDET.ON_DIVERGENCE", action)  # fmt: skip
     seen, spoiled = [], []
 
