@@ -40,75 +40,9 @@ def add_megdet_config(cfg: CN) -> None:
     # docs/memory.md shows what each saves and costs.
     cfg.MODEL.SUBLINEAR.STAGES = ("res2", "res3", "res4", "res5", "fpn")
 
-    # --- Appendix: atrous convolution. Set MODEL.BACKBONE.NAME to
-    # "build_atrous_resnet_fpn_backbone" ----------------------------------------------------------
-    cfg.MODEL.ATROUS = CN()
-    # Name of the ResNet under the FPN: "build_resnet_backbone" or "build_se_resnet_backbone".
-    cfg.MODEL.ATROUS.BOTTOM_UP = "build_resnet_backbone"
-
-    # --- Appendix: SE-ResNe(X)t. Set MODEL.BACKBONE.NAME to "build_se_resnet_fpn_backbone", or
-    # without an FPN to "build_se_resnet_backbone" ------------------------------------------------
-    cfg.MODEL.SE = CN()
-    # The reduction r: a gate over C channels has C / r hidden channels.
-    cfg.MODEL.SE.REDUCTION = 16
-
-    # --- Appendix: large kernel. Set MODEL.RPN.HEAD_NAME to "LargeKernelRPNHead" or
-    # MODEL.ROI_BOX_HEAD.NAME to "LargeKernelBoxHead" ---------------------------------------------
-    cfg.MODEL.LARGE_KERNEL = CN()
-    # Kernel size k in the RPN's head, an odd number of pixels of each level. 15 is the cited
-    # paper's.
-    cfg.MODEL.LARGE_KERNEL.SIZE = 15
-    # Channels between k x 1 and 1 x k, in both heads.
-    cfg.MODEL.LARGE_KERNEL.MID_CHANNELS = 64
-    # Norm in the RPN's head, such as "CGBN"; "" for none. The box head uses
-    # MODEL.ROI_BOX_HEAD.NORM.
-    cfg.MODEL.LARGE_KERNEL.NORM = ""
-    # Kernel size k in the box head, an odd number of bins of the pooled region.
-    cfg.MODEL.LARGE_KERNEL.BOX_SIZE = 7
-    # Channels of the box head's thin map.
-    cfg.MODEL.LARGE_KERNEL.BOX_CHANNELS = 10
-
-    # --- Appendix: Maxout. Set MODEL.ROI_BOX_HEAD.NAME to "MaxoutBoxHead" -------------------------
-    cfg.MODEL.MAXOUT = CN()
-    # Number of linear maps, 2 or more. A fully connected layer returns their maximum.
-    cfg.MODEL.MAXOUT.PIECES = 2
-
-    # --- Appendix: online hard example mining. Set MODEL.ROI_HEADS.NAME to "OHEMROIHeads", or to
-    # "ChallengeROIHeads" for this and the next two together --------------------------------------
-    # MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is B, the number of proposals that are kept.
-    # MODEL.ROI_HEADS.POSITIVE_FRACTION is not used.
-    cfg.MODEL.OHEM = CN()
-    # "image" keeps the B hardest of each image, as in the cited paper. "batch" keeps the B x N
-    # hardest of a process's N images, as in its authors' code.
-    cfg.MODEL.OHEM.SCOPE = "image"
-    # Drops a proposal that overlaps a harder one by more than this IoU. 1.0 drops none.
-    cfg.MODEL.OHEM.NMS_THRESH = 0.7
-    # Lets a proposal drop only those of the same label, as the authors' code does. The paper does
-    # not say.
-    cfg.MODEL.OHEM.NMS_PER_CLASS = False
-
-    # --- Appendix: context. Set MODEL.ROI_HEADS.NAME to "ContextROIHeads" -------------------------
-    cfg.MODEL.CONTEXT = CN()
-    # The box head also sees the box with width and height times each of these.
-    cfg.MODEL.CONTEXT.SCALES = (1.8,)
-    # The box head also sees the whole image.
-    cfg.MODEL.CONTEXT.WHOLE_IMAGE = True
-
-    # --- Appendix: segmentation supervision. Set MODEL.ROI_HEADS.NAME to "SegmentationROIHeads" ---
-    cfg.MODEL.SEGMENTATION = CN()
-    # Feature map that the auxiliary head takes. The label of a cell is the label at its centre, so
-    # an object smaller than the stride may be in no cell.
-    cfg.MODEL.SEGMENTATION.IN_FEATURE = "p3"
-    # "boxes" counts all of a box as the object. "masks" takes real masks and needs MODEL.MASK_ON.
-    cfg.MODEL.SEGMENTATION.TARGETS = "boxes"
-    # Number of 3x3 convolutions before the 1x1 classifier.
-    cfg.MODEL.SEGMENTATION.NUM_CONV = 2
-    # Channels of these convolutions.
-    cfg.MODEL.SEGMENTATION.CONV_DIM = 128
-    # Norm after these convolutions, such as "CGBN"; "" for none.
-    cfg.MODEL.SEGMENTATION.NORM = ""
-    # Multiplies loss_segmentation, the mean cross entropy over cells.
-    cfg.MODEL.SEGMENTATION.LOSS_WEIGHT = 0.2
+    # --- Your own data ---------------------------------------------------------------------------
+    # Data sets in COCO's format: [name, annotation json, image root] for each.
+    cfg.DATASETS.COCO = []
 
     # --- Schedule (§3.2, §4). Written into SOLVER before training --------------------------------
     cfg.MEGDET = CN()
@@ -222,26 +156,6 @@ def add_megdet_config(cfg: CN) -> None:
     # Experiment trackers that get config, metrics, images and the final model: "wandb", "mlflow".
     cfg.MEGDET.TRACKERS = ()
 
-    # --- Ablations. Only megdet ablate reads these; they change nothing in a training -------------
-    cfg.MEGDET.ABLATION = CN()
-    # Number of GPUs, over all machines, on which to run a row.
-    cfg.MEGDET.ABLATION.GPUS = 1
-    # The paper's mmAP in percent, or "failed" if its training diverged. The table shows it.
-    cfg.MEGDET.ABLATION.PAPER_AP = None
-    # The paper's training time in hours. The table shows it.
-    cfg.MEGDET.ABLATION.PAPER_HOURS = None
-
-    # --- Resolved schedule. Do not set these keys -------------------------------------------------
-    cfg.MEGDET.RESOLVED = CN()
-    # The values that scale_config wrote into SOLVER, so that a dumped config can be loaded again.
-    cfg.MEGDET.RESOLVED.BASE_LR = 0.0
-    cfg.MEGDET.RESOLVED.MAX_ITER = 0
-    cfg.MEGDET.RESOLVED.STEPS = ()
-    cfg.MEGDET.RESOLVED.WARMUP_ITERS = 0
-    cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
-    # The (first iteration, mini-batch) of each phase of BATCH_WARMUP.
-    cfg.MEGDET.RESOLVED.PHASES = ()
-
     # --- Loading. See docs/performance.md ---------------------------------------------------------
     # Library that decodes and resizes images: "pil" as Detectron2, or the faster "torchvision". Its
     # pixels differ from PIL's by at most one grey level, and seldom. All else is the same. Where
@@ -265,9 +179,75 @@ def add_megdet_config(cfg: CN) -> None:
     # CPU threads of that process, 1 or more. Loader workers come in addition.
     cfg.TEST.BACKGROUND_THREADS = 1
 
-    # --- Your own data ---------------------------------------------------------------------------
-    # Data sets in COCO's format: [name, annotation json, image root] for each.
-    cfg.DATASETS.COCO = []
+    # --- Appendix: atrous convolution. Set MODEL.BACKBONE.NAME to
+    # "build_atrous_resnet_fpn_backbone" ----------------------------------------------------------
+    cfg.MODEL.ATROUS = CN()
+    # Name of the ResNet under the FPN: "build_resnet_backbone" or "build_se_resnet_backbone".
+    cfg.MODEL.ATROUS.BOTTOM_UP = "build_resnet_backbone"
+
+    # --- Appendix: SE-ResNe(X)t. Set MODEL.BACKBONE.NAME to "build_se_resnet_fpn_backbone", or
+    # without an FPN to "build_se_resnet_backbone" ------------------------------------------------
+    cfg.MODEL.SE = CN()
+    # The reduction r: a gate over C channels has C / r hidden channels.
+    cfg.MODEL.SE.REDUCTION = 16
+
+    # --- Appendix: large kernel. Set MODEL.RPN.HEAD_NAME to "LargeKernelRPNHead" or
+    # MODEL.ROI_BOX_HEAD.NAME to "LargeKernelBoxHead" ---------------------------------------------
+    cfg.MODEL.LARGE_KERNEL = CN()
+    # Kernel size k in the RPN's head, an odd number of pixels of each level. 15 is the cited
+    # paper's.
+    cfg.MODEL.LARGE_KERNEL.SIZE = 15
+    # Channels between k x 1 and 1 x k, in both heads.
+    cfg.MODEL.LARGE_KERNEL.MID_CHANNELS = 64
+    # Norm in the RPN's head, such as "CGBN"; "" for none. The box head uses
+    # MODEL.ROI_BOX_HEAD.NORM.
+    cfg.MODEL.LARGE_KERNEL.NORM = ""
+    # Kernel size k in the box head, an odd number of bins of the pooled region.
+    cfg.MODEL.LARGE_KERNEL.BOX_SIZE = 7
+    # Channels of the box head's thin map.
+    cfg.MODEL.LARGE_KERNEL.BOX_CHANNELS = 10
+
+    # --- Appendix: Maxout. Set MODEL.ROI_BOX_HEAD.NAME to "MaxoutBoxHead" -------------------------
+    cfg.MODEL.MAXOUT = CN()
+    # Number of linear maps, 2 or more. A fully connected layer returns their maximum.
+    cfg.MODEL.MAXOUT.PIECES = 2
+
+    # --- Appendix: online hard example mining. Set MODEL.ROI_HEADS.NAME to "OHEMROIHeads", or to
+    # "ChallengeROIHeads" for this and the next two together --------------------------------------
+    # MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE is B, the number of proposals that are kept.
+    # MODEL.ROI_HEADS.POSITIVE_FRACTION is not used.
+    cfg.MODEL.OHEM = CN()
+    # "image" keeps the B hardest of each image, as in the cited paper. "batch" keeps the B x N
+    # hardest of a process's N images, as in its authors' code.
+    cfg.MODEL.OHEM.SCOPE = "image"
+    # Drops a proposal that overlaps a harder one by more than this IoU. 1.0 drops none.
+    cfg.MODEL.OHEM.NMS_THRESH = 0.7
+    # Lets a proposal drop only those of the same label, as the authors' code does. The paper does
+    # not say.
+    cfg.MODEL.OHEM.NMS_PER_CLASS = False
+
+    # --- Appendix: context. Set MODEL.ROI_HEADS.NAME to "ContextROIHeads" -------------------------
+    cfg.MODEL.CONTEXT = CN()
+    # The box head also sees the box with width and height times each of these.
+    cfg.MODEL.CONTEXT.SCALES = (1.8,)
+    # The box head also sees the whole image.
+    cfg.MODEL.CONTEXT.WHOLE_IMAGE = True
+
+    # --- Appendix: segmentation supervision. Set MODEL.ROI_HEADS.NAME to "SegmentationROIHeads" ---
+    cfg.MODEL.SEGMENTATION = CN()
+    # Feature map that the auxiliary head takes. The label of a cell is the label at its centre, so
+    # an object smaller than the stride may be in no cell.
+    cfg.MODEL.SEGMENTATION.IN_FEATURE = "p3"
+    # "boxes" counts all of a box as the object. "masks" takes real masks and needs MODEL.MASK_ON.
+    cfg.MODEL.SEGMENTATION.TARGETS = "boxes"
+    # Number of 3x3 convolutions before the 1x1 classifier.
+    cfg.MODEL.SEGMENTATION.NUM_CONV = 2
+    # Channels of these convolutions.
+    cfg.MODEL.SEGMENTATION.CONV_DIM = 128
+    # Norm after these convolutions, such as "CGBN"; "" for none.
+    cfg.MODEL.SEGMENTATION.NORM = ""
+    # Multiplies loss_segmentation, the mean cross entropy over cells.
+    cfg.MODEL.SEGMENTATION.LOSS_WEIGHT = 0.2
 
     # --- The embedded data set. It is megdet_digits_train and megdet_digits_val -------------------
     cfg.DATASETS.DIGITS = CN()
@@ -280,6 +260,26 @@ def add_megdet_config(cfg: CN) -> None:
     # "easy" has light digits on smooth, dark backgrounds. "hard" has digits of any colour on sharp
     # photographs.
     cfg.DATASETS.DIGITS.DIFFICULTY = "easy"
+
+    # --- Ablations. Only megdet ablate reads these; they change nothing in a training -------------
+    cfg.MEGDET.ABLATION = CN()
+    # Number of GPUs, over all machines, on which to run a row.
+    cfg.MEGDET.ABLATION.GPUS = 1
+    # The paper's mmAP in percent, or "failed" if its training diverged. The table shows it.
+    cfg.MEGDET.ABLATION.PAPER_AP = None
+    # The paper's training time in hours. The table shows it.
+    cfg.MEGDET.ABLATION.PAPER_HOURS = None
+
+    # --- Resolved schedule. Do not set these keys -------------------------------------------------
+    cfg.MEGDET.RESOLVED = CN()
+    # The values that scale_config wrote into SOLVER, so that a dumped config can be loaded again.
+    cfg.MEGDET.RESOLVED.BASE_LR = 0.0
+    cfg.MEGDET.RESOLVED.MAX_ITER = 0
+    cfg.MEGDET.RESOLVED.STEPS = ()
+    cfg.MEGDET.RESOLVED.WARMUP_ITERS = 0
+    cfg.MEGDET.RESOLVED.WARMUP_FACTOR = 0.0
+    # The (first iteration, mini-batch) of each phase of BATCH_WARMUP.
+    cfg.MEGDET.RESOLVED.PHASES = ()
 
 
 def load_config(config_file: str | Path | None = None, opts: Sequence[str] = ()) -> CN:
