@@ -8,6 +8,7 @@ markers of the pages in ``PAGES``; the text around them is written by hand.
 """
 
 import csv
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -100,6 +101,12 @@ def paired_gaps(lines: list[Line], row: str, baseline: str) -> list[float]:
     return [ap[row, s] - ap[baseline, s] for s in seeds if (baseline, s) in ap]
 
 
+def by_numbers(row: str) -> list[tuple[float, str]]:
+    """Returns a key that sorts names of rows with 8 before 16."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", row)
+    return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
+
+
 def study_table(lines: list[Line], baseline_of: Callable[[str], str]) -> str:
     """Returns one Markdown line per row: AP, failures, and the paired gap with its test."""
     rows: dict[str, list[Line]] = defaultdict(list)
@@ -110,7 +117,7 @@ def study_table(lines: list[Line], baseline_of: Callable[[str], str]) -> str:
         f"| gap, seed by seed | 90 % of the gap | equal within {MARGIN:g} |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row, own in rows.items():
+    for row, own in sorted(rows.items(), key=lambda item: by_numbers(item[0])):
         first, failed = own[0], sum(int(line["failed"]) for line in own)
         low, high = wilson_interval(failed, len(own))
         aps = [float(line["ap"]) for line in own if line["ap"]]
