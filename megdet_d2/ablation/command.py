@@ -148,7 +148,8 @@ def check_same(rows: list[Row], output: Path) -> None:
             )
             if before != job.row.statistics_images:
                 changed["batch statistics over"] = (before, job.row.statistics_images)
-        for key, (before, now) in changed.items():
+        if changed:
+            key, (before, now) = next(iter(changed.items()))
             raise ValueError(
                 f"{job.folder} is a training with {key} {before}, and row {job.row.name} now "
                 f"has {now}: give another --output, or remove that folder"

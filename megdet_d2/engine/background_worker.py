@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import multiprocessing
 import os
 import pickle
@@ -24,10 +23,8 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.nn.modules.module import register_module_forward_hook
 
 from .builders import Builders
-from .ema import NO_AVERAGE, build_average
+from .ema import build_average, load_average
 from .precision import set_float32_precision
-
-logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
 # Limits without a layer, over limits without any work: the computation of AP runs no layer.
@@ -217,10 +214,8 @@ def _evaluate(kind: type[Builders], cfg: CfgNode, model: Any, average: Any, path
     file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     model.load_state_dict(file["model"])
     results = dict(kind.test(cfg, model) or {})
-    if average is not None and "ema" not in file:  # saved before it was set
-        logger.warning(NO_AVERAGE)
-    elif average is not None:
-        average.load_state_dict(file["ema"])
+    average = load_average(average, file)
+    if average is not None:
         results.update(kind.test_ema(cfg, average.model))
     return {name: float(value) for name, value in flatten_results_dict(results).items()}
 

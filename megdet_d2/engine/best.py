@@ -66,7 +66,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         value, iteration = self.trainer.storage.latest()[self._metric]
         best = {"metric": self._metric, "value": float(value), "iteration": int(iteration)}
         # The results of the last evaluation have an iteration that was not trained.
-        kwargs["iteration"] = min(iteration, self.trainer.max_iter - 1)
+        kwargs["iteration"] = self.trainer.last_iteration
         self._saver.save(name, best=best, **kwargs)
         self._saved()
 

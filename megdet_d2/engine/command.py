@@ -17,7 +17,7 @@ from megdet_d2.config import load_config
 from .check_config import prepare_config
 from .disk import naming_output_dir
 from .early_log import write_kept_log
-from .ema import NO_AVERAGE, SUFFIX, build_average
+from .ema import SUFFIX, build_average, load_average
 from .launch import launch
 from .precision import set_float32_precision
 from .saved_classes import saved_names
@@ -102,11 +102,8 @@ def evaluate(
     trainer.check_saved_classes(cfg, saved_names(rest))
     with naming_output_dir(cfg.OUTPUT_DIR):
         results = trainer.test(cfg, model)
-        if average is not None and "ema" not in rest:
-            logger.warning(NO_AVERAGE)
-            average = None
+        average = load_average(average, rest)
         if average is not None:
-            average.load_state_dict(rest["ema"])
             results.update(trainer.test_ema(cfg, average.model))
         if cfg.TEST.AUG.ENABLED:
             results.update(trainer.test_with_tta(cfg, model))

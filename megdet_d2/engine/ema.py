@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "ema"
 SUFFIX = "_EMA"
-NO_AVERAGE = "MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate"
 
 
 def effective_decay(cfg: CfgNode) -> float:
@@ -194,6 +193,24 @@ def build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
         f"the decay per update is {decay:.8g}"
     )
     return WeightAverage(model, decay, SavedClasses(cfg))
+
+
+def load_average(
+    average: WeightAverage | None, checkpoint: Mapping[str, Any]
+) -> WeightAverage | None:
+    """Loads the average of a checkpoint, and returns it; None, with a warning, if it has none.
+
+    Args:
+        average: of the config; None loads nothing.
+        checkpoint: the content of the file.
+    """
+    if average is None:
+        return None
+    if "ema" not in checkpoint:  # saved before MEGDET.EMA_DECAY was set
+        logger.warning("MEGDET.EMA_DECAY is set, but the checkpoint has no average to evaluate")
+        return None
+    average.load_state_dict(checkpoint["ema"])
+    return average
 
 
 def _mean(decay: float) -> Callable[..., None]:

@@ -146,10 +146,9 @@ class StopOnSignal(HookBase):
 
     def _exit(self) -> NoReturn:
         self._is_leaving = True
-        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
         name = signal.Signals(self._exchange.signal).name
         logger.info(
-            f"{name}: saved after iteration {iteration} and stopped "
+            f"{name}: saved after iteration {self.trainer.last_iteration} and stopped "
             f"with status {REQUEUE}; continue with --resume"
         )
         sys.exit(REQUEUE)

@@ -179,6 +179,11 @@ class Trainer(Builders):
         return self._completed >= self.max_iter
 
     @property
+    def last_iteration(self) -> int:
+        """Returns the last iteration that was trained; after the training ``iter`` is higher."""
+        return min(self.iter, self.max_iter - 1)
+
+    @property
     def relief(self) -> ScheduleBackoff:
         """The former name of ``progress.backoff``."""
         warnings.warn(
@@ -387,7 +392,7 @@ class Trainer(Builders):
         After the training Detectron2's counter is one higher. A resume with more epochs from a file
         of that time, such as ``model_best.pth``, would leave an update out.
         """
-        return super().state_dict() | {"iteration": min(self.iter, self.max_iter - 1)}
+        return super().state_dict() | {"iteration": self.last_iteration}
 
     @property
     def checkpointer(self) -> Checkpointer:

@@ -42,15 +42,18 @@ def keep_options(optimizer: torch.optim.Optimizer, config_wins: bool) -> None:
                 "resume, set them as before; for a new training from its weights, set "
                 "MODEL.WEIGHTS to it, and another OUTPUT_DIR"
             )
-        changes = {
-            f"{key} of {group[key]} by {value} ({_KEYS[key]})": None
+        changes = [
+            {key: value for key, value in options.items() if group.get(key, value) != value}
             for group, options in zip(groups, own, strict=True)
-            for key, value in options.items()
-            if key in group and group[key] != value
-        }
-        if not changes:
+        ]
+        if not any(changes):
             return None
-        listed = "; ".join(changes)
+        texts = (
+            f"{key} of {group[key]} by {value} ({_KEYS[key]})"
+            for group, changed in zip(groups, changes, strict=True)
+            for key, value in changed.items()
+        )
+        listed = "; ".join(dict.fromkeys(texts))  # groups often have the same
         if not config_wins:
             logger.warning(
                 f"MEGDET.POLICY is '', so the optimizer keeps the checkpoint's options, and does "
@@ -58,10 +61,7 @@ def keep_options(optimizer: torch.optim.Optimizer, config_wins: bool) -> None:
             )
             return None
         logger.info(f"--resume replaces the optimizer's {listed}")
-        groups = [
-            group | {key: value for key, value in options.items() if key in group}
-            for group, options in zip(groups, own, strict=True)
-        ]
+        groups = [group | changed for group, changed in zip(groups, changes, strict=True)]
         return state | {"param_groups": groups}
 
     optimizer.register_load_state_dict_pre_hook(compare)

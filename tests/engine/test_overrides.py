@@ -572,7 +572,7 @@ class PlainTest(Trainer):
 
 
 class OwnFile(Trainer):
-    """Writes a file of its own into the folder of the config, and returns nothing."""
+    """Writes a file into the folder of the config, and returns nothing."""
 
     @classmethod
     def test(cls, cfg, model):
